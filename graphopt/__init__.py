@@ -1,0 +1,1 @@
+"""graphopt: optimize exported ONNX models, with proof."""

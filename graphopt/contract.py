@@ -1,0 +1,157 @@
+"""What a pass is: the one file that the author of a pass needs to read.
+
+A pass is a frozen dataclass in a file of its own. Its fields are its options, its `name` is
+verb-object in kebab case, and it registers under the entry-point group `graphopt.passes`::
+
+    @dataclass(frozen=True)
+    class DropNoise(Pass):
+        '''Remove RandomNormal nodes that nothing reads.'''
+
+        name: ClassVar[str] = "drop-noise"
+        effect: ClassVar[Effect] = Effect.EXACT
+
+        def apply(self, model: ir.Model, context: Context) -> Change:
+            ...
+
+The rules:
+
+- `apply` rewrites the model in place. It never edits a tensor's array in place: snapshots share
+  tensors. It never touches a value that it did not make, except to rewire its uses.
+- Values carry inferred types and shapes when `apply` is called, as far as ONNX can infer them.
+- Inputs, outputs, their order, names, element types and ranks stay.
+- A pass holds no state between calls; the options are all it has.
+- What it looked at and left alone, it says: `change.skip(node, "why")`.
+- Packed weights (`graphopt.packing.is_packed`) stay packed.
+"""
+
+from __future__ import annotations
+
+import zlib
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.spec import Bounds, check_options, format_pass
+
+__all__ = ["Bounds", "Change", "Context", "Effect", "Pass", "Skip"]
+
+Sample = Mapping[str, np.ndarray]
+
+
+class Effect(IntEnum):
+    """What a pass may do to the outputs; the gate's tolerance follows from it."""
+
+    EXACT = 0
+    """Outputs are bit-identical."""
+    ROUNDING = 1
+    """Outputs are equal in real arithmetic."""
+    LOSSY = 2
+    """The model computes a different function, on purpose."""
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A place where a pass could have acted and did not, and why."""
+
+    node: str
+    reason: str
+
+
+@dataclass
+class Change:
+    """What one application of a pass did, and what it left alone.
+
+    Attributes:
+        counts: how often each kind of rewrite was done, by a short description in the past tense.
+        skips: what was left alone, in the order in which it was met.
+    """
+
+    counts: Counter[str] = field(default_factory=Counter)
+    skips: list[Skip] = field(default_factory=list)
+
+    def count(self, what: str, times: int = 1) -> None:
+        """Record a rewrite, for example `count("initializer removed")`."""
+        if times:
+            self.counts[what] += times
+
+    def skip(self, node: ir.Node | ir.Value | str, reason: str) -> None:
+        """Record that the pass left a node (or a value) alone, and why."""
+        self.skips.append(Skip(node if isinstance(node, str) else describe(node), reason))
+
+    def __bool__(self) -> bool:
+        return bool(self.counts)
+
+
+def describe(item: ir.Node | ir.Value) -> str:
+    """The name by which a user finds a node or value: its own, else that of its first output."""
+    if isinstance(item, ir.Value):
+        return item.name or "an unnamed value"
+    return item.name or next((o.name for o in item.outputs if o.name), None) or item.op_type
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a pass may know about the run beside the model itself.
+
+    Attributes:
+        original: the model as it was given, before any pass. Not to be modified.
+        samples: the calibration samples, one mapping from input name to array each; empty when
+            none were given. They can be iterated over again and again. The samples that the gate
+            judges by are not among them.
+        provider: "cpu" or "cuda", where the model will run.
+        progress: call it with a few words to tell a user who waits what is going on.
+    """
+
+    original: ir.Model
+    samples: Iterable[Sample] = ()
+    provider: str = "cpu"
+    progress: Callable[[str], None] = lambda _: None
+
+    def generator(self, purpose: str) -> np.random.Generator:
+        """A random generator that depends on nothing but `purpose`, so that runs repeat."""
+        return np.random.default_rng(zlib.crc32(purpose.encode()))
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """One rewrite of a model. See the rules at the head of this file.
+
+    Attributes:
+        name: verb-object in kebab case; the same as the file and the class.
+        effect: what the rewrite may do to the outputs.
+        needs_samples: the pass cannot run without samples.
+        max_error: for a LOSSY pass, the relative L2 error of the worst output that the gate allows
+            when the user states no budget.
+
+    Raises:
+        SpecError: an option has the wrong type or is out of its bounds.
+    """
+
+    name: ClassVar[str]
+    effect: ClassVar[Effect]
+    needs_samples: ClassVar[bool] = False
+    max_error: ClassVar[float] = 0.0
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def __str__(self) -> str:
+        return format_pass(self)
+
+    def refuse(self, model: ir.Model, context: Context) -> str | None:
+        """Why the pass must not run on this model, or None when it may."""
+        return None
+
+    @abstractmethod
+    def apply(self, model: ir.Model, context: Context) -> Change:
+        """Rewrite the model in place and say what was done."""
+
+    def narrow(self) -> Pass | None:
+        """A milder form to try when this one is over the budget (fewer layers, more bits)."""
+        return None

@@ -1,0 +1,94 @@
+"""Facts about operators that no schema states, and walks over a model's graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+ONNX_DOMAINS = ("", "ai.onnx")
+
+RANDOM = frozenset(
+    {
+        "Bernoulli",
+        "Multinomial",
+        "RandomNormal",
+        "RandomNormalLike",
+        "RandomUniform",
+        "RandomUniformLike",
+    }
+)
+
+
+def is_onnx(node: ir.Node, *op_types: str) -> bool:
+    """The node is one of these operators of the standard domain."""
+    return node.domain in ONNX_DOMAINS and node.op_type in op_types
+
+
+def is_random(node: ir.Node) -> bool:
+    """Two runs of the node, or two copies of it, may give different results.
+
+    Operators outside the standard domain are taken at their name: those that onnxruntime adds
+    begin with "Random" or are dropouts.
+    """
+    if node.op_type in RANDOM or node.op_type.startswith("Random"):
+        return True
+    if "Dropout" in node.op_type:
+        return not dropout_is_off(node)
+    return False
+
+
+def dropout_is_off(node: ir.Node) -> bool:
+    """The Dropout node passes its input through: it is in inference mode for certain."""
+    if not is_onnx(node, "Dropout"):
+        return False
+    if len(node.inputs) < 3 or node.inputs[2] is None:
+        return "is_test" not in node.attributes or node.attributes["is_test"].as_int() == 1
+    mode = node.inputs[2]
+    if mode.is_graph_input() or mode.const_value is None:
+        return False
+    return not mode.const_value.numpy().any()
+
+
+def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
+    """The graphs in the node's attributes (bodies of If, Loop, Scan, ...)."""
+    for attribute in node.attributes.values():
+        if attribute.is_ref():
+            continue
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield attribute.as_graph()
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            yield from attribute.as_graphs()
+
+
+def all_graphs(model: ir.Model) -> Iterator[ir.Graph]:
+    """The main graph, then every graph nested in it, outer before inner; functions are left out."""
+    waiting = [model.graph]
+    while waiting:
+        graph = waiting.pop()
+        yield graph
+        waiting.extend(inner for node in graph for inner in subgraphs(node))
+
+
+def node_count(model: ir.Model) -> int:
+    """Nodes in the graph, its subgraphs and the model's functions; Constant nodes do not count."""
+    graphs = [*all_graphs(model), *(f.graph for f in model.functions.values())]
+    return sum(not is_onnx(node, "Constant") for graph in graphs for node in graph)
+
+
+def uses_outer_values(node: ir.Node) -> bool:
+    """A subgraph of the node reads values from outside of it."""
+    return any(True for _ in outer_values(node))
+
+
+def outer_values(node: ir.Node) -> Iterator[ir.Value]:
+    """The values that the node's subgraphs read from outside of the node."""
+    inner = set()
+    waiting = list(subgraphs(node))
+    while waiting:
+        graph = waiting.pop()
+        inner.add(graph)
+        waiting.extend(g for n in graph for g in subgraphs(n))
+    for graph in inner:
+        read = [v for n in graph for v in n.inputs if v is not None] + list(graph.outputs)
+        yield from (v for v in read if v.graph not in inner)

@@ -1,0 +1,30 @@
+"""Packed weights: constants that are stored narrow and widened by nodes of the graph.
+
+A rewrite that folded such nodes would store the wide form again and undo what a user paid
+accuracy for, so every rewrite of constants asks `is_packed` first. Today packed means: a
+DequantizeLinear of constants.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from graphopt.operators import is_onnx
+
+
+def is_packed(value: ir.Value | None) -> bool:
+    """The value is the widened form of constants that are stored narrow."""
+    node = value.producer() if value is not None else None
+    if node is None or not is_onnx(node, "DequantizeLinear"):
+        return False
+    return all(v is None or is_constant(v) for v in node.inputs)
+
+
+def is_constant(value: ir.Value | None) -> bool:
+    """The value is an initializer that no caller can override, or the output of a Constant node."""
+    if value is None:
+        return False
+    node = value.producer()
+    if node is not None:
+        return is_onnx(node, "Constant")
+    return value.is_initializer() and not value.is_graph_input()

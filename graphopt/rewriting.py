@@ -1,0 +1,138 @@
+"""What rewrites of a graph have in common: constants, names, and rewiring that keeps outputs."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.operators import all_graphs, is_onnx
+from graphopt.packing import is_constant
+
+SMALL_ELEMENTS = 1024
+"""Constants up to this many elements are shape arithmetic and the like, and cheap to look at."""
+
+
+def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """The tensor of a constant, or None when the value is not one.
+
+    Initializers that are also inputs are not constant. Looks through a Constant node.
+    """
+    if value is None or not is_constant(value):
+        return None
+    node = value.producer()
+    if node is None:
+        return value.const_value
+    return node_tensor(node)
+
+
+def node_tensor(node: ir.Node) -> ir.TensorProtocol | None:
+    """The tensor that a Constant node holds, in whichever attribute, or None (sparse, by reference)."""
+    if not is_onnx(node, "Constant") or len(node.attributes) != 1:
+        return None
+    ((name, attribute),) = node.attributes.items()
+    if attribute.is_ref():
+        return None
+    if name == "value":
+        return attribute.as_tensor()
+    dtype = {"f": np.float32, "i": np.int64, "s": np.object_}.get(name.removeprefix("value_")[:1])
+    if not name.startswith("value_") or dtype is None:
+        return None
+    if dtype is np.object_:
+        content = attribute.value if name.endswith("s") else [attribute.value]
+        encoded = [s if isinstance(s, bytes) else s.encode() for s in content]
+        return ir.StringTensor(encoded, shape=ir.Shape([len(encoded)] if name.endswith("s") else []))
+    return ir.tensor(np.asarray(attribute.value, dtype))
+
+
+def small_array(value: ir.Value | None, limit: int = SMALL_ELEMENTS) -> np.ndarray | None:
+    """The array of a constant of at most `limit` elements, or None. Not to be modified."""
+    tensor = constant_tensor(value)
+    if tensor is None or tensor.size > limit:
+        return None
+    return tensor.numpy()
+
+
+def static_shape(value: ir.Value | None) -> tuple[int, ...] | None:
+    """The shape of a value where every dimension is known, else None."""
+    if value is None or value.shape is None or not value.shape.is_static():
+        return None
+    return tuple(int(d) for d in value.shape.numpy())
+
+
+class Names:
+    """Gives names that no value or node of the model has yet."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self._taken: set[str] = set()
+        for graph in all_graphs(model):
+            self._taken.update(v.name for v in graph.inputs if v.name)
+            self._taken.update(graph.initializers)
+            for node in graph:
+                self._taken.update(o.name for o in node.outputs if o.name)
+                if node.name:
+                    self._taken.add(node.name)
+
+    def new(self, hint: str) -> str:
+        """The hint itself, or the hint with a number."""
+        name, number = hint, 1
+        while name in self._taken:
+            name, number = f"{hint}_{number}", number + 1
+        self._taken.add(name)
+        return name
+
+
+def add_initializer(
+    graph: ir.Graph, array: np.ndarray | ir.TensorProtocol, name: str
+) -> ir.Value:
+    """A new initializer of the graph. The name must be new (see `Names`)."""
+    tensor = ir.tensor(array, name=name) if isinstance(array, np.ndarray) else array
+    value = ir.Value(
+        name=name,
+        type=ir.TensorType(tensor.dtype),
+        shape=ir.Shape(tensor.shape),
+        const_value=tensor,
+    )
+    graph.register_initializer(value)
+    return value
+
+
+def can_replace(old: ir.Value, new: ir.Value) -> bool:
+    """`replace_value` would succeed: no output of a graph would lose its name or its producer."""
+    if not old.is_graph_output():
+        return True
+    return (
+        new.producer() is not None
+        and new.graph is old.graph
+        and not new.is_graph_output()
+        and not new.is_graph_input()
+    )
+
+
+def replace_value(old: ir.Value, new: ir.Value) -> None:
+    """Let everything that reads `old` read `new`, in subgraphs too.
+
+    Where `old` is an output of its graph, `new` takes its place and its name. Ask `can_replace`
+    first. The node that made `old` stays, without readers; remove it.
+    """
+    old.replace_all_uses_with(new)
+    if not old.is_graph_output():
+        return
+    graph = old.graph
+    assert graph is not None and can_replace(old, new)
+    name = old.name
+    old.name = None
+    new.name, new.type, new.shape = name, old.type or new.type, old.shape or new.shape
+    for index, output in enumerate(graph.outputs):
+        if output is old:
+            graph.outputs[index] = new
+
+
+def only_reader(value: ir.Value) -> ir.Node | None:
+    """The node that alone reads the value; None when there are more, or the graph outputs it.
+
+    A reader inside a subgraph counts too, so compare `.graph` before merging with it.
+    """
+    uses = list(value.uses())
+    if len(uses) != 1 or value.is_graph_output():
+        return None
+    return uses[0].node

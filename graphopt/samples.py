@@ -1,0 +1,479 @@
+"""Samples: the user's own inputs, in every form, checked against the model before anything runs.
+
+A sample maps input names to arrays. Samples are read from disk one at a time, so memory does not
+grow with their number. They are split once, by content: the gate judges on samples that no pass
+ever sees.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.contract import Sample
+from graphopt.errors import SampleError, did_you_mean
+from graphopt.operators import is_onnx
+
+GATE_SHARE = 0.2
+GATE_MINIMUM = 4
+GATE_MAXIMUM = 64
+SHARED_BELOW = 8
+"""With fewer samples than this, all serve both for calibration and for the gate."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """What the model expects of one input.
+
+    Attributes:
+        name: of the input.
+        dtype: element type of the arrays; object for strings.
+        shape: dimensions; a name or None where any size goes; None when the rank is free.
+        required: False for an input with a default value.
+    """
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | str | None, ...] | None
+    required: bool = True
+
+    def __str__(self) -> str:
+        dims = "?" if self.shape is None else ", ".join("?" if d is None else str(d) for d in self.shape)
+        return f"{self.dtype}[{dims}]"
+
+
+def signature(model: ir.Model) -> tuple[Input, ...]:
+    """The inputs of the model, in order.
+
+    Raises:
+        SampleError: an input is a sequence, a map or optional: there is no form of sample for it.
+    """
+    return tuple(_input(value, model.graph) for value in model.graph.inputs)
+
+
+def _input(value: ir.Value, graph: ir.Graph) -> Input:
+    name = value.name or ""
+    if not isinstance(value.type, ir.TensorType):
+        raise SampleError(f"input {name!r} is a {value.type}, and samples can only hold tensors")
+    string = value.type.dtype == ir.DataType.STRING
+    dtype = np.dtype(object) if string else np.dtype(value.type.dtype.numpy())
+    dims = None
+    if value.shape is not None:
+        dims = tuple(d if isinstance(d, int) else d.value for d in value.shape)
+    return Input(name, dtype, dims, name not in graph.initializers)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples that can be iterated over again and again, each time read anew.
+
+    Attributes:
+        loaders: a function that reads a sample, for each sample.
+        digests: of each sample's content.
+        sequences: indices of samples that follow one another when state is carried; without state
+            every sample stands alone.
+        random: the samples were drawn at random.
+        keep: what must live as long as the samples (a folder of temporary files).
+    """
+
+    loaders: tuple[Callable[[], Sample], ...]
+    digests: tuple[str, ...]
+    sequences: tuple[tuple[int, ...], ...]
+    random: bool = False
+    keep: Any = field(default=None, repr=False, compare=False)
+
+    def __len__(self) -> int:
+        return len(self.loaders)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (load() for load in self.loaders)
+
+    def roll_outs(self) -> Iterator[Iterator[Sample]]:
+        """The sequences, each as an iterator over its samples."""
+        for sequence in self.sequences:
+            yield (self.loaders[i]() for i in sequence)
+
+    def select(self, sequences: Iterable[int]) -> Samples:
+        """The samples of these sequences."""
+        chosen = [self.sequences[s] for s in sequences]
+        order = [i for sequence in chosen for i in sequence]
+        place = {old: new for new, old in enumerate(order)}
+        return Samples(
+            tuple(self.loaders[i] for i in order),
+            tuple(self.digests[i] for i in order),
+            tuple(tuple(place[i] for i in sequence) for sequence in chosen),
+            self.random,
+            self.keep,
+        )
+
+    def first(self, count: int) -> Samples:
+        """At most so many samples from the front; a long sequence is cut."""
+        kept: list[tuple[int, ...]] = []
+        for sequence in self.sequences:
+            room = count - sum(map(len, kept))
+            if room > 0:
+                kept.append(sequence[:room])
+        cut = Samples(self.loaders, self.digests, tuple(kept), self.random, self.keep)
+        return cut.select(range(len(kept)))
+
+    def split(self, gate_count: int | None = None) -> tuple[Samples, Samples]:
+        """Samples for the passes, and samples for the gate, by content hash.
+
+        Args:
+            gate_count: how many for the gate; by default 20 %, at least 4 and at most 64. With
+                fewer than 8 samples all serve both, unless this says otherwise.
+        """
+        total = len(self.sequences)
+        if total < SHARED_BELOW and gate_count is None:
+            return self, self
+        count = min(GATE_MAXIMUM, max(GATE_MINIMUM, round(total * GATE_SHARE)))
+        count = min(total, gate_count if gate_count is not None else count)
+        order = sorted(range(total), key=lambda s: (self._sequence_digest(s), s))
+        gate, calibration = order[:count], sorted(order[count:])
+        if not calibration:
+            return self, self
+        return self.select(calibration), self.select(gate)
+
+    def _sequence_digest(self, sequence: int) -> str:
+        return "".join(self.digests[i] for i in self.sequences[sequence])
+
+
+def read_samples(
+    source: str | Path | Iterable[Sample],
+    inputs: Sequence[Input],
+    state: Sequence[tuple[str, str]] = (),
+) -> Samples:
+    """Samples from a folder, a file or an iterable, each checked against the model.
+
+    Args:
+        source: a folder of .npz files keyed by input name, read in the order of their names; an
+            .npz file with one sample, or with many along a leading axis; the same as .npy for a
+            model with one input; or an iterable of mappings. An iterable is read once and kept on
+            disk.
+        inputs: what the model expects; see `signature`.
+        state: pairs of output and input that carry state. All samples of a folder are then one
+            sequence, and each of its subfolders is one more.
+
+    Raises:
+        SampleError: there are none, they cannot be read, or one does not fit.
+    """
+    carried = {name for _, name in state}
+    if not isinstance(source, str | Path):
+        return _checked(_spool(source), inputs, carried, "the samples")
+    path = Path(source)
+    if not path.exists():
+        raise SampleError(f"there are no samples at {path}: no such file or folder")
+    keep = tempfile.TemporaryDirectory(prefix="graphopt-")
+    groups = [[path]] if path.is_file() else _folder(path, bool(state))
+    reads: list[list[tuple[str, Callable[[], Sample]]]] = [
+        [read for file in files for read in _read_file(file, inputs, Path(keep.name))]
+        for files in groups
+    ]
+    return _checked((reads, keep), inputs, carried, str(path))
+
+
+def _folder(path: Path, state: bool) -> list[list[Path]]:
+    """The files of each sequence."""
+    folders = [path, *sorted(p for p in path.iterdir() if p.is_dir())] if state else [path]
+    groups = [sorted(p for p in f.iterdir() if p.suffix in (".npz", ".npy")) for f in folders]
+    if not any(groups):
+        raise SampleError(f"the folder {path} has no .npz or .npy files")
+    return [g for g in groups if g]
+
+
+def _spool(source: Iterable[Sample]) -> tuple[list[list[tuple[str, Callable[[], Sample]]]], Any]:
+    keep = tempfile.TemporaryDirectory(prefix="graphopt-")
+    reads: list[tuple[str, Callable[[], Sample]]] = []
+    for index, sample in enumerate(source):
+        if not isinstance(sample, Mapping):
+            raise SampleError(
+                f"sample {index} is a {type(sample).__name__}; it must map input names to arrays"
+            )
+        arrays = {name: np.asarray(value) for name, value in sample.items()}
+        if any(a.dtype == object for a in arrays.values()):
+            reads.append((f"sample {index}", lambda arrays=arrays: arrays))  # type: ignore[misc]
+            continue
+        path = Path(keep.name) / f"{index}.npz"
+        np.savez(path, **arrays)  # type: ignore[arg-type]  # a name may be any string
+        reads.append((f"sample {index}", lambda path=path: _read_npz(path)))  # type: ignore[misc]
+    return [reads], keep
+
+
+def _checked(
+    opened: tuple[list[list[tuple[str, Callable[[], Sample]]]], Any],
+    inputs: Sequence[Input],
+    carried: set[str],
+    what: str,
+) -> Samples:
+    reads, keep = opened
+    flat = [read for group in reads for read in group]
+    if not flat:
+        raise SampleError(f"{what} are empty: no sample in them")
+    digests = []
+    for where, load in flat:
+        sample = load()
+        check_sample(sample, inputs, where, carried)
+        digests.append(digest(sample))
+    sequences: list[tuple[int, ...]] = [(i,) for i in range(len(flat))]
+    if carried:
+        starts = np.cumsum([0] + [len(g) for g in reads])
+        sequences = [tuple(range(a, b)) for a, b in zip(starts, starts[1:], strict=False)]
+    return Samples(tuple(load for _, load in flat), tuple(digests), tuple(sequences), keep=keep)
+
+
+def digest(sample: Sample) -> str:
+    """A hash of a sample's names, types, shapes and values."""
+    state = hashlib.sha256()
+    for name in sorted(sample):
+        array = np.ascontiguousarray(sample[name])
+        state.update(f"{name}\0{array.dtype}\0{array.shape}\0".encode())
+        state.update(repr(array.tolist()).encode() if array.dtype == object else array.data.cast("B")
+                     if array.size else b"")
+    return state.hexdigest()
+
+
+def check_sample(sample: Sample, inputs: Sequence[Input], where: str, carried: set[str]) -> None:
+    """Raise SampleError when a sample does not fit the inputs of the model.
+
+    Args:
+        sample: the sample.
+        inputs: what the model expects.
+        where: what to call the sample in the message.
+        carried: inputs that carry state; they may be missing.
+    """
+    known = {i.name: i for i in inputs}
+    for name in sample:
+        if name not in known:
+            raise SampleError(f"{where}: the model has no input {name!r}{did_you_mean(name, known)}")
+    sizes: dict[str, tuple[int, str]] = {}
+    for expected in inputs:
+        array = sample.get(expected.name)
+        if array is not None:
+            _check_array(array, expected, where, sizes)
+        elif expected.required and expected.name not in carried:
+            raise SampleError(f"{where}: input {expected.name!r} ({expected}) is missing")
+
+
+def _check_array(
+    array: np.ndarray, expected: Input, where: str, sizes: dict[str, tuple[int, str]]
+) -> None:
+    given = f"{array.dtype}[{', '.join(map(str, array.shape))}]"
+    text = expected.dtype == object and array.dtype.kind in "US"
+    if array.dtype != expected.dtype and not text:
+        raise SampleError(
+            f"{where}: input {expected.name!r} is {given}; the model expects {expected}: "
+            f"wrong element type"
+        )
+    if expected.shape is None:
+        return
+    if array.ndim != len(expected.shape):
+        raise SampleError(
+            f"{where}: input {expected.name!r} is {given}; the model expects {expected}: wrong rank"
+        )
+    for size, dim in zip(array.shape, expected.shape, strict=True):
+        if isinstance(dim, int) and dim != size:
+            raise SampleError(
+                f"{where}: input {expected.name!r} is {given}; the model expects {expected}: "
+                f"wrong shape"
+            )
+        if isinstance(dim, str) and sizes.setdefault(dim, (size, expected.name))[0] != size:
+            raise SampleError(
+                f"{where}: dimension {dim!r} is {size} in input {expected.name!r} but "
+                f"{sizes[dim][0]} in input {sizes[dim][1]!r}"
+            )
+
+
+# ------------------------------------------------------------------ files
+
+
+def _read_file(
+    path: Path, inputs: Sequence[Input], scratch: Path
+) -> list[tuple[str, Callable[[], Sample]]]:
+    """A name and a reader for each sample in the file."""
+    if path.suffix == ".npy":
+        return _read_npy_file(path, inputs)
+    ranks = {i.name: len(i.shape) for i in inputs if i.shape is not None}
+    shapes = _npz_shapes(path)
+    stacked = bool(shapes) and all(
+        name in ranks and len(shape) == ranks[name] + 1 for name, shape in shapes.items()
+    )
+    if not stacked:
+        return [(str(path), lambda: _read_npz(path))]
+    counts = {shape[0] for shape in shapes.values()}
+    if len(counts) != 1:
+        raise SampleError(f"{path}: the arrays have different numbers of samples: {sorted(counts)}")
+    arrays = {name: _unzip(path, name, scratch) for name in shapes}
+    return [
+        (f"{path}, sample {i}", lambda i=i: {n: np.asarray(a[i]) for n, a in arrays.items()})  # type: ignore[misc]
+        for i in range(counts.pop())
+    ]
+
+
+def _read_npy_file(path: Path, inputs: Sequence[Input]) -> list[tuple[str, Callable[[], Sample]]]:
+    required = [i for i in inputs if i.required]
+    if len(required) != 1:
+        raise SampleError(
+            f"{path}: an .npy file serves a model with one input; this one has "
+            f"{', '.join(i.name for i in required)}: use .npz keyed by input name"
+        )
+    (only,) = required
+    array = _load_npy(path)
+    if only.shape is None or array.ndim != len(only.shape) + 1:
+        return [(str(path), lambda: {only.name: np.asarray(_load_npy(path))})]
+    return [
+        (f"{path}, sample {i}", lambda i=i: {only.name: np.asarray(array[i])})  # type: ignore[misc]
+        for i in range(len(array))
+    ]
+
+
+def _load_npy(path: Path) -> np.ndarray:
+    try:
+        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise _unreadable(path, error) from None
+    return array
+
+
+def _read_npz(path: Path) -> Sample:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+        raise _unreadable(path, error) from None
+
+
+def _npz_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the arrays in an .npz file, from their headers alone."""
+    shapes = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.namelist():
+                with archive.open(member) as stream:
+                    version = np.lib.format.read_magic(stream)
+                    read = (
+                        np.lib.format.read_array_header_1_0
+                        if version == (1, 0)
+                        else np.lib.format.read_array_header_2_0
+                    )
+                    shape, _, dtype = read(stream)
+                if dtype.hasobject:
+                    raise SampleError(f"{path}: array {member!r} holds Python objects; save numbers")
+                shapes[member.removesuffix(".npy")] = shape
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise _unreadable(path, error) from None
+    return shapes
+
+
+def _unzip(path: Path, name: str, scratch: Path) -> np.ndarray:
+    """An array of an .npz file, mapped from a copy on disk."""
+    folder = scratch / hashlib.sha256(f"{path}\0{name}".encode()).hexdigest()[:16]
+    with zipfile.ZipFile(path) as archive:
+        return _load_npy(Path(archive.extract(f"{name}.npy", folder)))
+
+
+def _unreadable(path: Path, error: Exception) -> SampleError:
+    if "pickle" in str(error) or "Object arrays" in str(error):
+        return SampleError(f"{path}: holds Python objects; save arrays of numbers")
+    return SampleError(f"{path}: cannot be read as {path.suffix} ({error})")
+
+
+# ------------------------------------------------------------------ random samples
+
+_KEEPS_INDICES = frozenset(
+    {"Cast", "Concat", "Expand", "Flatten", "Identity", "Reshape", "Slice", "Squeeze", "Transpose",
+     "Unsqueeze"}
+)  # fmt: skip
+_SIZES = (2, 3, 1, 4, 8, 16, 32, 64, 5, 128, 6, 7)
+
+
+def random_samples(
+    model: ir.Model,
+    count: int,
+    accepts: Callable[[Sample], bool] = lambda _: True,
+    seed: int = 0,
+) -> list[Sample]:
+    """Samples drawn from the signature of the model.
+
+    Floats are standard normal, 8-bit integers cover their range, wider ones stay below the size of
+    the table that they index (Gather, OneHot), or are 0 or 1 where none is found. Dimensions with
+    the same name have the same size, which differs between samples.
+
+    Args:
+        model: the model.
+        count: how many.
+        accepts: tells whether the model runs on a sample; other sizes are tried until it does.
+        seed: of the generator.
+
+    Raises:
+        SampleError: the model accepts none of the sizes that were tried.
+    """
+    inputs = [i for i in signature(model) if i.required]
+    limits = {v.name: _index_limit(v) for v in model.graph.inputs if v.name is not None}
+    samples = []
+    for index in range(count):
+        generator = np.random.default_rng((seed, index))
+        for attempt in range(len(_SIZES)):
+            size = _SIZES[(index + attempt) % len(_SIZES)]
+            sample = {i.name: _draw(i, size, limits[i.name], generator) for i in inputs}
+            if accepts(sample):
+                samples.append(sample)
+                break
+        else:
+            raise SampleError(
+                "the model runs on none of the random samples that were tried; give real ones "
+                f"({', '.join(f'{i.name}: {i}' for i in inputs)})"
+            )
+    return samples
+
+
+def _draw(expected: Input, size: int, limit: int | None, generator: np.random.Generator) -> np.ndarray:
+    shape = tuple(d if isinstance(d, int) else size for d in expected.shape or ())
+    dtype = expected.dtype
+    if dtype == object:
+        return generator.integers(0, 100, shape).astype(str).astype(object)
+    if dtype == bool:
+        return generator.integers(0, 2, shape).astype(bool)
+    if dtype.kind in "iu":
+        narrow = np.iinfo(dtype) if dtype.itemsize == 1 and limit is None else None
+        low, high = (narrow.min, narrow.max) if narrow else (0, (limit or 2) - 1)
+        return generator.integers(low, high, shape, endpoint=True).astype(dtype)
+    if dtype.kind == "c":
+        return (generator.standard_normal(shape) + 1j * generator.standard_normal(shape)).astype(dtype)
+    return generator.standard_normal(shape).astype(dtype)
+
+
+def _index_limit(value: ir.Value) -> int | None:
+    """The size of the smallest table that the value's elements index, if it can be told."""
+    limits = []
+    seen = {value}
+    waiting = [value]
+    while waiting:
+        for use in waiting.pop().uses():
+            node, place = use.node, use.idx
+            if node.op_type in _KEEPS_INDICES:
+                waiting += [o for o in node.outputs if o not in seen]
+                seen.update(node.outputs)
+            elif place == 1 and is_onnx(node, "Gather", "GatherElements", "ScatterElements"):
+                limits.append(_dimension(node.inputs[0], node.attributes.get_int("axis", 0)))
+            elif place == 1 and is_onnx(node, "GatherND", "ScatterND"):
+                limits.append(_dimension(node.inputs[0], 0))
+            elif place == 0 and is_onnx(node, "OneHot") and node.inputs[1] is not None:
+                depth = node.inputs[1].const_value
+                limits.append(int(depth.numpy().reshape(())) if depth is not None else None)
+    return min((limit for limit in limits if limit), default=None)
+
+
+def _dimension(table: ir.Value | None, axis: int) -> int | None:
+    shape = table.shape if table is not None else None
+    if shape is None or not -len(shape) <= axis < len(shape):
+        return None
+    size = shape[axis]
+    return size if isinstance(size, int) else None

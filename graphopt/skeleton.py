@@ -1,0 +1,140 @@
+"""The model without its weights, for the C++ tools of onnx: checker and shape inference.
+
+Those tools take one serialized proto of at most 2 GiB and copy it several times. They never need
+the values of large tensors, so they get a skeleton: large initializers of the main graph become
+typed inputs. Its size, and the time to make it, do not depend on the size of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import onnx
+import onnx_ir as ir
+
+LARGE_BYTES = 1024
+"""Tensors above this size are left out of a skeleton; shape arithmetic is far smaller."""
+
+STUB = "graphopt-stub"
+"""Location of the external data of a stub. No such file exists."""
+
+INFERRED = "graphopt.inferred"
+"""Key in `Value.meta`: type and shape come from `infer_shapes`, not from the file."""
+
+
+@contextmanager
+def _stubs(model: ir.Model, tensors: dict[str, ir.TensorProtocol]) -> Iterator[None]:
+    values = {n: v for n, v in model.graph.initializers.items() if n in tensors}
+    try:
+        for name, value in values.items():
+            tensor = tensors[name]
+            value.const_value = ir.ExternalTensor(
+                STUB, 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape), name=name
+            )
+        yield
+    finally:
+        for name, value in values.items():
+            value.const_value = tensors[name]
+
+
+def stubbed(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, ir.TensorProtocol]]:
+    """The model as a proto whose large initializers are stubs, and the tensors left out, by name.
+
+    A stub is an external tensor at the location `STUB` with the true element type and dimensions.
+    Initializers of subgraphs and tensors in attributes stay in the proto.
+    """
+    tensors = {
+        name: value.const_value
+        for name, value in model.graph.initializers.items()
+        if value.const_value is not None
+        and value.const_value.nbytes > LARGE_BYTES
+        and value.const_value.dtype != ir.DataType.STRING
+    }
+    with _stubs(model, tensors):
+        return ir.to_proto(model), tensors
+
+
+def without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy whose large or external initializers of the main graph are inputs instead."""
+    light = onnx.ModelProto()
+    for field, content in proto.ListFields():
+        if field.name != "graph":
+            _copy_field(light, field, content)
+    for field, content in proto.graph.ListFields():
+        if field.name != "initializer":
+            _copy_field(light.graph, field, content)
+    inputs = {i.name for i in proto.graph.input}
+    for tensor in proto.graph.initializer:
+        if tensor.data_location != onnx.TensorProto.EXTERNAL and tensor.ByteSize() <= LARGE_BYTES:
+            light.graph.initializer.add().CopyFrom(tensor)
+        elif tensor.name not in inputs:
+            light.graph.input.append(
+                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            )
+    return light
+
+
+def _copy_field(message: onnx.ModelProto | onnx.GraphProto, field: object, content: object) -> None:
+    name = field.name  # type: ignore[attr-defined]  # protobuf's descriptors are not typed
+    target = getattr(message, name)
+    if hasattr(target, "extend"):
+        target.extend(content)
+    elif hasattr(target, "CopyFrom"):
+        target.CopyFrom(content)
+    else:
+        setattr(message, name, content)
+
+
+def skeleton(model: ir.Model) -> onnx.ModelProto:
+    """The model without its weights; see the head of this file."""
+    return without_weights(stubbed(model)[0])
+
+
+def why_invalid(model: ir.Model | onnx.ModelProto) -> str | None:
+    """What the onnx checker has against the model, in its words; None when it accepts it."""
+    light = without_weights(model) if isinstance(model, onnx.ModelProto) else skeleton(model)
+    try:
+        onnx.checker.check_model(light)
+    except (onnx.checker.ValidationError, ValueError) as error:
+        return str(error).strip()
+    return None
+
+
+def infer_shapes(model: ir.Model) -> None:
+    """Fill in types and shapes of values where the model does not state them.
+
+    What the model states is kept. Values that had neither are marked with `INFERRED`, so that
+    saving does not write what can be inferred again. Values that onnx cannot infer stay unknown.
+    """
+    inferred = onnx.shape_inference.infer_shapes(skeleton(model), data_prop=True)
+    _take_shapes(model.graph, inferred.graph)
+
+
+def _take_shapes(graph: ir.Graph, proto: onnx.GraphProto) -> None:
+    infos = {info.name: info for info in (*proto.value_info, *proto.output)}
+    for node, node_proto in zip(graph, proto.node, strict=True):
+        for value in node.outputs:
+            if value.name in infos:
+                _take_shape(value, infos[value.name].type)
+        for attribute in node_proto.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                _take_shapes(node.attributes[attribute.name].as_graph(), attribute.g)
+
+
+def _take_shape(value: ir.Value, proto: onnx.TypeProto) -> None:
+    found_type = ir.serde.deserialize_type_proto_for_type(proto)
+    found_shape = ir.serde.deserialize_type_proto_for_shape(proto)
+    if value.type is None and value.shape is None:
+        value.meta[INFERRED] = True
+    if value.type is None:
+        value.type = found_type
+    if found_shape is None:
+        return
+    if value.shape is None:
+        value.shape = found_shape
+    elif len(value.shape) == len(found_shape) and not value.is_graph_output():
+        value.shape = ir.Shape(
+            [f if isinstance(f, int) and not isinstance(v, int) else v
+             for v, f in zip(value.shape, found_shape, strict=True)]
+        )

@@ -1,0 +1,1 @@
+"""Passes that merge nodes into fewer, by algebra on their constants."""

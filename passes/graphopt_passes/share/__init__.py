@@ -1,0 +1,1 @@
+"""Passes that store or compute once what a graph has several times."""
