@@ -1,1 +1,45 @@
-"""graphopt: optimize exported ONNX models, with proof."""
+"""graphopt: optimize exported ONNX models, with proof.
+
+One call takes a model and samples and gives back a smaller, faster model, with what every pass did
+to the numerics, the bytes and the latency::
+
+    run = graphopt.optimize("model.onnx", samples="samples/")
+    run.save("model.optimized.onnx")
+"""
+
+from __future__ import annotations
+
+from graphopt.api import Validation, benchmark, inspect, optimize, validate
+from graphopt.contract import Change, Context, Effect, Pass
+from graphopt.errors import (
+    CheckFailed,
+    GraphoptError,
+    ModelError,
+    RuntimeUnavailable,
+    SampleError,
+    SpecError,
+)
+from graphopt.ledger import Run, Step
+from graphopt.model_io import load, save
+
+__all__ = [
+    "Change",
+    "CheckFailed",
+    "Context",
+    "Effect",
+    "GraphoptError",
+    "ModelError",
+    "Pass",
+    "Run",
+    "RuntimeUnavailable",
+    "SampleError",
+    "SpecError",
+    "Step",
+    "Validation",
+    "benchmark",
+    "inspect",
+    "load",
+    "optimize",
+    "save",
+    "validate",
+]

@@ -7,8 +7,9 @@ onnxruntime changes numerics itself.
 
 from __future__ import annotations
 
+import ctypes
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import onnx
 import onnx_ir as ir
 
 from graphopt.errors import ModelError, RuntimeUnavailable, SampleError
+from graphopt.rewriting import constant_tensor
 from graphopt.skeleton import stubbed
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -38,6 +40,24 @@ _SHARED_DTYPES = frozenset(
         ir.DataType.BOOL,
     }
 )
+
+"""Element types of which onnxruntime takes numpy's memory as it is."""
+
+_NARROW_DTYPES = frozenset(
+    {
+        ir.DataType.BFLOAT16,
+        ir.DataType.FLOAT8E4M3FN,
+        ir.DataType.FLOAT8E4M3FNUZ,
+        ir.DataType.FLOAT8E5M2,
+        ir.DataType.FLOAT8E5M2FNUZ,
+        ir.DataType.FLOAT4E2M1,
+        ir.DataType.INT4,
+        ir.DataType.UINT4,
+        ir.DataType.INT2,
+        ir.DataType.UINT2,
+    }
+)
+"""Element types that numpy knows through ml_dtypes only; onnxruntime does not exchange them."""
 
 
 class Reference(Enum):
@@ -118,12 +138,23 @@ class Session:
             options.intra_op_num_threads = 1
         elif threads is not None:
             options.intra_op_num_threads = threads
+        # Without it the threads of a session spin on after a run, and slow down the next session.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        self.provider = provider
         self._kept: list[Any] = []
         source = str(model) if isinstance(model, Path) else self._share_weights(model, options)
         try:
             self.inner = ort.InferenceSession(source, options, providers=[PROVIDERS[provider]])
         except Exception as error:  # onnxruntime raises a dozen unrelated classes
             raise ModelError(_reason(error)) from error
+        if PROVIDERS[provider] not in self.inner.get_providers():
+            raise RuntimeUnavailable(
+                f"provider {provider!r} does not start here (onnxruntime fell back to the CPU); "
+                "check the driver and the CUDA and cuDNN libraries"
+            )
+        narrow = {i.name: _narrow_dtype(i.type) for i in self.inner.get_inputs()}
+        self._narrow_inputs = {name: dtype for name, dtype in narrow.items() if dtype is not None}
+        self._narrow_outputs = any(_narrow_dtype(o.type) for o in self.inner.get_outputs())
         self.inputs: list[str] = [i.name for i in self.inner.get_inputs()]
         self.outputs: list[str] = [o.name for o in self.inner.get_outputs()]
 
@@ -136,8 +167,9 @@ class Session:
                 continue
             tensor = tensors[stub.name]
             if tensor.dtype not in _SHARED_DTYPES:
-                stub.CopyFrom(ir.to_proto(tensor))
-                stub.name = tensor.name or stub.name
+                stub.ClearField("external_data")
+                stub.ClearField("data_location")
+                stub.raw_data = tensor.tobytes()
                 continue
             array = np.ascontiguousarray(tensor.numpy())
             names.append(stub.name)
@@ -149,15 +181,130 @@ class Session:
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """All outputs by name; a sequence or map becomes one entry per element, `name[key]`.
 
+        Args:
+            feeds: an array for each input. Bytes without a type (numpy's void, as which an .npy
+                file gives back bfloat16 and the like) are taken to be of the input's type.
+
         Raises:
             SampleError: onnxruntime cannot run the model on these inputs.
         """
         try:
-            results = self.inner.run(None, dict(feeds))
+            results = self._run(self._typed(feeds))
         except Exception as error:  # as above
             raise SampleError(_reason(error)) from error
         named = zip(self.outputs, results, strict=True)
         return {key: array for name, result in named for key, array in _arrays(name, result)}
+
+    def _run(self, feeds: Mapping[str, np.ndarray]) -> list[Any]:
+        if self._exchanges_numpy(feeds):
+            results: list[Any] = self.inner.run(None, _with_text(feeds))
+            return results
+        values = self.inner.run_with_ort_values(None, _ort_values(feeds, "cpu"))
+        return [_from_ort_value(value) for value in values]
+
+    def _typed(self, feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        if not self._narrow_inputs:
+            return feeds
+        typed = dict(feeds)
+        for name, dtype in self._narrow_inputs.items():
+            if name in typed and typed[name].dtype.type is np.void:
+                typed[name] = typed[name].view(dtype.numpy())
+        return typed
+
+    def _exchanges_numpy(self, feeds: Mapping[str, np.ndarray]) -> bool:
+        return not self._narrow_outputs and not any(_is_narrow(array) for array in feeds.values())
+
+    def bind(self, feeds: Mapping[str, np.ndarray]) -> Callable[[], None]:
+        """A function that runs the model on these inputs, for timing.
+
+        On CUDA the inputs are copied to the device here and the outputs stay there, so that the
+        function times the model and not the bus; it returns when the device is done. On the CPU it
+        is a plain run. Call it once before timing: it raises what onnxruntime raises.
+
+        Args:
+            feeds: as for `run`.
+        """
+        feeds = self._typed(feeds)
+        if self.provider == "cuda":
+            return self._bind_to_device(feeds)
+        if self._exchanges_numpy(feeds):
+            run, arguments = self.inner.run, _with_text(feeds)
+        else:
+            run, arguments = self.inner.run_with_ort_values, _ort_values(feeds, "cpu")
+
+        def run_here() -> None:
+            run(None, arguments)
+
+        return run_here
+
+    def _bind_to_device(self, feeds: Mapping[str, np.ndarray]) -> Callable[[], None]:
+        binding = self.inner.io_binding()
+        text = {name: a for name, a in _with_text(feeds).items() if a.dtype.kind in "OU"}
+        for name, array in text.items():
+            binding.bind_cpu_input(name, array)
+        numbers = {name: array for name, array in feeds.items() if name not in text}
+        for name, value in _ort_values(numbers, "cuda").items():
+            binding.bind_ortvalue_input(name, value)
+        for output in self.inner.get_outputs():
+            on_device = output.type.startswith("tensor(") and output.type != "tensor(string)"
+            binding.bind_output(output.name, "cuda" if on_device else "cpu")
+
+        def run_there() -> None:
+            self.inner.run_with_iobinding(binding)
+            binding.synchronize_outputs()
+
+        return run_there
+
+
+def _narrow_dtype(ort_type: str) -> ir.DataType | None:
+    """The element type of a tensor that numpy does not know, from onnxruntime's `tensor(x)`."""
+    word = ort_type.removeprefix("tensor(").removesuffix(")").upper()
+    dtype = ir.DataType[word] if word in ir.DataType.__members__ else None
+    return dtype if dtype in _NARROW_DTYPES else None
+
+
+def _is_narrow(array: np.ndarray) -> bool:
+    if not isinstance(array, np.ndarray) or array.dtype.kind in "OSU":
+        return False
+    return ir.DataType.from_numpy(array.dtype) in _NARROW_DTYPES
+
+
+def _with_text(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays, with bytes decoded: onnxruntime would take the `repr` of them for the text."""
+    return {name: _decoded(array) for name, array in feeds.items()}
+
+
+def _decoded(array: np.ndarray) -> np.ndarray:
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "OS":
+        return array
+    text = [x.decode() if isinstance(x, bytes) else x for x in array.reshape(-1).tolist()]
+    decoded = np.empty(len(text), object)
+    decoded[:] = text
+    return decoded.reshape(array.shape)
+
+
+def _ort_values(feeds: Mapping[str, np.ndarray], device: str) -> dict[str, Any]:
+    make = _onnxruntime().OrtValue
+    values = {}
+    for name, array in feeds.items():
+        if _is_narrow(array):
+            raw = np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
+            dtype = ir.DataType.from_numpy(array.dtype)
+            values[name] = make.ortvalue_from_numpy_with_onnx_type(raw, dtype.value)
+        else:
+            values[name] = make.ortvalue_from_numpy(np.ascontiguousarray(array), device, 0)
+    return values
+
+
+def _from_ort_value(value: Any) -> np.ndarray | None:
+    if not value.has_value():
+        return None
+    dtype = _narrow_dtype(value.data_type())
+    if dtype is None:
+        return np.asarray(value.numpy())
+    raw = ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes())
+    proto = onnx.TensorProto(data_type=dtype.value, dims=value.shape(), raw_data=raw)
+    return ir.TensorProtoTensor(proto).numpy()
 
 
 def _arrays(name: str, result: Any) -> Iterator[tuple[str, np.ndarray]]:
@@ -172,11 +319,16 @@ def _arrays(name: str, result: Any) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _reason(error: Exception) -> str:
-    """onnxruntime's message without its error code and source location."""
+    """The message of onnxruntime without its error code and source location."""
     text = str(error).replace("\n", " ").strip()
     marker = text.find(" : ", text.find("[ONNXRuntimeError]"))
     parts = text.split(" : ", 3)
     return parts[3] if marker >= 0 and len(parts) == 4 else text
+
+
+def _inline_proto(tensor: ir.TensorProtocol, name: str) -> onnx.TensorProto:
+    dims, raw = tensor.shape.numpy(), tensor.tobytes()
+    return onnx.TensorProto(name=name, data_type=tensor.dtype.value, dims=dims, raw_data=raw)
 
 
 def evaluate(
@@ -201,9 +353,13 @@ def evaluate(
     graph = onnx.GraphProto(name="constants")
     feeds = {}
     for key, value in constants.items():
-        tensor = value.const_value
+        tensor = constant_tensor(value)
         assert tensor is not None, f"{value.name} is not a constant"
-        info = onnx.helper.make_tensor_value_info(names[key], tensor.dtype.value, tensor.shape)
+        if tensor.dtype in _NARROW_DTYPES:
+            graph.initializer.append(_inline_proto(tensor, names[key]))
+            continue
+        dims = tensor.shape.numpy()
+        info = onnx.helper.make_tensor_value_info(names[key], tensor.dtype.value, dims)
         graph.input.append(info)
         feeds[names[key]] = tensor.numpy()
     for node in nodes:

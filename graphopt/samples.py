@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,12 @@ GATE_MINIMUM = 4
 GATE_MAXIMUM = 64
 SHARED_BELOW = 8
 """With fewer samples than this, all serve both for calibration and for the gate."""
+
+_REGISTERED_DTYPE = 2
+"""`dtype.isbuiltin` of the types that numpy itself does not know: those of ml_dtypes."""
+
+_UNREADABLE = (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+"""What numpy, zipfile and zlib raise on a file that is damaged or is something else."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,9 @@ class Input:
     required: bool = True
 
     def __str__(self) -> str:
-        dims = "?" if self.shape is None else ", ".join("?" if d is None else str(d) for d in self.shape)
+        if self.shape is None:
+            return f"{self.dtype}[?]"
+        dims = ", ".join("?" if d is None else str(d) for d in self.shape)
         return f"{self.dtype}[{dims}]"
 
 
@@ -94,7 +104,9 @@ class Samples:
         return len(self.loaders)
 
     def __iter__(self) -> Iterator[Sample]:
-        return (load() for load in self.loaders)
+        # Not a generator expression: that would not keep this object, and its files, alive.
+        for load in self.loaders:
+            yield load()
 
     def roll_outs(self) -> Iterator[Iterator[Sample]]:
         """The sequences, each as an iterator over its samples."""
@@ -129,15 +141,23 @@ class Samples:
 
         Args:
             gate_count: how many for the gate; by default 20 %, at least 4 and at most 64. With
-                fewer than 8 samples all serve both, unless this says otherwise.
+                fewer than 8 samples all serve both, unless this says otherwise. A sample that
+                equals a gate sample is given to nobody else.
+
+        Raises:
+            SampleError: fewer than one for the gate were asked for.
         """
+        if gate_count is not None and gate_count < 1:
+            raise SampleError(f"{gate_count} samples for the gate; it needs at least 1")
         total = len(self.sequences)
         if total < SHARED_BELOW and gate_count is None:
             return self, self
         count = min(GATE_MAXIMUM, max(GATE_MINIMUM, round(total * GATE_SHARE)))
         count = min(total, gate_count if gate_count is not None else count)
         order = sorted(range(total), key=lambda s: (self._sequence_digest(s), s))
-        gate, calibration = order[:count], sorted(order[count:])
+        gate = order[:count]
+        seen = {self._sequence_digest(s) for s in gate}
+        calibration = sorted(s for s in order[count:] if self._sequence_digest(s) not in seen)
         if not calibration:
             return self, self
         return self.select(calibration), self.select(gate)
@@ -199,12 +219,45 @@ def _spool(source: Iterable[Sample]) -> tuple[list[list[tuple[str, Callable[[], 
             )
         arrays = {name: np.asarray(value) for name, value in sample.items()}
         if any(a.dtype == object for a in arrays.values()):
+            # A copy: the caller may fill the same arrays again for the next sample.
+            arrays = {name: array.copy() for name, array in arrays.items()}
             reads.append((f"sample {index}", lambda arrays=arrays: arrays))  # type: ignore[misc]
             continue
         path = Path(keep.name) / f"{index}.npz"
-        np.savez(path, **arrays)  # type: ignore[arg-type]  # a name may be any string
-        reads.append((f"sample {index}", lambda path=path: _read_npz(path)))  # type: ignore[misc]
+        write_npz(path, arrays)
+        reads.append((f"sample {index}", lambda path=path: read_npz(path)))  # type: ignore[misc]
     return [reads], keep
+
+
+def write_npz(path: Path, sample: Sample) -> None:
+    """Write a sample to an .npz file.
+
+    Unlike `numpy.savez` it takes every input name, and bfloat16 and the like, whose bytes it keeps
+    (`read_samples` gives them their type back, which it knows from the model).
+
+    Raises:
+        ValueError: an array holds Python objects.
+    """
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, array in sample.items():
+            raw = array.dtype.isbuiltin == _REGISTERED_DTYPE
+            plain = np.ascontiguousarray(array).view(f"V{array.itemsize}") if raw else array
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as stream:
+                np.lib.format.write_array(stream, plain.reshape(array.shape), allow_pickle=False)
+
+
+def _typed(load: Callable[[], Sample], inputs: Sequence[Input]) -> Callable[[], Sample]:
+    """The reader, with bytes of no known type seen as what the model expects."""
+    narrow = {i.name: i.dtype for i in inputs if i.dtype.isbuiltin == _REGISTERED_DTYPE}
+    if not narrow:
+        return load
+
+    def see(name: str, array: np.ndarray) -> np.ndarray:
+        dtype = narrow.get(name, array.dtype)
+        raw = array.dtype.type is np.void and array.dtype.itemsize == dtype.itemsize
+        return np.ascontiguousarray(array).view(dtype).reshape(array.shape) if raw else array
+
+    return lambda: {name: see(name, array) for name, array in load().items()}
 
 
 def _checked(
@@ -214,7 +267,7 @@ def _checked(
     what: str,
 ) -> Samples:
     reads, keep = opened
-    flat = [read for group in reads for read in group]
+    flat = [(where, _typed(load, inputs)) for group in reads for where, load in group]
     if not flat:
         raise SampleError(f"{what} are empty: no sample in them")
     digests = []
@@ -225,7 +278,7 @@ def _checked(
     sequences: list[tuple[int, ...]] = [(i,) for i in range(len(flat))]
     if carried:
         starts = np.cumsum([0] + [len(g) for g in reads])
-        sequences = [tuple(range(a, b)) for a, b in zip(starts, starts[1:], strict=False)]
+        sequences = [tuple(range(a, b)) for a, b in pairwise(starts)]
     return Samples(tuple(load for _, load in flat), tuple(digests), tuple(sequences), keep=keep)
 
 
@@ -235,8 +288,10 @@ def digest(sample: Sample) -> str:
     for name in sorted(sample):
         array = np.ascontiguousarray(sample[name])
         state.update(f"{name}\0{array.dtype}\0{array.shape}\0".encode())
-        state.update(repr(array.tolist()).encode() if array.dtype == object else array.data.cast("B")
-                     if array.size else b"")
+        if array.dtype == object:
+            state.update(repr(array.tolist()).encode())
+        elif array.size:
+            state.update(array.reshape(-1).view(np.uint8).data)
     return state.hexdigest()
 
 
@@ -252,7 +307,8 @@ def check_sample(sample: Sample, inputs: Sequence[Input], where: str, carried: s
     known = {i.name: i for i in inputs}
     for name in sample:
         if name not in known:
-            raise SampleError(f"{where}: the model has no input {name!r}{did_you_mean(name, known)}")
+            near = did_you_mean(name, known)
+            raise SampleError(f"{where}: the model has no input {name!r}{near}")
     sizes: dict[str, tuple[int, str]] = {}
     for expected in inputs:
         array = sample.get(expected.name)
@@ -306,13 +362,13 @@ def _read_file(
         name in ranks and len(shape) == ranks[name] + 1 for name, shape in shapes.items()
     )
     if not stacked:
-        return [(str(path), lambda: _read_npz(path))]
+        return [(str(path), lambda: read_npz(path))]
     counts = {shape[0] for shape in shapes.values()}
     if len(counts) != 1:
         raise SampleError(f"{path}: the arrays have different numbers of samples: {sorted(counts)}")
-    arrays = {name: _unzip(path, name, scratch) for name in shapes}
+    files = {name: _unzip(path, name, scratch) for name in shapes}
     return [
-        (f"{path}, sample {i}", lambda i=i: {n: np.asarray(a[i]) for n, a in arrays.items()})  # type: ignore[misc]
+        (f"{path}, sample {i}", lambda i=i: {n: _row(f, i) for n, f in files.items()})  # type: ignore[misc]
         for i in range(counts.pop())
     ]
 
@@ -327,26 +383,43 @@ def _read_npy_file(path: Path, inputs: Sequence[Input]) -> list[tuple[str, Calla
     (only,) = required
     array = _load_npy(path)
     if only.shape is None or array.ndim != len(only.shape) + 1:
-        return [(str(path), lambda: {only.name: np.asarray(_load_npy(path))})]
+        return [(str(path), lambda: {only.name: np.array(_load_npy(path))})]
     return [
-        (f"{path}, sample {i}", lambda i=i: {only.name: np.asarray(array[i])})  # type: ignore[misc]
+        (f"{path}, sample {i}", lambda i=i: {only.name: _row(path, i)})  # type: ignore[misc]
         for i in range(len(array))
     ]
 
 
 def _load_npy(path: Path) -> np.ndarray:
     try:
-        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except _UNREADABLE as error:
         raise _unreadable(path, error) from None
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise SampleError(f"{path}: is an .npz archive; rename it to .npz")
     return array
 
 
-def _read_npz(path: Path) -> Sample:
+def _row(path: Path, index: int) -> np.ndarray:
+    """One sample of a stacked .npy file.
+
+    The file is mapped anew each time: pages of a map that stays open would count as memory in use
+    and add up to the whole file.
+    """
+    return np.array(_load_npy(path)[index])
+
+
+def read_npz(path: Path) -> Sample:
+    """The arrays of an .npz file by name.
+
+    Raises:
+        SampleError: the file cannot be read, or holds Python objects.
+    """
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+    except _UNREADABLE as error:
         raise _unreadable(path, error) from None
 
 
@@ -365,18 +438,21 @@ def _npz_shapes(path: Path) -> dict[str, tuple[int, ...]]:
                     )
                     shape, _, dtype = read(stream)
                 if dtype.hasobject:
-                    raise SampleError(f"{path}: array {member!r} holds Python objects; save numbers")
+                    raise SampleError(f"{path}: {member!r} holds Python objects; save numbers")
                 shapes[member.removesuffix(".npy")] = shape
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except _UNREADABLE as error:
         raise _unreadable(path, error) from None
     return shapes
 
 
-def _unzip(path: Path, name: str, scratch: Path) -> np.ndarray:
-    """An array of an .npz file, mapped from a copy on disk."""
+def _unzip(path: Path, name: str, scratch: Path) -> Path:
+    """Where a copy of one array of an .npz file is, as .npy, which can be mapped."""
     folder = scratch / hashlib.sha256(f"{path}\0{name}".encode()).hexdigest()[:16]
-    with zipfile.ZipFile(path) as archive:
-        return _load_npy(Path(archive.extract(f"{name}.npy", folder)))
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return Path(archive.extract(f"{name}.npy", folder))
+    except _UNREADABLE as error:
+        raise _unreadable(path, error) from None
 
 
 def _unreadable(path: Path, error: Exception) -> SampleError:
@@ -417,7 +493,7 @@ def random_samples(
     """
     inputs = [i for i in signature(model) if i.required]
     limits = {v.name: _index_limit(v) for v in model.graph.inputs if v.name is not None}
-    samples = []
+    samples: list[Sample] = []
     for index in range(count):
         generator = np.random.default_rng((seed, index))
         for attempt in range(len(_SIZES)):
@@ -434,19 +510,22 @@ def random_samples(
     return samples
 
 
-def _draw(expected: Input, size: int, limit: int | None, generator: np.random.Generator) -> np.ndarray:
+def _draw(
+    expected: Input, size: int, limit: int | None, generator: np.random.Generator
+) -> np.ndarray:
     shape = tuple(d if isinstance(d, int) else size for d in expected.shape or ())
     dtype = expected.dtype
-    if dtype == object:
+    if dtype.kind == "O":
         return generator.integers(0, 100, shape).astype(str).astype(object)
-    if dtype == bool:
+    if dtype.kind == "b":
         return generator.integers(0, 2, shape).astype(bool)
     if dtype.kind in "iu":
         narrow = np.iinfo(dtype) if dtype.itemsize == 1 and limit is None else None
         low, high = (narrow.min, narrow.max) if narrow else (0, (limit or 2) - 1)
         return generator.integers(low, high, shape, endpoint=True).astype(dtype)
     if dtype.kind == "c":
-        return (generator.standard_normal(shape) + 1j * generator.standard_normal(shape)).astype(dtype)
+        pairs: np.ndarray = generator.standard_normal((*shape, 2)).view(np.complex128)
+        return pairs.reshape(shape).astype(dtype)
     return generator.standard_normal(shape).astype(dtype)
 
 

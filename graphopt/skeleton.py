@@ -10,8 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import onnx
 import onnx_ir as ir
+
+from graphopt.operators import ONNX_DOMAINS, all_graphs
 
 LARGE_BYTES = 1024
 """Tensors above this size are left out of a skeleton; shape arithmetic is far smaller."""
@@ -29,8 +32,9 @@ def _stubs(model: ir.Model, tensors: dict[str, ir.TensorProtocol]) -> Iterator[N
     try:
         for name, value in values.items():
             tensor = tensors[name]
+            shape = ir.Shape(tensor.shape.numpy())
             value.const_value = ir.ExternalTensor(
-                STUB, 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape), name=name
+                STUB, 0, tensor.nbytes, tensor.dtype, shape=shape, name=name
             )
         yield
     finally:
@@ -38,11 +42,46 @@ def _stubs(model: ir.Model, tensors: dict[str, ir.TensorProtocol]) -> Iterator[N
             value.const_value = tensors[name]
 
 
+@contextmanager
+def _inlined(model: ir.Model) -> Iterator[None]:
+    """Hold small external tensors in memory: a proto in bytes has no folder to find them in."""
+    graphs = [*all_graphs(model), *(f.graph for f in model.functions.values())]
+    values = [
+        (value, value.const_value)
+        for graph in graphs
+        for value in graph.initializers.values()
+        if isinstance(value.const_value, ir.ExternalTensor) and value.const_value.location != STUB
+    ]
+    attributes = [
+        (node, attribute)
+        for graph in graphs
+        for node in graph
+        for attribute in node.attributes.values()
+        if isinstance(attribute.value, ir.ExternalTensor)
+    ]
+    try:
+        for value, tensor in values:
+            value.const_value = _in_memory(tensor)
+        for node, attribute in attributes:
+            loaded = _in_memory(attribute.value)
+            node.attributes[attribute.name] = ir.AttrTensor(attribute.name, loaded)
+        yield
+    finally:
+        for value, tensor in values:
+            value.const_value = tensor
+        for node, attribute in attributes:
+            node.attributes[attribute.name] = attribute
+
+
+def _in_memory(tensor: ir.ExternalTensor) -> ir.Tensor[np.ndarray]:
+    return ir.Tensor(np.array(tensor.numpy()), tensor.dtype, shape=tensor.shape, name=tensor.name)
+
+
 def stubbed(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, ir.TensorProtocol]]:
     """The model as a proto whose large initializers are stubs, and the tensors left out, by name.
 
     A stub is an external tensor at the location `STUB` with the true element type and dimensions.
-    Initializers of subgraphs and tensors in attributes stay in the proto.
+    Initializers of subgraphs and tensors in attributes stay in the proto, external ones too.
     """
     tensors = {
         name: value.const_value
@@ -51,7 +90,7 @@ def stubbed(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, ir.TensorProtoc
         and value.const_value.nbytes > LARGE_BYTES
         and value.const_value.dtype != ir.DataType.STRING
     }
-    with _stubs(model, tensors):
+    with _stubs(model, tensors), _inlined(model):
         return ir.to_proto(model), tensors
 
 
@@ -102,39 +141,46 @@ def why_invalid(model: ir.Model | onnx.ModelProto) -> str | None:
 
 
 def infer_shapes(model: ir.Model) -> None:
-    """Fill in types and shapes of values where the model does not state them.
+    """Set types and shapes of the values that nodes make, as far as onnx infers them.
 
-    What the model states is kept. Values that had neither are marked with `INFERRED`, so that
-    saving does not write what can be inferred again. Values that onnx cannot infer stay unknown.
+    What the file states of such values is not believed: exporters leave the shapes of one traced
+    example there, and onnxruntime takes no notice. Only the outputs of operators that onnx does
+    not know keep it. Values of which the file said nothing are marked with `INFERRED`, so that
+    saving does not write what can be inferred again. Inputs and outputs of the model stay.
     """
-    inferred = onnx.shape_inference.infer_shapes(skeleton(model), data_prop=True)
+    light = skeleton(model)
+    _forget_shapes(light.graph)
+    inferred = onnx.shape_inference.infer_shapes(light, data_prop=True)
     _take_shapes(model.graph, inferred.graph)
 
 
+def _forget_shapes(graph: onnx.GraphProto) -> None:
+    foreign = {o for n in graph.node if n.domain not in ONNX_DOMAINS for o in n.output}
+    kept = [info for info in graph.value_info if info.name in foreign]
+    del graph.value_info[:]
+    graph.value_info.extend(kept)
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                _forget_shapes(attribute.g)
+
+
 def _take_shapes(graph: ir.Graph, proto: onnx.GraphProto) -> None:
-    infos = {info.name: info for info in (*proto.value_info, *proto.output)}
+    infos = {info.name: info for info in proto.value_info}
     for node, node_proto in zip(graph, proto.node, strict=True):
         for value in node.outputs:
-            if value.name in infos:
-                _take_shape(value, infos[value.name].type)
+            if not value.is_graph_output():
+                _take_shape(value, infos.get(value.name or ""))
         for attribute in node_proto.attribute:
             if attribute.type == onnx.AttributeProto.GRAPH:
                 _take_shapes(node.attributes[attribute.name].as_graph(), attribute.g)
 
 
-def _take_shape(value: ir.Value, proto: onnx.TypeProto) -> None:
-    found_type = ir.serde.deserialize_type_proto_for_type(proto)
-    found_shape = ir.serde.deserialize_type_proto_for_shape(proto)
+def _take_shape(value: ir.Value, info: onnx.ValueInfoProto | None) -> None:
     if value.type is None and value.shape is None:
         value.meta[INFERRED] = True
-    if value.type is None:
-        value.type = found_type
-    if found_shape is None:
+    if info is None:
+        value.shape = None
         return
-    if value.shape is None:
-        value.shape = found_shape
-    elif len(value.shape) == len(found_shape) and not value.is_graph_output():
-        value.shape = ir.Shape(
-            [f if isinstance(f, int) and not isinstance(v, int) else v
-             for v, f in zip(value.shape, found_shape, strict=True)]
-        )
+    value.type = ir.serde.deserialize_type_proto_for_type(info.type)
+    value.shape = ir.serde.deserialize_type_proto_for_shape(info.type)

@@ -62,8 +62,9 @@ def options_of(cls: type) -> dict[str, Option]:
     hints = typing.get_type_hints(cls, include_extras=True)
     options = {}
     for field in dataclasses.fields(cls):
-        bounds = next((b for b in getattr(hints[field.name], "__metadata__", ()) if isinstance(b, Bounds)), None)
         hint = hints[field.name]
+        metadata = getattr(hint, "__metadata__", ())
+        bounds = next((b for b in metadata if isinstance(b, Bounds)), None)
         plain = typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
         name = field.name.replace("_", "-")
         options[name] = Option(name, field.name, plain, bounds, field.default)
@@ -78,7 +79,8 @@ def check_options(instance: Any) -> None:
             raise SpecError(_mismatch(instance.name, option, repr(value)))
         if option.bounds is not None and value is not None and value not in option.bounds:
             raise SpecError(
-                f"option {option.name!r} of {instance.name!r} is {value}; it must be {option.bounds}"
+                f"option {option.name!r} of {instance.name!r} is {value}; "
+                f"it must be {option.bounds}"
             )
 
 
@@ -89,7 +91,7 @@ def format_pass(instance: Any) -> str:
         for option in options_of(type(instance)).values()
         if getattr(instance, option.field) != option.default
     ]
-    return instance.name + ("{" + ",".join(parts) + "}" if parts else "")
+    return str(instance.name) + ("{" + ",".join(parts) + "}" if parts else "")
 
 
 def parse_pipeline(text: str, find: Callable[[str], type]) -> tuple[Any, ...]:
@@ -119,13 +121,17 @@ class _Reader:
         return tuple(passes)
 
     def one_pass(self, find: Callable[[str], type]) -> Any:
-        cls = find(self.word("the name of a pass"))
+        cls: Any = find(self.word("the name of a pass"))
         values: dict[str, Any] = {}
         if self.take("{") and not self.take("}"):
             self.option(cls, values)
             while not self.take("}"):
                 self.need(",")
                 self.option(cls, values)
+        for option in options_of(cls).values():
+            if option.default is dataclasses.MISSING and option.field not in values:
+                kind = describe_type(option.type)
+                raise SpecError(f"{cls.name!r} needs its option {option.name!r}, which is {kind}")
         return cls(**values)
 
     def option(self, cls: Any, values: dict[str, Any]) -> None:
@@ -207,7 +213,7 @@ def _convert(raw: Any, hint: Any) -> tuple[Any, bool]:
         tries = [_convert(raw, a) for a in sorted(arguments, key=lambda a: a is str)]
         return next((t for t in tries if t[1]), (None, False))
     if origin is Literal:
-        return next(((a, True) for a in arguments if str(a) == str(raw)), (None, False))
+        return next(((a, True) for a in arguments if _plain_text(a) == str(raw)), (None, False))
     if origin is tuple:
         return _convert_tuple(raw, arguments)
     if hint is str:
@@ -237,28 +243,38 @@ def _has_type(value: Any, hint: Any) -> bool:
     if origin in (Union, types.UnionType):
         return any(_has_type(value, a) for a in arguments)
     if origin is Literal:
-        return value in arguments
+        return any(value == a and type(value) is type(a) for a in arguments)
     if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
         hints = [arguments[0]] * len(value) if arguments[1:] == (...,) else arguments
-        return isinstance(value, tuple) and len(value) == len(hints) and all(map(_has_type, value, hints))
+        return len(value) == len(hints) and all(map(_has_type, value, hints))
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        # NaN is left out: it is no limit and no size, and not equal to itself.
+        return isinstance(value, int | float) and not isinstance(value, bool) and value == value
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)
 
 
 def _format_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if value is None:
-        return "none"
     if isinstance(value, tuple):
         return "(" + ",".join(map(_format_value, value)) + ")"
     if isinstance(value, str):
         plain = _WORD.fullmatch(value) and value not in ("true", "false", "none")
         return value if plain and not _is_number(value) else json.dumps(value)
-    return repr(value)
+    return _plain_text(value)
+
+
+def _plain_text(value: Any) -> str:
+    """A value without quotes. Subclasses of numbers (numpy's, enums) are printed as numbers."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if value is None:
+        return "none"
+    if isinstance(value, int):
+        return int.__repr__(value)
+    return float.__repr__(value) if isinstance(value, float) else str(value)
 
 
 def _is_number(text: str) -> bool:
@@ -283,7 +299,7 @@ def describe_type(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(map(describe_type, arguments))
     if origin is Literal:
-        return "one of " + ", ".join(map(str, arguments))
+        return "one of " + ", ".join(map(_plain_text, arguments))
     if origin is tuple:
         return f"a list like ({describe_type(arguments[0])}, ...)"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

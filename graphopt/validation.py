@@ -9,14 +9,15 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from graphopt.contract import Effect
-from graphopt.errors import SpecError
+from graphopt.errors import SpecError, did_you_mean
 
 Metric = Literal["rel-l2", "max-abs", "disagreement"]
+METRICS: tuple[Metric, ...] = get_args(Metric)
 
 ROUNDING_LIMITS: dict[str, tuple[float, float]] = {
     "float64": (1e-5, 1e-4),
@@ -140,11 +141,17 @@ class _Sums:
             mean_abs=self.sum_abs / self.count if self.count else 0.0,
             max_magnitude=self.max_magnitude,
             rel_l2=rel_l2,
-            sqnr_db=-20 * math.log10(rel_l2) if 0 < rel_l2 < math.inf else -math.inf if rel_l2 else math.inf,
+            sqnr_db=_decibels(rel_l2),
             cosine=min(1.0, self.product / norms) if norms else float(noise == 0),
             disagreement=self.disagreeing / self.rows if self.class_like and self.rows else None,
             mismatch=self.mismatch,
         )
+
+
+def _decibels(rel_l2: float) -> float:
+    if rel_l2 == 0:
+        return math.inf
+    return -20 * math.log10(rel_l2) if rel_l2 < math.inf else -math.inf
 
 
 def _same_bits(first: np.ndarray, second: np.ndarray) -> bool:
@@ -179,6 +186,9 @@ class Comparison:
                 sums.add(array, second[name])
             else:
                 sums.identical, sums.mismatch = False, "is missing"
+        for name in second.keys() - first.keys():
+            sums = self._sums.setdefault(name, _Sums(name, second[name].dtype))
+            sums.identical, sums.mismatch = False, "was not there before"
 
     def outputs(self) -> tuple[OutputError, ...]:
         """The result for every output, in order."""
@@ -204,11 +214,14 @@ class Budget:
 
     def __str__(self) -> str:
         metric = "" if self.metric == "rel-l2" else self.metric
-        return (f"{self.output}:" if self.output else "") + f"{self.limit:g}{metric}"
+        short = f"{self.limit:g}"
+        limit = short if float(short) == self.limit else repr(self.limit)
+        return (f"{self.output}:" if self.output else "") + f"{limit}{metric}"
 
 
 _BUDGET = re.compile(
-    r"(?:(?P<output>.+):)?(?P<limit>\d*\.?\d+(?:[eE][+-]?\d+)?) ?(?P<metric>rel-l2|max-abs|disagreement)?"
+    r"(?:(?P<output>.+):)?(?P<limit>\d*\.?\d+(?:[eE][+-]?\d+)?) ?"
+    r"(?P<metric>rel-l2|max-abs|disagreement)?"
 )
 
 
@@ -224,7 +237,8 @@ def parse_budget(text: str) -> Budget:
             f"{text!r} is not an error budget; write [OUTPUT:]X[METRIC] with METRIC one of rel-l2, "
             "max-abs, disagreement, for example 0.01 or logits:0.5max-abs"
         )
-    return Budget(float(match["limit"]), match["metric"] or "rel-l2", match["output"])
+    metric: Metric = next((m for m in METRICS if m == match["metric"]), "rel-l2")
+    return Budget(float(match["limit"]), metric, match["output"])
 
 
 def why_over(
@@ -241,6 +255,24 @@ def why_over(
         reason = output.mismatch or _WHY_OVER[effect](output, budgets)
         if reason is not None:
             return f"output {output.name!r} {reason}"
+    return _why_unmeasured(outputs, budgets) if effect is Effect.LOSSY else None
+
+
+def _why_unmeasured(outputs: Sequence[OutputError], budgets: Sequence[Budget]) -> str | None:
+    """Which budget judges nothing: it would be passed whatever the error."""
+    names = [output.name for output in outputs]
+    for budget in budgets:
+        if budget.output is not None and budget.output not in names:
+            near = did_you_mean(budget.output, names)
+            return f"the budget {budget} is for an output that is not there{near}"
+        judged = [o for o in outputs if budget.output in (None, o.name) and not o.identical]
+        if budget.metric != "disagreement" or not judged:
+            continue
+        if all(o.disagreement is None for o in judged):
+            return (
+                f"the budget {budget} is on arg-max, and no output that it judges has classes "
+                "(floating point, last axis of 2 or more)"
+            )
     return None
 
 
@@ -254,11 +286,13 @@ def _why_not_rounding(output: OutputError, _: Sequence[Budget]) -> str | None:
     if output.identical:
         return None
     if output.dtype not in ROUNDING_LIMITS:
-        return "has other values" if output.max_abs else None
+        # Not by the differences alone: in float64, neighbouring int64 may be equal.
+        whole = output.dtype.startswith(("int", "uint", "bool"))
+        return "has other values" if whole or output.max_abs else None
     rel_l2, max_abs = ROUNDING_LIMITS[output.dtype]
-    if output.rel_l2 > rel_l2:
+    if not output.rel_l2 <= rel_l2:
         return f"has relative L2 error {output.rel_l2:.3g}, over {rel_l2:g} for rounding"
-    if output.max_abs > max_abs * output.max_magnitude:
+    if not output.max_abs <= max_abs * output.max_magnitude:
         return (
             f"has largest difference {output.max_abs:.3g}, over {max_abs:g} of its largest "
             f"magnitude {output.max_magnitude:.3g}"

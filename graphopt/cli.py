@@ -1,0 +1,263 @@
+"""The command line: arguments in, calls, exit code out.
+
+Results go to stdout, progress and errors to stderr. Exit codes: 0 done; 1 a budget, a requirement
+or a strict check failed, or every lossy pass was dropped; 2 the user's input is at fault.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+import graphopt
+from graphopt import demo as demonstration
+from graphopt import model_io, report
+from graphopt.errors import CheckFailed, GraphoptError, SpecError
+from graphopt.recipes import recipe as recipe_of
+from graphopt.recipes import recipe_names
+from graphopt.registry import pass_class, pass_names
+
+app = typer.Typer(
+    help="Optimize exported ONNX models, with proof.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+WIDE = 1000
+"""Columns of a pipe: nothing is wrapped, so that lines can be searched."""
+
+Json = Annotated[
+    str | None,
+    typer.Option("--json", metavar="PATH", help="Write the result as JSON; '-' for stdout."),
+]
+Provider = Annotated[str, typer.Option(help="cpu or cuda.")]
+SamplesPath = Annotated[
+    Path | None,
+    typer.Option("--samples", help="Folder of .npz files keyed by input name, or one file."),
+]
+RandomSamples = Annotated[
+    int | None,
+    typer.Option("--random-samples", metavar="N", min=1, help="Draw N samples instead."),
+]
+MaxError = Annotated[
+    list[str] | None,
+    typer.Option(metavar="[OUTPUT:]X[METRIC]", help="Error budget; METRIC rel-l2 (default), "
+                 "max-abs or disagreement. Repeatable."),
+]
+States = Annotated[
+    list[str] | None,
+    typer.Option("--state", metavar="OUT=IN", help="Feed an output back as input of the next "
+                 "sample: samples in name order are a sequence. Repeatable."),
+]
+Model = Annotated[Path, typer.Argument(help="The .onnx file.")]
+
+
+@app.command()
+def optimize(
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the result.")],
+    recipe: Annotated[str | None, typer.Option(help="A recipe; default: basic.")] = None,
+    passes: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Passes, e.g. fold-constants,drop-unused.")
+    ] = None,
+    samples: SamplesPath = None,
+    random_samples: RandomSamples = None,
+    provider: Provider = "cpu",
+    max_error: MaxError = None,
+    require: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="For example size<=0.3,latency<=0.9.")
+    ] = None,
+    state: States = None,
+    opset: Annotated[int | None, typer.Option(min=7, max=25, help="Raise to this opset.")] = None,
+    gate_samples: Annotated[
+        int | None, typer.Option(min=1, help="Samples kept for the gate alone.")
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop at the first rejected pass; write nothing.")
+    ] = False,
+    keep_overridable: Annotated[
+        bool, typer.Option("--keep-overridable", help="Leave initializers that are inputs open.")
+    ] = False,
+    drop_training_info: Annotated[
+        bool, typer.Option("--drop-training-info", help="Drop a training graph.")
+    ] = False,
+    validate: Annotated[
+        bool, typer.Option("--validate/--no-validate", help="Run the model to judge passes.")
+    ] = True,
+    benchmark: Annotated[
+        bool, typer.Option("--benchmark/--no-benchmark", help="Time the result.")
+    ] = True,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of the benchmark.")] = 1,
+    json: Json = None,
+) -> None:
+    """Optimize MODEL: run passes, keep what the samples prove harmless, measure the result."""
+    model_io.check_target(output, source=model)
+    with _progress() as progress:
+        run = graphopt.optimize(
+            model,
+            recipe=recipe,
+            passes=passes,
+            samples=samples,
+            random_samples=random_samples,
+            provider=provider,
+            max_error=max_error,
+            require=require,
+            state=_states(state),
+            opset=opset,
+            gate_samples=gate_samples,
+            strict=strict,
+            keep_overridable=keep_overridable,
+            drop_training_info=drop_training_info,
+            validate=validate,
+            benchmark=benchmark,
+            threads=threads,
+            progress=progress,
+        )
+        if not (strict and run.failures):
+            progress("saving")
+            run = run.save(output)
+    _show(report.render_run(run), json, report.run_to_json(run))
+    if run.failures:
+        raise CheckFailed("; ".join(run.failures))
+
+
+@app.command()
+def validate(
+    first: Annotated[Path, typer.Argument(help="The reference.")],
+    second: Annotated[Path, typer.Argument(help="The model compared with it.")],
+    samples: SamplesPath = None,
+    random_samples: RandomSamples = None,
+    provider: Provider = "cpu",
+    max_error: MaxError = None,
+    state: States = None,
+    json: Json = None,
+) -> None:
+    """Compare the outputs of two models on samples; with --max-error, exit 1 when over it."""
+    with _progress() as progress:
+        found = graphopt.validate(
+            first,
+            second,
+            samples=samples,
+            random_samples=random_samples,
+            provider=provider,
+            max_error=max_error,
+            state=_states(state),
+            progress=progress,
+        )
+    _show(report.render_validation(found), json, report.validation_to_json(found))
+    if found.failure is not None:
+        raise CheckFailed(found.failure)
+
+
+@app.command()
+def benchmark(
+    models: Annotated[list[Path], typer.Argument(help="The .onnx files; ratios are to the first.")],
+    samples: SamplesPath = None,
+    random_samples: RandomSamples = None,
+    provider: Provider = "cpu",
+    threads: Annotated[int, typer.Option(min=1, help="Intra-op threads.")] = 1,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Batch at which to measure throughput.")
+    ] = None,
+    json: Json = None,
+) -> None:
+    """Time models against each other, interleaved, each as onnxruntime runs it by default."""
+    with _progress() as progress:
+        found = graphopt.benchmark(
+            models,
+            samples=samples,
+            random_samples=random_samples,
+            provider=provider,
+            threads=threads,
+            batch_size=batch_size,
+            progress=progress,
+        )
+    _show(report.render_benchmark(found), json, report.benchmark_to_json(found))
+
+
+@app.command()
+def inspect(model: Model, json: Json = None) -> None:
+    """Show what is in MODEL, and what the recipe basic would do."""
+    with _progress() as progress:
+        found, tried = graphopt.inspect(model, progress=progress)
+    _show(report.render_inspection(found, tried), json, report.inspection_to_json(found, tried))
+
+
+@app.command()
+def passes(
+    name: Annotated[str | None, typer.Argument(help="A pass, to see its options.")] = None,
+    json: Json = None,
+) -> None:
+    """List the passes and recipes, or explain one pass."""
+    classes = [pass_class(n) for n in (pass_names() if name is None else [name])]
+    known = {n: recipe_of(n) for n in (recipe_names() if name is None else [])}
+    shown = report.render_passes(classes, known) if name is None else report.render_pass(classes[0])
+    _show(shown, json, report.passes_to_json(classes, known))
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Where to write the optimized model.")
+    ] = Path("digits_cnn.optimized.onnx"),
+    json: Json = None,
+) -> None:
+    """Optimize the digits classifier that comes with graphopt, and score it before and after."""
+    with _progress() as progress:
+        shown = demonstration.demonstrate(output, progress)
+    _show(report.render_demo(shown), json, report.demo_to_json(shown))
+
+
+# ------------------------------------------------------------------ around the commands
+
+
+def _states(texts: list[str] | None) -> list[tuple[str, str]]:
+    pairs = []
+    for text in texts or []:
+        output, mark, name = text.partition("=")
+        if not (output and mark and name):
+            raise SpecError(f"--state {text!r} is not of the form OUTPUT=INPUT")
+        pairs.append((output, name))
+    return pairs
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """What goes on, on a terminal; nothing in a pipe."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda _: None
+        return
+    with console.status("") as status:
+        yield status.update
+
+
+def _show(content: Any, json: str | None, plain: Mapping[str, Any]) -> None:
+    if json == "-":
+        sys.stdout.write(report.to_text(plain))
+        return
+    if json is not None:
+        model_io.write_text(Path(json), report.to_text(plain))
+    width = None if sys.stdout.isatty() else WIDE
+    report.print_to(Console(width=width), content)
+
+
+def main() -> None:
+    """Run the command line."""
+    handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False)
+    logging.getLogger("graphopt").addHandler(handler)
+    try:
+        app()
+    except GraphoptError as error:
+        kind = "failed" if isinstance(error, CheckFailed) else "error"
+        sys.stderr.write(f"graphopt: {kind}: {error}\n")
+        sys.exit(error.exit_code)

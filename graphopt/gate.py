@@ -1,0 +1,202 @@
+"""The gate: whether a rewritten model may be kept.
+
+After each pass the checker accepts the model, onnxruntime loads it, the interface holds, and the
+outputs on the gate samples agree as far as the effect of the pass demands. EXACT and ROUNDING are
+judged as written against the model before the pass, and against the original, so that rounding
+does not add up from pass to pass. LOSSY is judged as deployed, against the original.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import onnx_ir as ir
+
+from graphopt.contract import Effect, Pass
+from graphopt.errors import ModelError, SampleError
+from graphopt.recording import Feed, Recording, compare, record
+from graphopt.runtime import Reference, Session
+from graphopt.skeleton import why_invalid
+from graphopt.validation import Budget, OutputError, why_over
+
+LOSSLESS_SAMPLES = 8
+"""EXACT and ROUNDING are judged on at most so many samples; more would find nothing else."""
+
+
+@dataclass(frozen=True)
+class Interface:
+    """Inputs and outputs as a caller sees them: name, type and dimensions each."""
+
+    inputs: tuple[tuple[str, str, tuple[int | str | None, ...] | None], ...]
+    outputs: tuple[tuple[str, str, tuple[int | str | None, ...] | None], ...]
+
+
+def interface_of(model: ir.Model) -> Interface:
+    """The interface of a model; inputs that have an initializer do not belong to it."""
+    required = [v for v in model.graph.inputs if not v.is_initializer()]
+    return Interface(tuple(map(_face, required)), tuple(map(_face, model.graph.outputs)))
+
+
+def _face(value: ir.Value) -> tuple[str, str, tuple[int | str | None, ...] | None]:
+    dims = None
+    if value.shape is not None:
+        dims = tuple(d if isinstance(d, int) else d.value for d in value.shape)
+    return value.name or "", str(value.type), dims
+
+
+def why_other_interface(before: Interface, after: Interface) -> str | None:
+    """What differs for a caller, or None.
+
+    A dimension of an output that was unknown may have become known.
+    """
+    pairs = (("input", before.inputs, after.inputs), ("output", before.outputs, after.outputs))
+    for kind, olds, news in pairs:
+        if [o[0] for o in olds] != [n[0] for n in news]:
+            was, now = ", ".join(o[0] for o in olds), ", ".join(n[0] for n in news)
+            return f"the {kind}s are now {now or 'none'}; they were {was or 'none'}"
+        for (name, old_type, old_dims), (_, new_type, new_dims) in zip(olds, news, strict=True):
+            if old_type != new_type:
+                return f"{kind} {name!r} is now {new_type}; it was {old_type}"
+            if not _same_dims(old_dims, new_dims, kind == "output"):
+                return f"{kind} {name!r} now has shape {new_dims}; it was {old_dims}"
+    return None
+
+
+def _same_dims(
+    old: tuple[int | str | None, ...] | None, new: tuple[int | str | None, ...] | None, refine: bool
+) -> bool:
+    if old is None or new is None:
+        return old == new or (refine and old is None)
+    if len(old) != len(new):
+        return False
+    return all(o == n or (refine and not isinstance(o, int)) for o, n in zip(old, new, strict=True))
+
+
+@dataclass
+class Gate:
+    """Judges candidates against the model before and the original.
+
+    Attributes:
+        interface: of the original, inputs with defaults made constant.
+        given: the original, as onnxruntime loads it.
+        feed: the gate samples; None judges on structure alone (nothing is run).
+        loads: candidates are loaded into onnxruntime.
+        checks: the checker is asked; False where it rejects the original itself.
+        provider: where candidates run.
+        budgets: for LOSSY passes; empty leaves each pass its own default.
+        original: outputs of the original under each reference, recorded when first needed.
+        before: outputs of the current model, as written.
+    """
+
+    interface: Interface
+    given: ir.Model | Path
+    feed: Feed | None
+    loads: bool = True
+    checks: bool = True
+    provider: str = "cpu"
+    budgets: tuple[Budget, ...] = ()
+    original: dict[Reference, Recording] = field(default_factory=dict)
+    before: Recording | None = None
+    lossless_so_far: bool = True
+
+    def __post_init__(self) -> None:
+        if self.feed is not None:
+            self.before = self._original(Reference.AS_WRITTEN)
+
+    def _original(self, reference: Reference) -> Recording:
+        if reference not in self.original:
+            assert self.feed is not None
+            session = self._session(self.given, reference)
+            feed = self._lossless(self.feed) if reference is Reference.AS_WRITTEN else self.feed
+            self.original[reference] = record(feed.run(session))
+        return self.original[reference]
+
+    def _lossless(self, feed: Feed) -> Feed:
+        return Feed(feed.samples.first(LOSSLESS_SAMPLES), feed.inputs, feed.state)
+
+    def _session(self, model: ir.Model | Path, reference: Reference) -> Session:
+        return Session(model, reference, provider=self.provider)
+
+    def why_rejected(self, candidate: ir.Model, by: Pass) -> str | None:
+        """Why the candidate may not be kept, or None; then it is the model before the next pass.
+
+        Args:
+            candidate: the rewritten model.
+            by: the pass that rewrote it.
+        """
+        reason = self._why_malformed(candidate)
+        if reason is not None or not self.loads:
+            return reason
+        try:
+            written = self._session(candidate, Reference.AS_WRITTEN)
+            deployed = self._session(candidate, Reference.AS_DEPLOYED)
+        except ModelError as error:
+            return f"onnxruntime does not load it: {error}"
+        if self.feed is None:
+            return None
+        try:
+            if by.effect is Effect.LOSSY:
+                return self._why_over_budget(written, deployed, by)
+            return self._why_not_equal(written, by.effect)
+        except SampleError as error:
+            return f"onnxruntime fails to run it: {error}"
+
+    def budgets_for(self, by: Pass) -> tuple[Budget, ...]:
+        """The budgets that a lossy pass is judged by: the user's, else the pass's own default."""
+        return self.budgets or (Budget(by.max_error),)
+
+    def budget_text(self, by: Pass) -> str:
+        """The same, as text."""
+        return " ".join(map(str, self.budgets_for(by)))
+
+    def _why_malformed(self, candidate: ir.Model) -> str | None:
+        invalid = why_invalid(candidate) if self.checks else None
+        if invalid is not None:
+            return f"the checker rejects it: {invalid}"
+        return why_other_interface(self.interface, interface_of(candidate))
+
+    def _why_not_equal(self, written: Session, effect: Effect) -> str | None:
+        assert self.feed is not None and self.before is not None
+        after = record(self._lossless(self.feed).run(written))
+        references = [self.before]
+        if self.lossless_so_far:
+            references.append(self._original(Reference.AS_WRITTEN))
+        step, *total = compare(iter(after), references)
+        reason = why_over(effect, step)
+        if reason is not None:
+            return reason
+        for outputs in total:
+            reason = why_over(Effect.ROUNDING, outputs)
+            if reason is not None:
+                return f"{reason}, counted from the original"
+        self.before = after
+        return None
+
+    def _why_over_budget(self, written: Session, deployed: Session, by: Pass) -> str | None:
+        assert self.feed is not None
+        (outputs,) = compare(self.feed.run(deployed), [self._original(Reference.AS_DEPLOYED)])
+        reason = why_over(Effect.LOSSY, outputs, self.budgets_for(by))
+        if reason is None:
+            self.lossless_so_far = False
+            self.before = record(self._lossless(self.feed).run(written))
+        return reason
+
+    def numerics(self, model: ir.Model) -> dict[str, tuple[OutputError, ...]]:
+        """The errors of a model against the original, under both references.
+
+        Raises:
+            ModelError: onnxruntime does not load it.
+        """
+        if self.feed is None:
+            return {}
+        found = {}
+        for reference, feed in (
+            (Reference.AS_WRITTEN, self._lossless(self.feed)),
+            (Reference.AS_DEPLOYED, self.feed),
+        ):
+            session = self._session(model, reference)
+            recordings: Sequence[Recording] = [self._original(reference)]
+            (found[reference.value],) = compare(feed.run(session), recordings)
+        return found

@@ -1,0 +1,320 @@
+"""What is in a model: operators, weights, duplicates, zeros, and what makes it hard to optimize.
+
+Weights in external data are read in chunks with plain file reads, never through their mapping, so
+that resident memory stays at a few megabytes whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.errors import ModelError
+from graphopt.operators import ONNX_DOMAINS, all_graphs, is_onnx, is_random, node_count
+from graphopt.state import guess_state
+
+CHUNK_BYTES = 4 << 20
+LARGEST_COUNT = 10
+
+_FLOATS = frozenset(
+    {
+        ir.DataType.FLOAT,
+        ir.DataType.FLOAT16,
+        ir.DataType.BFLOAT16,
+        ir.DataType.DOUBLE,
+        ir.DataType.FLOAT8E4M3FN,
+        ir.DataType.FLOAT8E4M3FNUZ,
+        ir.DataType.FLOAT8E5M2,
+        ir.DataType.FLOAT8E5M2FNUZ,
+    }
+)
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output of the model.
+
+    Attributes:
+        name: of the value.
+        dtype: element type, as ONNX calls it in lower case ("float", "int64"); the whole type
+            for what is not a tensor.
+        shape: dimensions; a name or None where any size goes; None when the rank is free.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str | None, ...] | None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """All weights of one element type.
+
+    Attributes:
+        dtype: element type.
+        tensors: how many tensors.
+        elements: how many numbers in them.
+        bytes: their size.
+    """
+
+    dtype: str
+    tensors: int
+    elements: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight: an initializer, or the tensor of a Constant node.
+
+    Attributes:
+        name: of the value.
+        dtype: element type.
+        shape: dimensions.
+        bytes: size.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """Weights of the same element type, shape and bytes.
+
+    Attributes:
+        names: of all of them.
+        saved_bytes: what storing them once would save. Tensors that are the same region of one
+            data file are stored once already and save nothing.
+    """
+
+    names: tuple[str, ...]
+    saved_bytes: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is in a model.
+
+    Attributes:
+        inputs: in order, those with a default value included.
+        outputs: in order.
+        opsets: version by domain.
+        ir_version: of the file format.
+        nodes: in the graph, its subgraphs and functions; Constant nodes do not count.
+        operators: how many nodes of each, `domain.Op` outside the standard domain, most first.
+        functions: `domain.name` of the model's functions.
+        subgraphs: how many graphs are nested in the main one.
+        weights: by element type, most bytes first.
+        weight_bytes: of all weights.
+        largest: the largest weights, at most 10.
+        duplicates: groups of equal weights, largest saving first.
+        zero_share: exact zeros (of either sign) among the floating-point weights of 8 bits or
+            more; None when there are none.
+        random_operators: how many nodes of each that gives other results at every run.
+        state: pairs of output and input that look like carried state.
+    """
+
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    opsets: dict[str, int]
+    ir_version: int
+    nodes: int
+    operators: dict[str, int]
+    functions: tuple[str, ...]
+    subgraphs: int
+    weights: tuple[Weights, ...]
+    weight_bytes: int
+    largest: tuple[Weight, ...]
+    duplicates: tuple[Duplicates, ...]
+    zero_share: float | None
+    random_operators: dict[str, int]
+    state: tuple[tuple[str, str], ...]
+
+
+def inspect_model(model: ir.Model) -> Inspection:
+    """Look into a model. Nothing is run, and nothing is changed.
+
+    Raises:
+        ModelError: the external data of a weight cannot be read.
+    """
+    graphs = [*all_graphs(model), *(f.graph for f in model.functions.values())]
+    nodes = [node for graph in graphs for node in graph]
+    tensors = [pair for graph in graphs for pair in _weights_of(graph)]
+    largest = sorted(tensors, key=lambda pair: -pair[1].nbytes)[:LARGEST_COUNT]
+    return Inspection(
+        inputs=tuple(map(_port, model.graph.inputs)),
+        outputs=tuple(map(_port, model.graph.outputs)),
+        opsets=dict(model.opset_imports),
+        ir_version=model.ir_version,
+        nodes=node_count(model),
+        operators=_counted(n for n in nodes if not is_onnx(n, "Constant")),
+        functions=tuple(f"{f.domain}.{f.name}" for f in model.functions.values()),
+        subgraphs=sum(1 for _ in all_graphs(model)) - 1,
+        weights=_by_dtype(tensors),
+        weight_bytes=sum(t.nbytes for _, t in tensors),
+        largest=tuple(Weight(name, _word(t.dtype), _dims(t), t.nbytes) for name, t in largest),
+        duplicates=find_duplicates(tensors),
+        zero_share=_zero_share([t for _, t in tensors]),
+        random_operators=_counted(filter(is_random, nodes)),
+        state=guess_state(model),
+    )
+
+
+def _port(value: ir.Value) -> Port:
+    tensor = isinstance(value.type, ir.TensorType)
+    dtype = _word(value.type.dtype) if isinstance(value.type, ir.TensorType) else str(value.type)
+    if not tensor or value.shape is None:
+        return Port(value.name or "", dtype, None)
+    dims = tuple(d if isinstance(d, int) else d.value for d in value.shape)
+    return Port(value.name or "", dtype, dims)
+
+
+def _word(dtype: ir.DataType) -> str:
+    return dtype.name.lower()
+
+
+def _dims(tensor: ir.TensorProtocol) -> tuple[int, ...]:
+    return tuple(tensor.shape.numpy())
+
+
+def _counted(nodes: Iterable[ir.Node]) -> dict[str, int]:
+    """How many of each operator, most first and by name among equals."""
+    counts = Counter(
+        n.op_type if n.domain in ONNX_DOMAINS else f"{n.domain}.{n.op_type}" for n in nodes
+    )
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _weights_of(graph: ir.Graph) -> Iterator[tuple[str, ir.TensorProtocol]]:
+    for name, value in graph.initializers.items():
+        if value.const_value is not None:
+            yield name, value.const_value
+    for node in graph:
+        tensor = node.attributes.get("value") if is_onnx(node, "Constant") else None
+        if tensor is not None and tensor.type == ir.AttributeType.TENSOR and not tensor.is_ref():
+            yield node.outputs[0].name or "", tensor.as_tensor()
+
+
+def _by_dtype(tensors: Iterable[tuple[str, ir.TensorProtocol]]) -> tuple[Weights, ...]:
+    groups: dict[ir.DataType, list[ir.TensorProtocol]] = defaultdict(list)
+    for _, tensor in tensors:
+        groups[tensor.dtype].append(tensor)
+    rows = [
+        Weights(_word(dtype), len(group), sum(t.size for t in group), sum(t.nbytes for t in group))
+        for dtype, group in groups.items()
+    ]
+    return tuple(sorted(rows, key=lambda row: (-row.bytes, row.dtype)))
+
+
+# ------------------------------------------------------------------ content
+
+
+def chunks(tensor: ir.TensorProtocol) -> Iterator[np.ndarray]:
+    """The bytes of a tensor as it is stored, as flat uint8 arrays of at most `CHUNK_BYTES`.
+
+    A chunk is valid until the next one is asked for. Types narrower than a byte stay packed.
+
+    Raises:
+        ModelError: the external data cannot be read, or is too short.
+    """
+    if isinstance(tensor, ir.ExternalTensor):
+        yield from _file_chunks(tensor)
+        return
+    if tensor.dtype == ir.DataType.STRING:
+        raw = repr(tensor.numpy().tolist()).encode()
+        flat = np.frombuffer(raw, np.uint8)
+    elif tensor.dtype.itemsize < 1:
+        flat = np.frombuffer(tensor.tobytes(), np.uint8)
+    else:
+        flat = np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)
+    for start in range(0, flat.size, CHUNK_BYTES):
+        yield flat[start : start + CHUNK_BYTES]
+
+
+def _file_chunks(tensor: ir.ExternalTensor) -> Iterator[np.ndarray]:
+    buffer = np.empty(min(CHUNK_BYTES, tensor.nbytes), np.uint8)
+    left = tensor.nbytes
+    try:
+        with open(tensor.path, "rb") as file:
+            file.seek(tensor.offset or 0)
+            while left:
+                chunk = buffer[: min(left, buffer.size)]
+                if file.readinto(chunk.data) != chunk.size:
+                    raise ModelError(
+                        f"the data file {tensor.path} is too short for tensor {tensor.name!r}: "
+                        f"{left} bytes are missing; copy the file again"
+                    )
+                left -= chunk.size
+                yield chunk
+    except OSError as error:
+        raise ModelError(
+            f"cannot read the data of tensor {tensor.name!r} from {tensor.path}: {error.strerror}"
+        ) from None
+
+
+def find_duplicates(
+    tensors: Iterable[tuple[str, ir.TensorProtocol]],
+) -> tuple[Duplicates, ...]:
+    """Groups of tensors with the same element type, shape and bytes, largest saving first.
+
+    Only tensors that agree in type and shape are read at all.
+
+    Raises:
+        ModelError: the external data cannot be read.
+    """
+    alike: dict[Any, list[tuple[str, ir.TensorProtocol]]] = defaultdict(list)
+    for name, tensor in tensors:
+        alike[tensor.dtype, _dims(tensor), tensor.nbytes].append((name, tensor))
+    found = []
+    for group in alike.values():
+        for same in _by_content(group):
+            stored = len({_place(tensor) for _, tensor in same})
+            saved_bytes = (stored - 1) * same[0][1].nbytes
+            if saved_bytes:
+                found.append(Duplicates(tuple(name for name, _ in same), saved_bytes))
+    return tuple(sorted(found, key=lambda d: (-d.saved_bytes, d.names)))
+
+
+def _by_content(
+    group: list[tuple[str, ir.TensorProtocol]],
+) -> Iterable[list[tuple[str, ir.TensorProtocol]]]:
+    if len({_place(tensor) for _, tensor in group}) < 2:
+        return []
+    same: dict[bytes, list[tuple[str, ir.TensorProtocol]]] = defaultdict(list)
+    for name, tensor in group:
+        state = hashlib.sha256()
+        for chunk in chunks(tensor):
+            state.update(chunk.data)
+        same[state.digest()].append((name, tensor))
+    return same.values()
+
+
+def _place(tensor: ir.TensorProtocol) -> tuple[object, ...]:
+    """Where a tensor is stored: the same for two tensors that share their storage."""
+    if isinstance(tensor, ir.ExternalTensor):
+        return str(Path(tensor.path)), tensor.offset or 0
+    return (id(tensor),)
+
+
+def _zero_share(tensors: Iterable[ir.TensorProtocol]) -> float | None:
+    """The share of exact zeros in the floating-point tensors."""
+    elements = zeros = 0
+    for tensor in tensors:
+        if tensor.dtype in _FLOATS:
+            dtype = tensor.dtype.numpy()
+            elements += tensor.size
+            zeros += sum(
+                chunk.size // dtype.itemsize - int(np.count_nonzero(chunk.view(dtype)))
+                for chunk in chunks(tensor)
+            )
+    return zeros / elements if elements else None

@@ -1,0 +1,137 @@
+"""What a run did: the ledger of its steps, and the result with its evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import onnx_ir as ir
+
+from graphopt import model_io
+from graphopt.benchmark import BenchmarkReport
+from graphopt.contract import Effect, Skip
+from graphopt.operators import ONNX_DOMAINS, node_count
+from graphopt.recipes import Plan
+from graphopt.runtime import Reference, Session
+from graphopt.validation import OutputError
+
+Verdict = Literal["kept", "unchanged", "rolled back", "refused"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one pass did.
+
+    Attributes:
+        spec: the pass in text form; the form that was judged last where it narrowed itself.
+        effect: what it may do to the outputs.
+        verdict: kept; unchanged (it found nothing to do); rolled back; or refused (by the pass).
+        reason: why it was rolled back or refused, else None.
+        changes: how often each kind of rewrite was done, also when it was rolled back.
+        skips: what it left alone, and why.
+        nodes_before: nodes of the model, subgraphs and functions included, Constant nodes not.
+        nodes_after: the same after the step.
+        bytes_before: bytes that the model takes on disk.
+        bytes_after: the same after the step.
+        seconds: for the pass and its gate.
+        round: 1 for the first time through the passes; later rounds list only what acted.
+        max_error: for a lossy pass, the budget that it was judged by.
+    """
+
+    spec: str
+    effect: Effect
+    verdict: Verdict
+    reason: str | None
+    changes: Mapping[str, int]
+    skips: tuple[Skip, ...]
+    nodes_before: int
+    nodes_after: int
+    bytes_before: int
+    bytes_after: int
+    seconds: float
+    round: int
+    max_error: str | None = None
+
+    @property
+    def kept(self) -> bool:
+        """The step changed the model and the change was kept."""
+        return self.verdict == "kept"
+
+
+@dataclass(frozen=True)
+class Size:
+    """Nodes (Constant nodes do not count), bytes on disk and default opset of a model."""
+
+    nodes: int
+    stored_bytes: int
+    opset: int
+
+
+def size_of(model: ir.Model, stored_bytes: int | None = None) -> Size:
+    """The size of a model; the bytes are computed when they are not given."""
+    opset = next((model.opset_imports[d] for d in ONNX_DOMAINS if d in model.opset_imports), 0)
+    size = model_io.stored_bytes(model) if stored_bytes is None else stored_bytes
+    return Size(node_count(model), size, opset)
+
+
+@dataclass(frozen=True)
+class Run:
+    """The result of `graphopt.optimize`: the model and the evidence.
+
+    Attributes:
+        model: the optimized model, with its provenance in `metadata_props`.
+        plan: what was asked for.
+        steps: the ledger.
+        original: size of the model as given.
+        optimized: size of the result.
+        numerics: errors per output against the original, by reference ("as written", "as
+            deployed"); empty when outputs were not compared.
+        benchmark: latency, load time and memory of both; None when not asked for.
+        notes: what else a user should know.
+        failures: requirements that do not hold, and a lossy plan that kept nothing.
+        input_sha256: hash of the input.
+        provider: "cpu" or "cuda".
+        validated: the model was run; False when the user asked not to.
+        source_path: where the input is, or None when it was given in memory.
+    """
+
+    model: ir.Model
+    plan: Plan
+    steps: tuple[Step, ...]
+    original: Size
+    optimized: Size
+    numerics: Mapping[str, tuple[OutputError, ...]]
+    benchmark: BenchmarkReport | None
+    notes: tuple[str, ...]
+    failures: tuple[str, ...]
+    input_sha256: str
+    provider: str
+    validated: bool
+    source_path: Path | None = None
+
+    def save(self, path: str | Path, *, external_data: bool | None = None) -> Run:
+        """Write the optimized model; see `graphopt.model_io.save`.
+
+        The written file is loaded into onnxruntime before it replaces what was there, unless the
+        run was told not to validate.
+
+        Returns:
+            The run, its `optimized.stored_bytes` replaced by what is on the disk now.
+
+        Raises:
+            ModelError: the path is that of the input, cannot be written, or the written file does
+                not load.
+        """
+        model_io.check_target(Path(path), source=self.source_path)
+        written_bytes = model_io.save(
+            self.model,
+            path,
+            external_data=external_data,
+            verify=self._load if self.validated else None,
+        )
+        return replace(self, optimized=replace(self.optimized, stored_bytes=written_bytes))
+
+    def _load(self, path: Path) -> None:
+        Session(path, Reference.AS_DEPLOYED, provider=self.provider)

@@ -1,0 +1,121 @@
+"""Runs passes, gates each, rolls back what breaks, and keeps the ledger."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from graphopt.contract import Change, Context, Effect, Pass
+from graphopt.errors import CheckFailed, GraphoptError
+from graphopt.gate import Gate
+from graphopt.ledger import Size, Step, Verdict, size_of
+from graphopt.recipes import Plan
+from graphopt.skeleton import infer_shapes
+
+logger = logging.getLogger("graphopt")
+
+ROUNDS_MAXIMUM = 20
+"""A plan that repeats ends after so many rounds even where passes keep undoing one another."""
+
+
+@dataclass
+class Pipeline:
+    """Passes at work on one model.
+
+    Attributes:
+        model: as far as it has come; replaced by a rewritten clone when the gate lets that.
+        size: of the model.
+        gate: judges every rewritten clone.
+        context: for the passes.
+        strict: raise where a pass is rejected.
+        steps: the ledger.
+    """
+
+    model: ir.Model
+    size: Size
+    gate: Gate
+    context: Context
+    strict: bool = False
+    steps: list[Step] = field(default_factory=list)
+
+    def run(self, plan: Plan) -> None:
+        """Run all passes, in order, once or until none of them finds anything.
+
+        A pass that was rejected or that refused is not asked again in later rounds.
+
+        Raises:
+            CheckFailed: `strict`, and the gate rejected a pass.
+        """
+        infer_shapes(self.model)
+        waiting = list(plan.passes)
+        for round_number in range(1, ROUNDS_MAXIMUM + 1):
+            steps = [self._step(one, round_number) for one in waiting]
+            self.steps += [s for s in steps if round_number == 1 or s.verdict != "unchanged"]
+            if not plan.repeat or not any(s.kept for s in steps):
+                return
+            waiting = [
+                p for p, s in zip(waiting, steps, strict=True) if s.verdict in ("kept", "unchanged")
+            ]
+
+    def _step(self, one: Pass, round_number: int) -> Step:
+        started = time.perf_counter()
+        self.context.progress(one.name)
+        before = self.size
+        change, verdict, reason = self._try(one)
+        while verdict == "rolled back" and (narrower := one.narrow()) is not None:
+            one = narrower
+            change, verdict, reason = self._try(one)
+        if verdict == "rolled back":
+            logger.warning("%s was rolled back: %s", one, reason)
+        if verdict == "rolled back" and self.strict:
+            raise CheckFailed(f"{one} was rejected (--strict): {reason}")
+        return Step(
+            spec=str(one),
+            effect=one.effect,
+            verdict=verdict,
+            reason=reason,
+            changes=dict(change.counts),
+            skips=tuple(change.skips),
+            nodes_before=before.nodes,
+            nodes_after=self.size.nodes,
+            bytes_before=before.stored_bytes,
+            bytes_after=self.size.stored_bytes,
+            seconds=time.perf_counter() - started,
+            round=round_number,
+            max_error=self.gate.budget_text(one) if one.effect is Effect.LOSSY else None,
+        )
+
+    def _try(self, one: Pass) -> tuple[Change, Verdict, str | None]:
+        """Apply the pass to a clone, which becomes the model only when the gate lets it."""
+        candidate = self.model.clone()
+        change = Change()
+        try:
+            refusal = one.refuse(candidate, self.context)
+            if refusal is not None:
+                return change, "refused", refusal
+            change = one.apply(candidate, self.context)
+            if not change:
+                return change, "unchanged", None
+            reason = self.gate.why_rejected(candidate, one)
+        except GraphoptError as error:
+            reason = str(error)
+        except Exception as error:  # a pass may be anyone's code: its faults belong in the ledger
+            logger.debug("%s raised", one, exc_info=True)
+            reason = f"it raised {type(error).__name__}: {error}"
+        if reason is not None:
+            return change, "rolled back", reason
+        infer_shapes(candidate)
+        self.model, self.size = candidate, size_of(candidate)
+        return change, "kept", None
+
+
+def stamp(model: ir.Model, plan: Plan, version: str, input_sha256: str) -> None:
+    """Write into the model where it comes from."""
+    model.metadata_props["graphopt.version"] = version
+    model.metadata_props["graphopt.pipeline"] = plan.recipe or str(plan)
+    model.metadata_props["graphopt.input_sha256"] = input_sha256
+
+

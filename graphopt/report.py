@@ -1,0 +1,380 @@
+"""Results as text for a terminal, and as JSON."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from graphopt.benchmark import BenchmarkReport
+from graphopt.api import Validation
+from graphopt.contract import Effect, Pass, Skip
+from graphopt.demo import Demonstration
+from graphopt.inspection import Inspection
+from graphopt.ledger import Run, Size, Step
+from graphopt.recipes import Recipe
+from graphopt.spec import describe_type, options_of
+from graphopt.validation import OutputError
+
+SCHEMA_VERSION = 1
+
+_PACKAGES = ("graphopt", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "numpy")
+_MARKS = {"kept": "kept", "unchanged": "-", "rolled back": "ROLLED BACK", "refused": "refused"}
+_STYLES = {"kept": "green", "unchanged": "dim", "rolled back": "red", "refused": "yellow"}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the result depends on."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+# ------------------------------------------------------------------ JSON
+
+
+def run_to_json(run: Run) -> dict[str, Any]:
+    """A run as plain data."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "recipe": run.plan.recipe,
+        "passes": str(run.plan),
+        "input_sha256": run.input_sha256,
+        "validated": run.validated,
+        "provider": run.provider,
+        "original": asdict(run.original),
+        "optimized": asdict(run.optimized),
+        "steps": [_step_to_json(s) for s in run.steps],
+        "numerics": numerics_to_json(run.numerics),
+        "benchmark": benchmark_to_json(run.benchmark) if run.benchmark is not None else None,
+        "notes": list(run.notes),
+        "failures": list(run.failures),
+        "versions": versions(),
+    }
+
+
+def _step_to_json(step: Step) -> dict[str, Any]:
+    return {
+        "pass": step.spec,
+        "effect": step.effect.name,
+        "round": step.round,
+        "kept": step.kept,
+        "verdict": step.verdict,
+        "reason": step.reason,
+        "max_error": step.max_error,
+        "changes": dict(step.changes),
+        "skipped": _skips_to_json(step.skips),
+        "nodes_before": step.nodes_before,
+        "nodes_after": step.nodes_after,
+        "bytes_before": step.bytes_before,
+        "bytes_after": step.bytes_after,
+        "seconds": round(step.seconds, 4),
+    }
+
+
+def _skips_to_json(skips: Iterable[Skip]) -> list[dict[str, Any]]:
+    by_reason: dict[str, list[str]] = {}
+    for skip in skips:
+        by_reason.setdefault(skip.reason, []).append(skip.node)
+    return [{"reason": reason, "nodes": nodes} for reason, nodes in by_reason.items()]
+
+
+def numerics_to_json(
+    numerics: Mapping[str, Sequence[OutputError]],
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Errors by output, then by reference."""
+    outputs: dict[str, dict[str, dict[str, Any]]] = {}
+    for reference, errors in numerics.items():
+        for error in errors:
+            outputs.setdefault(error.name, {})[reference.replace(" ", "_")] = plain(asdict(error))
+    return outputs
+
+
+def benchmark_to_json(report: BenchmarkReport) -> dict[str, Any]:
+    """A benchmark as plain data: the figures of each model by its label, and the conditions."""
+    content: dict[str, Any] = plain(asdict(report))
+    rows = {row.pop("model"): row for row in content.pop("rows")}
+    return {"schema_version": SCHEMA_VERSION, "models": rows, "conditions": content}
+
+
+def validation_to_json(found: Validation) -> dict[str, Any]:
+    """A comparison of two models as plain data."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "numerics": numerics_to_json(found.numerics),
+        "failure": found.failure,
+        "notes": list(found.notes),
+        "versions": versions(),
+    }
+
+
+def inspection_to_json(found: Inspection, tried: Run) -> dict[str, Any]:
+    """What is in a model, and what `basic` would do, as plain data."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        **plain(asdict(found)),
+        "basic": {
+            "optimized": asdict(tried.optimized),
+            "steps": [_step_to_json(s) for s in tried.steps if s.kept],
+        },
+        "versions": versions(),
+    }
+
+
+def passes_to_json(classes: Sequence[type[Pass]], recipes: Mapping[str, Recipe]) -> dict[str, Any]:
+    """Passes with their options, and recipes, as plain data."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "passes": {c.name: _pass_to_json(c) for c in classes},
+        "recipes": {name: asdict(recipe) for name, recipe in recipes.items()},
+    }
+
+
+def _pass_to_json(cls: type[Pass]) -> dict[str, Any]:
+    return {
+        "effect": cls.effect.name,
+        "summary": summary(cls),
+        "needs_samples": cls.needs_samples,
+        "max_error": cls.max_error if cls.effect is Effect.LOSSY else None,
+        "options": {
+            o.name: {
+                "type": describe_type(o.type),
+                "bounds": str(o.bounds) if o.bounds is not None else None,
+                "default": plain(o.default),
+            }
+            for o in options_of(cls).values()
+        },
+    }
+
+
+def summary(cls: type[Pass]) -> str:
+    """The first line of a pass's description."""
+    return (cls.__doc__ or "").strip().splitlines()[0]
+
+
+def demo_to_json(shown: Demonstration) -> dict[str, Any]:
+    """The demonstration as plain data."""
+    accuracy = {"original": shown.accuracy_before, "optimized": shown.accuracy_after}
+    return {**run_to_json(shown.run), "accuracy": accuracy, "path": str(shown.path)}
+
+
+def plain(content: Any) -> Any:
+    """The same with what JSON cannot hold (infinity, NaN) as text."""
+    if isinstance(content, Mapping):
+        return {str(k): plain(v) for k, v in content.items()}
+    if isinstance(content, list | tuple):
+        return [plain(v) for v in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return str(content)
+    return content
+
+
+def to_text(content: Mapping[str, Any]) -> str:
+    """JSON text, indented."""
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+# ------------------------------------------------------------------ terminal
+
+
+def render_run(run: Run) -> RenderableType:
+    """The ledger, the numerics, the benchmark and the notes of a run."""
+    parts: list[RenderableType] = [_ledger(run.steps)]
+    if run.numerics:
+        parts += ["", render_numerics(run.numerics)]
+    if run.benchmark is not None:
+        parts += ["", render_benchmark(run.benchmark)]
+    parts += ["", _sizes(run.original, run.optimized)]
+    parts += [Text(f"note: {note}", style="dim") for note in run.notes]
+    parts += [Text(f"failed: {failure}", style="bold red") for failure in run.failures]
+    return Group(*parts)
+
+
+def _sizes(original: Size, optimized: Size) -> Text:
+    return Text(
+        f"nodes {original.nodes} -> {optimized.nodes}, "
+        f"bytes {original.stored_bytes:,} -> {optimized.stored_bytes:,} "
+        f"({optimized.stored_bytes / original.stored_bytes:.3f}x), "
+        f"opset {original.opset} -> {optimized.opset}",
+        style="bold",
+    )
+
+
+def _ledger(steps: Sequence[Step]) -> Table:
+    table = _table("pass", "effect", "what it did", ">nodes", ">bytes", ">seconds", "verdict")
+    for step in steps:
+        name = step.spec if step.round == 1 else f"{step.spec} (round {step.round})"
+        did = ", ".join(f"{count} × {what}" for what, count in step.changes.items())
+        table.add_row(
+            name,
+            step.effect.name,
+            did if step.reason is None else f"{did + ': ' if did else ''}{step.reason}",
+            f"{step.nodes_after - step.nodes_before:+d}" if step.kept else "",
+            f"{step.bytes_after - step.bytes_before:+,d}" if step.kept else "",
+            f"{step.seconds:.2f}",
+            Text(_MARKS[step.verdict], style=_STYLES[step.verdict]),
+        )
+    return table
+
+
+def render_numerics(numerics: Mapping[str, Sequence[OutputError]]) -> Table:
+    """One row per output and reference."""
+    table = _table(
+        "output", "reference", ">max abs", ">mean abs", ">rel L2", ">SQNR dB", ">cosine", ">same arg-max"
+    )
+    for reference, errors in numerics.items():
+        for error in errors:
+            table.add_row(error.name, reference, *_figures(error))
+    return table
+
+
+def _figures(error: OutputError) -> list[str]:
+    if error.mismatch is not None:
+        return [error.mismatch, "", "", "", "", ""]
+    agreement = "" if error.disagreement is None else f"{1 - error.disagreement:.2%}"
+    if error.identical:
+        return ["identical", "0", "0", "inf", "1", agreement]
+    return [
+        f"{error.max_abs:.2e}",
+        f"{error.mean_abs:.2e}",
+        f"{error.rel_l2:.2e}",
+        f"{error.sqnr_db:.1f}",
+        f"{error.cosine:.6f}",
+        agreement,
+    ]
+
+
+def render_benchmark(report: BenchmarkReport) -> RenderableType:
+    """One row per model, and how it was measured."""
+    table = _table(
+        "model", ">p50 ms", ">p90 ms", ">p99 ms", ">ratio", ">per second", ">load ms", ">peak MB", ">bytes"
+    )
+    for row in report.rows:
+        rate = f"{row.throughput_per_s:,.0f}" if row.throughput_per_s is not None else ""
+        table.add_row(
+            row.model,
+            f"{row.p50_ms:.3f}",
+            f"{row.p90_ms:.3f}",
+            f"{row.p99_ms:.3f}",
+            f"{row.ratio:.3f}",
+            rate,
+            f"{row.load_ms:.1f}",
+            f"{row.peak_rss_bytes / 1e6:.0f}" if row.peak_rss_bytes is not None else "",
+            f"{row.stored_bytes:,}",
+        )
+    return Group(table, Text(describe_conditions(report), style="dim"))
+
+
+def describe_conditions(report: BenchmarkReport) -> str:
+    """Where and how a benchmark was taken, in a line."""
+    rounds = min(row.rounds for row in report.rows)
+    threads = f"{report.threads} thread" + ("s" if report.threads > 1 else "")
+    return (
+        f"{report.provider}, {threads}, {rounds} interleaved rounds, onnxruntime "
+        f"{report.onnxruntime}, {report.cpu}"
+    )
+
+
+def render_validation(found: Validation) -> RenderableType:
+    """The errors of all outputs, and the notes."""
+    notes = [Text(f"note: {note}", style="dim") for note in found.notes]
+    return Group(render_numerics(found.numerics), *notes)
+
+
+def render_inspection(found: Inspection, tried: Run) -> RenderableType:
+    """What is in a model, and what `basic` would do to it."""
+    facts = _table("", "")
+    facts.show_header = False
+    for port in found.inputs:
+        facts.add_row("input", str(port))
+    for port in found.outputs:
+        facts.add_row("output", str(port))
+    facts.add_row("opset", ", ".join(f"{d or 'ai.onnx'} {v}" for d, v in found.opsets.items()))
+    facts.add_row("IR version", str(found.ir_version))
+    graphs = f", {found.subgraphs} subgraphs" if found.subgraphs else ""
+    facts.add_row("nodes", f"{found.nodes}{graphs}")
+    facts.add_row("operators", ", ".join(f"{n} {op}" for op, n in found.operators.items()))
+    if found.functions:
+        facts.add_row("functions", ", ".join(found.functions))
+    for kind in found.weights:
+        facts.add_row("weights", str(kind))
+    for weight in found.largest:
+        facts.add_row("large", str(weight))
+    for group in found.duplicates:
+        facts.add_row("duplicates", str(group))
+    if found.zero_share is not None:
+        facts.add_row("zeros", f"{found.zero_share:.1%} of the floating-point weights")
+    for output, name in found.state:
+        facts.add_row("state?", f"--state {output}={name}")
+    if found.random_operators:
+        facts.add_row("random", ", ".join(found.random_operators))
+    kept = [s for s in tried.steps if s.kept]
+    would = Text("basic would change nothing" if not kept else "basic would:", style="bold")
+    return Group(facts, "", would, *([_ledger(kept), _sizes(tried.original, tried.optimized)] if kept else []))
+
+
+def render_passes(classes: Sequence[type[Pass]], recipes: Mapping[str, Recipe]) -> RenderableType:
+    """All passes, a line each, and the recipes."""
+    table = _table("pass", "effect", "what it does")
+    for cls in classes:
+        table.add_row(cls.name, _effect_text(cls), summary(cls))
+    lines: list[RenderableType] = [table]
+    for name, recipe in recipes.items():
+        lines += ["", Text(f"recipe {name}: {recipe.summary}", style="bold"), Text(recipe.passes)]
+    return Group(*lines)
+
+
+def _effect_text(cls: type[Pass]) -> str:
+    if cls.effect is Effect.LOSSY:
+        return f"{cls.effect.name} (rel-l2 {cls.max_error:g})"
+    return cls.effect.name
+
+
+def render_pass(cls: type[Pass]) -> RenderableType:
+    """One pass: what it does, in its own words, and its options."""
+    head = Text(f"{cls.name} ({_effect_text(cls)})", style="bold")
+    table = _table("option", "is", "default")
+    for option in options_of(cls).values():
+        bounds = f", {option.bounds}" if option.bounds is not None else ""
+        table.add_row(option.name, describe_type(option.type) + bounds, str(option.default))
+    return Group(head, "", Text(inspect.cleandoc(cls.__doc__ or "")), *(["", table] if table.rows else []))
+
+
+def render_demo(shown: Demonstration) -> RenderableType:
+    """The run on the digits model, and its accuracy before and after."""
+    return Group(
+        render_run(shown.run),
+        Text(
+            f"accuracy on {shown.count} digits: {shown.accuracy_before:.4f} -> "
+            f"{shown.accuracy_after:.4f}; written to {shown.path}",
+            style="bold",
+        ),
+    )
+
+
+def _table(*columns: str) -> Table:
+    """A table; a column whose title begins with `>` is aligned to the right."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        right = column.startswith(">")
+        table.add_column(column.removeprefix(">"), justify="right" if right else "left",
+                         overflow="fold", no_wrap=right)
+    return table
+
+
+def print_to(console: Console, content: RenderableType) -> None:
+    """Print results; in a pipe the width is what the content needs."""
+    console.print(content, soft_wrap=False)

@@ -1,0 +1,406 @@
+"""Folding y = x * scale + shift, per output channel, into the linear node that computes x.
+
+Conv, ConvTranspose, Gemm and MatMul compute x = W·a + b, where every output channel c has weights
+W[c] and a bias b[c] of its own. So
+
+    (W[c]·a + b[c]) * scale[c] + shift[c]  =  (W[c] * scale[c])·a + (b[c] * scale[c] + shift[c])
+
+and a node that scales or shifts the channels of such an output needs no node of its own. A pass
+says which nodes do that and by how much; everything else is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from graphopt.contract import Change
+from graphopt.operators import all_graphs, is_onnx
+from graphopt.packing import is_constant, is_packed
+from graphopt.rewriting import (
+    Names,
+    add_initializer,
+    can_replace,
+    constant_tensor,
+    only_reader,
+    replace_value,
+    static_shape,
+)
+
+Array = npt.NDArray[np.float64]
+
+FIRST_OPSET = 7
+"""Before it, operators broadcast by attributes, and BatchNormalization trains by default."""
+
+PRECISION = {
+    ir.DataType.FLOAT16: 2.0**-10,
+    ir.DataType.BFLOAT16: 2.0**-7,
+    ir.DataType.FLOAT: 2.0**-23,
+    ir.DataType.DOUBLE: 2.0**-52,
+}
+"""The element types of weights, and how far one is from the next number. Rounding costs half."""
+
+LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+WEIGHT, BIAS = 1, 2
+"""The inputs that hold weight and bias; the same for all four operators (MatMul has no bias)."""
+
+
+class Misfit(Exception):
+    """Why a place that looks right must be left alone."""
+
+
+@dataclass(frozen=True)
+class Affine:
+    """y = x * scale + shift.
+
+    Attributes:
+        scale: float64 of shape [channels], finite; None stands for ones.
+        shift: float64 of shape [channels], finite; None stands for zeros.
+    """
+
+    scale: Array | None = None
+    shift: Array | None = None
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A node that computes W·a + b, and where its output channels are.
+
+    Attributes:
+        node: a Conv, ConvTranspose, Gemm or MatMul.
+        rank: of the output; the least that is possible where it is not known.
+        axis: of the channels in the output.
+        channels: how many there are.
+        split: the shape in which the weight is seen so that `aligned` broadcasts against it.
+        aligned: the shape of one number per channel in that view.
+    """
+
+    node: ir.Node
+    rank: int
+    axis: int
+    channels: int
+    split: tuple[int, ...]
+    aligned: tuple[int, ...]
+
+
+# ------------------------------------------------------------------ what a pass calls
+
+
+def fold_readers(
+    model: ir.Model,
+    operand: Callable[[ir.Node], ir.Value | None],
+    affine: Callable[[ir.Node, Linear], Affine],
+) -> Change:
+    """Fold every node that scales or shifts a linear node's output into that node.
+
+    Args:
+        model: rewritten in place, subgraphs too. Nodes are met in order, so that of several in a
+            row each finds the ones before it folded already.
+        operand: the input of a node that it scales or shifts; None for nodes that the pass is not
+            about.
+        affine: what the node does to the channels; may raise `Misfit`.
+
+    Returns:
+        What was folded, and with its reason what was not.
+    """
+    change, names, opset = Change(), Names(model), opset_of(model)
+    for graph in all_graphs(model):
+        for node in graph:
+            value = operand(node)
+            if value is None:
+                continue
+            try:
+                linear = _linear_before(node, value, opset)
+                what = f"{node.op_type} folded into {linear.node.op_type}"
+                _fold(linear, affine(node, linear), names)
+            except Misfit as reason:
+                change.skip(node, str(reason))
+                continue
+            _take_place(node.outputs[0], value)
+            graph.remove(node, safe=True)
+            change.count(what)
+    return change
+
+
+def opset_of(model: ir.Model) -> int:
+    """The version of the standard operators that the model uses; 0 when it states none."""
+    return model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
+
+
+def linear_operand(node: ir.Node, *op_types: str) -> ir.Value | None:
+    """The operand of a binary node that a linear node made.
+
+    Args:
+        node: with two inputs.
+        op_types: of the linear nodes that count.
+
+    Returns:
+        None unless the other operand is a constant, or an initializer that only looks like one.
+    """
+    if len(node.inputs) != 2:
+        return None
+    for value, other in (node.inputs, node.inputs[::-1]):
+        producer = value.producer() if value is not None else None
+        if producer is None or other is None or not is_onnx(producer, *op_types):
+            continue
+        if is_constant(other) or other.is_initializer() or is_packed(other):
+            return value
+    return None
+
+
+def other_operand(node: ir.Node, linear: Linear) -> tuple[ir.Value | None, bool]:
+    """The operand of a binary node that `linear` did not make, and whether it is the second."""
+    first, second = node.inputs
+    second_is_other = first is linear.node.outputs[0]
+    return (second if second_is_other else first), second_is_other
+
+
+def constant_array(value: ir.Value | None, what: str) -> Array:
+    """A constant of floating point, as float64 in its own shape.
+
+    Raises:
+        Misfit: it is none, or packed.
+    """
+    if is_packed(value):
+        raise Misfit(f"{what} is packed")
+    tensor = constant_tensor(value)
+    if tensor is None:
+        overridable = value is not None and value.is_initializer()
+        reason = "an input that a caller can override" if overridable else "not constant"
+        raise Misfit(f"{what} is {reason}")
+    if tensor.dtype not in PRECISION:
+        raise Misfit(f"{what} is of type {tensor.dtype.name}")
+    return tensor.numpy().astype(np.float64)
+
+
+def per_channel(array: Array, linear: Linear, what: str) -> Array:
+    """The numbers by which a broadcast operand meets each channel, as float64 of [channels].
+
+    Args:
+        array: an operand that is broadcast against the output of `linear`, in NumPy's way.
+        linear: the node.
+        what: the operand's name in a reason.
+
+    Raises:
+        Misfit: the operand differs along another axis, or makes the result larger.
+    """
+    if array.ndim > linear.rank:
+        raise Misfit(f"{what} has more dimensions than the result is known to have")
+    shape = (1,) * (linear.rank - array.ndim) + array.shape
+    if any(size != 1 for axis, size in enumerate(shape) if axis != linear.axis):
+        raise Misfit(f"{what} of shape {list(array.shape)} is not one number per channel")
+    if shape[linear.axis] not in (1, linear.channels):
+        raise Misfit(f"{what} of shape {list(array.shape)} meets {linear.channels} channels")
+    return np.broadcast_to(array.reshape(-1), (linear.channels,))
+
+
+def finite(array: Array, what: str) -> Array:
+    """The array itself.
+
+    Raises:
+        Misfit: one of its numbers is infinite or no number.
+    """
+    if not np.isfinite(array).all():
+        raise Misfit(f"{what} is not finite")
+    return array
+
+
+# ------------------------------------------------------------------ what can be folded into
+
+
+def _linear_before(node: ir.Node, value: ir.Value, opset: int) -> Linear:
+    """The linear node that made `value`, an input of `node`.
+
+    Raises:
+        Misfit: it did not, or something else depends on the value.
+    """
+    producer = value.producer()
+    if producer is None or not is_onnx(producer, *LINEAR):
+        before = "no node" if producer is None else producer.op_type
+        raise Misfit(f"its input is made by {before}, not by one of {', '.join(LINEAR)}")
+    if opset < FIRST_OPSET:
+        raise Misfit(f"opset {opset} is older than {FIRST_OPSET}; raise it first")
+    if value.is_graph_output():
+        raise Misfit("the value before it is an output of the graph")
+    if value.graph is not node.graph:
+        raise Misfit("the value before it is made outside of this subgraph")
+    if only_reader(value) is not node:
+        raise Misfit("other nodes read the value before it")
+    if not can_replace(node.outputs[0], value):
+        raise Misfit("its output cannot be made by another node")
+    return _linear(producer)
+
+
+def _linear(node: ir.Node) -> Linear:
+    """Where a node has its channels.
+
+    Weights are seen as
+
+        Conv           [C, ...]                    with numbers per channel as [C, 1, ...]
+        ConvTranspose  [groups, C_in / groups, C / groups, ...]      as [groups, 1, C / groups, ...]
+        Gemm, MatMul   [K, C], for transB [C, K]                     as [1, C], [C, 1]
+
+    Raises:
+        Misfit: the shape of the weight is not known, or none that the operator accepts.
+    """
+    weight = _input(node, WEIGHT)
+    tensor = constant_tensor(weight)
+    if is_onnx(node, "MatMul") and tensor is None and not is_packed(weight):
+        raise Misfit("the second operand of MatMul is not constant")
+    shape = static_shape(weight) if tensor is None else tuple(tensor.shape.numpy())
+    if shape is None:
+        raise Misfit(f"the shape of the weight of {node.op_type} is not known")
+    if is_onnx(node, "MatMul", "Gemm"):
+        return _product(node, shape)
+    groups = node.attributes.get_int("group", 1)
+    if len(shape) < 3 or groups < 1 or shape[0] % groups:
+        raise Misfit(f"the weight has shape {list(shape)} with {groups} groups")
+    rank, inner = len(shape), (1,) * (len(shape) - 2)
+    if is_onnx(node, "Conv"):
+        return Linear(node, rank, 1, shape[0], shape, (shape[0], 1, *inner))
+    rows, columns = shape[0] // groups, shape[1]
+    return Linear(
+        node,
+        rank,
+        axis=1,
+        channels=groups * columns,
+        split=(groups, rows, columns, *shape[2:]),
+        aligned=(groups, 1, columns, *inner),
+    )
+
+
+def _product(node: ir.Node, shape: tuple[int, ...]) -> Linear:
+    if len(shape) != 2:
+        raise Misfit(f"the weight has {len(shape)} dimensions, not 2")
+    if is_onnx(node, "Gemm") and node.attributes.get_int("transB", 0) != 0:
+        return Linear(node, 2, 1, shape[0], shape, (shape[0], 1))
+    left = node.inputs[0]
+    known = left.shape.rank() if left is not None and left.shape is not None else 1
+    rank = 2 if is_onnx(node, "Gemm") else max(1, known)
+    return Linear(node, rank, rank - 1, shape[1], shape, (1, shape[1]))
+
+
+# ------------------------------------------------------------------ folding
+
+
+def _fold(linear: Linear, affine: Affine, names: Names) -> None:
+    """Let the linear node compute what `affine` makes of its output.
+
+    Raises:
+        Misfit: it must not be; nothing was changed then.
+    """
+    dtype = _element_type(linear.node)
+    weight = None if affine.scale is None else _scaled_weight(linear, affine.scale, dtype)
+    bias = _new_bias(linear, affine, dtype)
+    if weight is not None:
+        _set_input(linear.node, WEIGHT, weight, names)
+    if bias is None:
+        return
+    _set_input(linear.node, BIAS, bias, names)
+    if is_onnx(linear.node, "MatMul"):
+        linear.node.op_type = "Gemm"
+    # The new bias holds beta already.
+    linear.node.attributes.pop("beta", None)
+
+
+def _element_type(node: ir.Node) -> ir.DataType:
+    weight = _input(node, WEIGHT)
+    dtype = weight.dtype if weight is not None else None
+    if dtype not in PRECISION:
+        kind = "unknown" if dtype is None else dtype.name
+        raise Misfit(f"the weight of {node.op_type} is of type {kind}")
+    return dtype
+
+
+def _scaled_weight(linear: Linear, scale: Array, dtype: ir.DataType) -> np.ndarray:
+    """W * scale, in the weight's own shape."""
+    value = _input(linear.node, WEIGHT)
+    weight = constant_array(value, "the weight")
+    assert value is not None
+    if len(value.uses()) > 1 or value.is_graph_output():
+        raise Misfit("the weight is shared, folding would store it twice")
+    with np.errstate(over="ignore", invalid="ignore"):
+        scaled = weight.reshape(linear.split) * scale.reshape(linear.aligned)
+        rounded = scaled.astype(dtype.numpy())
+        error = rounded.astype(np.float64) - scaled
+        loss, size = np.linalg.norm(error), np.linalg.norm(scaled)
+    _check_finite(rounded.reshape(weight.shape), np.isfinite(weight), "weight", dtype)
+    # Only below the smallest normal number does rounding cost more than half of that.
+    if loss > PRECISION[dtype] * size:
+        raise Misfit(f"the folded weight is too small for {dtype.name}")
+    return rounded.reshape(weight.shape)
+
+
+def _new_bias(linear: Linear, affine: Affine, dtype: ir.DataType) -> np.ndarray | None:
+    """The bias b * scale + shift as [channels], Gemm's beta in it; None where there stays none."""
+    bias = _bias(linear)
+    if bias is None and affine.shift is None:
+        return None
+    if is_onnx(linear.node, "MatMul") and linear.rank != 2:
+        raise Misfit("only a MatMul with two dimensions can become a Gemm, which has a bias")
+    total = np.zeros(linear.channels) if bias is None else bias
+    expected = np.isfinite(total)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if affine.scale is not None:
+            total = total * affine.scale
+        if affine.shift is not None:
+            total = total + affine.shift
+        rounded: np.ndarray = total.astype(dtype.numpy())
+    _check_finite(rounded, expected, "bias", dtype)
+    return rounded
+
+
+def _bias(linear: Linear) -> Array | None:
+    """The node's bias with Gemm's beta in it, as float64 of [channels]; None when it has none."""
+    node = linear.node
+    value = _input(node, BIAS)
+    if value is None:
+        return None
+    if not is_onnx(node, "Gemm"):
+        bias = constant_array(value, "the bias")
+        if bias.shape != (linear.channels,):
+            raise Misfit(f"the bias of shape {list(bias.shape)} meets {linear.channels} channels")
+        return bias
+    beta = node.attributes.get_float("beta", 1.0)
+    if beta == 0:
+        # C is not read then, whatever it holds.
+        return None
+    return per_channel(constant_array(value, "C"), linear, "C") * beta
+
+
+def _check_finite(
+    rounded: np.ndarray, expected: npt.NDArray[np.bool_], what: str, dtype: ir.DataType
+) -> None:
+    if np.any(expected & ~np.isfinite(rounded.astype(np.float64))):
+        raise Misfit(f"the folded {what} overflows {dtype.name}")
+
+
+def _input(node: ir.Node, index: int) -> ir.Value | None:
+    return node.inputs[index] if index < len(node.inputs) else None
+
+
+def _set_input(node: ir.Node, index: int, array: np.ndarray, names: Names) -> None:
+    graph = node.graph
+    assert isinstance(graph, ir.Graph)
+    old = _input(node, index)
+    hint = old.name if old is not None else f"{node.outputs[0].name or node.op_type}_bias"
+    node.resize_inputs(max(len(node.inputs), index + 1))
+    node.replace_input_with(index, add_initializer(graph, array, names.new(hint or "weight")))
+
+
+def _take_place(old: ir.Value, new: ir.Value) -> None:
+    """Let `new` be read, and be an output of the graph, where `old` was."""
+    graph = old.graph
+    if graph is not None and old.is_graph_output():
+        # Before replace_value, which onnx_ir lets replace no value that is still an output.
+        new.name, old.name = old.name, None
+        new.type, new.shape = old.type or new.type, old.shape or new.shape
+        for index, output in enumerate(graph.outputs):
+            if output is old:
+                graph.outputs[index] = new
+    replace_value(old, new)

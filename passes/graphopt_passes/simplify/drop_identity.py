@@ -1,0 +1,468 @@
+"""drop-identity: remove nodes that pass their input through unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.contract import Change, Context, Effect, Pass
+from graphopt.operators import all_graphs, dropout_is_off, is_onnx
+from graphopt.rewriting import can_replace, replace_value, small_array, static_shape
+
+FIRST_OPSET = 7
+"""Before it, operators broadcast by attributes, and Dropout trains by default."""
+
+WHOLE = 2**31 - 1
+"""A slice that ends here takes everything: no dimension is larger, and exporters write this."""
+
+
+@dataclass(frozen=True)
+class DropIdentity(Pass):
+    """Remove nodes that pass their input through unchanged, in subgraphs too.
+
+    Identity itself, and all that is one in effect: Cast to the same type, Transpose that moves
+    nothing, Reshape to the shape that is there already, Slice of the whole, Concat of one, adding
+    -0.0, multiplying by 1, the second of two Neg or Relu, and so on. What changes a single bit
+    stays: adding +0.0 turns -0.0 into 0.0, and Clip without bounds makes infinity finite.
+
+    A node stays where a graph would otherwise return its own input, a constant, a value of an
+    outer graph, or one value under two names.
+    """
+
+    name: ClassVar[str] = "drop-identity"
+    effect: ClassVar[Effect] = Effect.EXACT
+
+    def refuse(self, model: ir.Model, context: Context) -> str | None:
+        """Opsets below 7 give the same operators other meanings."""
+        opset = _opset_of(model)
+        if opset >= FIRST_OPSET:
+            return None
+        return f"opset {opset} is older than {FIRST_OPSET}; raise it first"
+
+    def apply(self, model: ir.Model, context: Context) -> Change:
+        """Remove every such node, from the inputs onwards."""
+        change = Change()
+        opset = _opset_of(model)
+        for graph in all_graphs(model):
+            for node in graph:
+                _drop(node, opset, change)
+        return change
+
+
+def _opset_of(model: ir.Model) -> int:
+    return model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
+
+
+def _drop(node: ir.Node, opset: int, change: Change) -> None:
+    passed = _passed_on(node, opset)
+    if passed is None:
+        return
+    if isinstance(passed, str):
+        change.skip(node, passed)
+        return
+    if not can_replace(node.outputs[0], passed):
+        change.skip(node, _why_kept(node, passed))
+        return
+    source = node.inputs[0].producer() if node.inputs[0] is not None else None
+    replace_value(node.outputs[0], passed)
+    _remove(node, change)
+    # Of two nodes that undo each other, the first may have had no other reader.
+    if source is not None and passed.producer() is not source and _is_unread(source):
+        _remove(source, change)
+
+
+def _remove(node: ir.Node, change: Change) -> None:
+    assert isinstance(node.graph, ir.Graph)
+    node.graph.remove(node, safe=True)
+    change.count(f"{node.op_type} removed")
+
+
+def _is_unread(node: ir.Node) -> bool:
+    return not any(o.uses() or o.is_graph_output() for o in node.outputs)
+
+
+def _why_kept(node: ir.Node, passed: ir.Value) -> str:
+    if passed.is_graph_output():
+        return "the graph outputs both its input and its output"
+    if passed.graph is not node.graph:
+        return "it brings a value of an outer graph to an output of the subgraph"
+    what = "an input of the graph" if passed.is_graph_input() else "a constant"
+    return f"it brings {what} to an output of the graph"
+
+
+# ------------------------------------------------------------------ what a node passes on
+
+Verdict = ir.Value | str | None
+"""The value that a node passes on; or why it nearly does; or None."""
+
+
+def _passed_on(node: ir.Node, opset: int) -> Verdict:
+    if not is_onnx(node, node.op_type) or not node.inputs or not node.outputs:
+        return None
+    if any(o.uses() or o.is_graph_output() for o in node.outputs[1:]):
+        return None
+    if node.op_type in _NEUTRAL:
+        return _beside_neutral(node, *_NEUTRAL[node.op_type])
+    if node.op_type in _UNDO_THEMSELVES:
+        return _before_its_inverse(node)
+    unchanged = _UNCHANGED.get(node.op_type)
+    if unchanged is None or node.inputs[0] is None or not unchanged(node, opset):
+        return None
+    return node.inputs[0]
+
+
+def _before_its_inverse(node: ir.Node) -> ir.Value | None:
+    """f(f(x)) = x."""
+    first = _same_before(node)
+    return None if first is None else first.inputs[0]
+
+
+def _same_before(node: ir.Node) -> ir.Node | None:
+    """The node that made the first input, if it is of the same operator."""
+    value = node.inputs[0]
+    maker = value.producer() if value is not None else None
+    return maker if maker is not None and is_onnx(maker, node.op_type) else None
+
+
+_UNDO_THEMSELVES = ("BitwiseNot", "Neg", "Not")
+
+
+# ------------------------------------------------------------------ neutral constants
+
+
+def _beside_neutral(
+    node: ir.Node, is_neutral: Callable[[np.ndarray], bool], commutes: bool
+) -> Verdict:
+    """x, where the node computes x + 0, x * 1 and the like, and the constant enlarges nothing."""
+    if len(node.inputs) != 2:
+        return None
+    left, right = node.inputs
+    for value, other in ((left, right), (right, left))[: 1 + commutes]:
+        constant = small_array(other)
+        if value is None or constant is None:
+            continue
+        if node.op_type == "Add" and _is_positive_zero(constant):
+            return "adding +0.0 turns -0.0 into 0.0"
+        if not is_neutral(constant):
+            continue
+        # Powers of integers go through floating point, which rounds.
+        if node.op_type == "Pow" and value.dtype not in (ir.DataType.FLOAT, ir.DataType.DOUBLE):
+            return f"Pow by 1 is not known to be exact for {value.dtype}"
+        if not _broadcasts_into(constant.shape, value.shape):
+            return "the constant operand may enlarge the result"
+        return value
+    return None
+
+
+def _broadcasts_into(small: Sequence[int], large: ir.Shape | None) -> bool:
+    """Broadcasting the one against the other gives `large`, whatever is unknown of it."""
+    if not small:
+        return True
+    if large is None or len(small) > len(large):
+        return False
+    aligned = list(large)[len(large) - len(small) :]
+    return all(s in (1, d) for s, d in zip(small, aligned, strict=True))
+
+
+def _is_real(array: np.ndarray) -> bool:
+    return array.dtype.kind in "fiu"
+
+
+def _is_positive_zero(array: np.ndarray) -> bool:
+    if array.dtype.kind != "f" or not array.size:
+        return False
+    return not array.any() and not np.signbit(array).all()
+
+
+def _adds_nothing(array: np.ndarray) -> bool:
+    """-0.0 is the neutral element of floating-point addition: -0.0 + 0.0 = 0.0."""
+    if not _is_real(array) or array.any():
+        return False
+    return array.dtype.kind != "f" or bool(np.signbit(array).all())
+
+
+def _subtracts_nothing(array: np.ndarray) -> bool:
+    if not _is_real(array) or array.any():
+        return False
+    return array.dtype.kind != "f" or not np.signbit(array).any()
+
+
+def _is_one(array: np.ndarray) -> bool:
+    return _is_real(array) and bool((array == 1).all())
+
+
+def _is_true(array: np.ndarray) -> bool:
+    return array.dtype.kind == "b" and bool(array.all())
+
+
+def _is_false(array: np.ndarray) -> bool:
+    return array.dtype.kind == "b" and not array.any()
+
+
+_NEUTRAL: dict[str, tuple[Callable[[np.ndarray], bool], bool]] = {
+    "Add": (_adds_nothing, True),
+    "And": (_is_true, True),
+    "Div": (_is_one, False),
+    "Mul": (_is_one, True),
+    "Or": (_is_false, True),
+    "Pow": (_is_one, False),
+    "Sub": (_subtracts_nothing, False),
+    "Xor": (_is_false, True),
+}
+"""For binary operators: which constants are neutral, and whether on the left side as well."""
+
+
+# ------------------------------------------------------------------ nodes that change nothing
+
+
+def _input(node: ir.Node, index: int) -> ir.Value | None:
+    return node.inputs[index] if index < len(node.inputs) else None
+
+
+def _integers(node: ir.Node, name: str, index: int) -> tuple[int, ...] | None:
+    """What an attribute states, or in a later opset an input; () where neither does.
+
+    None where the input is not constant.
+    """
+    attribute = node.attributes.get(name)
+    if attribute is not None:
+        return None if attribute.is_ref() else tuple(attribute.as_ints())
+    if _input(node, index) is None:
+        return ()
+    array = small_array(_input(node, index))
+    return None if array is None else tuple(int(i) for i in array.reshape(-1))
+
+
+def _sizes(value: ir.Value | None) -> tuple[int | None, ...] | None:
+    """The dimensions, None for each that is not known; None where not even the rank is."""
+    if value is None or value.shape is None:
+        return None
+    return tuple(d if isinstance(d, int) else None for d in value.shape)
+
+
+def _always(node: ir.Node, opset: int) -> bool:
+    return True
+
+
+def _has_one_input(node: ir.Node, opset: int) -> bool:
+    return len(node.inputs) == 1
+
+
+def _has_one_output(node: ir.Node, opset: int) -> bool:
+    return len(node.outputs) == 1
+
+
+def _follows_the_same(node: ir.Node, opset: int) -> bool:
+    """f(f(x)) = f(x)."""
+    return _same_before(node) is not None
+
+
+def _dropout_is_off(node: ir.Node, opset: int) -> bool:
+    return dropout_is_off(node)
+
+
+def _casts_to_same(node: ir.Node, opset: int) -> bool:
+    assert node.inputs[0] is not None
+    return node.inputs[0].dtype is not None and node.inputs[0].dtype == _cast_type(node)
+
+
+def _cast_type(node: ir.Node) -> ir.DataType | None:
+    if is_onnx(node, "CastLike"):
+        like = _input(node, 1)
+        return like.dtype if like is not None else None
+    to = node.attributes.get_int("to")
+    return ir.DataType(to) if to is not None else None
+
+
+def _transposes_nothing(node: ir.Node, opset: int) -> bool:
+    permutation = node.attributes.get_ints("perm")
+    if permutation is not None:
+        return tuple(permutation) == tuple(range(len(permutation)))
+    sizes = _sizes(node.inputs[0])
+    return sizes is not None and len(sizes) <= 1
+
+
+def _reshapes_to_same(node: ir.Node, opset: int) -> bool:
+    if _is_shape_of_first(node, 1):
+        return True
+    sizes = _sizes(node.inputs[0])
+    if sizes is None:
+        return False
+    target = _integers(node, "shape", 1)
+    if target is None:
+        return _agree(sizes, _sizes(node.outputs[0]))
+    copies = node.attributes.get_int("allowzero", 0) == 0
+    named = [t in (-1, s) or (t == 0 and copies) for t, s in zip(target, sizes, strict=False)]
+    # All but the -1 agree, so it can only stand for what is there.
+    return len(target) == len(sizes) and all(named) and target.count(-1) <= 1
+
+
+def _agree(sizes: tuple[int | None, ...], others: tuple[int | None, ...] | None) -> bool:
+    """Two shapes of the same number of elements are the same.
+
+    They are when one dimension at most is unknown and all others are equal and not 0: the number
+    of elements settles that one.
+    """
+    if others is None or len(sizes) != len(others):
+        return False
+    rest = [(s, o) for s, o in zip(sizes, others, strict=True) if (s, o) != (None, None)]
+    if any(s != o for s, o in rest):
+        return False
+    return len(rest) == len(sizes) or (len(rest) == len(sizes) - 1 and (0, 0) not in rest)
+
+
+def _is_shape_of_first(node: ir.Node, index: int) -> bool:
+    """The input is Shape of the node's first input, all of it."""
+    value = _input(node, index)
+    maker = value.producer() if value is not None else None
+    if maker is None or not is_onnx(maker, "Shape") or maker.attributes:
+        return False
+    return maker.inputs[0] is node.inputs[0] and node.attributes.get_int("allowzero", 0) == 0
+
+
+def _flattens_nothing(node: ir.Node, opset: int) -> bool:
+    """[a, b] stays for axis 1; axes 0 and 2 give [1, a*b] and [a*b, 1]."""
+    sizes = _sizes(node.inputs[0])
+    if sizes is None or len(sizes) != 2:
+        return False
+    axis = node.attributes.get_int("axis", 1)
+    axis += 2 if axis < 0 else 0
+    return axis == 1 or (axis == 0 and sizes[0] == 1) or (axis == 2 and sizes[1] == 1)
+
+
+def _squeezes_nothing(node: ir.Node, opset: int) -> bool:
+    """Without axes, or with none in the list, all dimensions of size 1 go."""
+    shape = static_shape(node.inputs[0])
+    return _integers(node, "axes", 1) == () and shape is not None and 1 not in shape
+
+
+def _unsqueezes_nothing(node: ir.Node, opset: int) -> bool:
+    return _integers(node, "axes", 1) == ()
+
+
+def _expands_nothing(node: ir.Node, opset: int) -> bool:
+    if _is_shape_of_first(node, 1):
+        return True
+    target = _integers(node, "shape", 1)
+    if target is not None:
+        assert node.inputs[0] is not None
+        return _broadcasts_into(target, node.inputs[0].shape)
+    shape = static_shape(node.inputs[0])
+    return shape is not None and shape == static_shape(node.outputs[0])
+
+
+def _repeats_once(node: ir.Node, opset: int) -> bool:
+    repeats = _integers(node, "repeats", 1)
+    return repeats is not None and all(r == 1 for r in repeats)
+
+
+def _pads_nothing(node: ir.Node, opset: int) -> bool:
+    pads = _integers(node, "pads", 1)
+    return pads is not None and not any(pads)
+
+
+def _slices_all(node: ir.Node, opset: int) -> bool:
+    starts, ends = _integers(node, "starts", 1), _integers(node, "ends", 2)
+    axes, steps = _integers(node, "axes", 3), _integers(node, "steps", 4)
+    if not starts or ends is None or axes is None or steps is None:
+        return False
+    axes = axes or tuple(range(len(starts)))
+    if any(s != 1 for s in steps) or not len(starts) == len(ends) == len(axes):
+        return False
+    sizes = _sizes(node.inputs[0])
+    return all(_is_whole(sizes, *part) for part in zip(axes, starts, ends, strict=True))
+
+
+def _is_whole(sizes: tuple[int | None, ...] | None, axis: int, start: int, end: int) -> bool:
+    if sizes is None:
+        return start == 0 and end >= WHOLE
+    if not -len(sizes) <= axis < len(sizes):
+        return False
+    size = sizes[axis]
+    if size is None:
+        return start == 0 and end >= WHOLE
+    return (start == 0 or start <= -size) and end >= size
+
+
+def _resizes_nothing(node: ir.Node, opset: int) -> bool:
+    """Scales of 1 put every point on itself, unless the window is cropped or shifted by half."""
+    if node.attributes.get_string("mode", "nearest") not in ("nearest", "linear"):
+        return False
+    place = node.attributes.get_string("coordinate_transformation_mode", "half_pixel")
+    if place in ("tf_crop_and_resize", "tf_half_pixel_for_nn"):
+        return False
+    scales = small_array(_input(node, 1 if opset < 11 else 2))
+    if scales is not None and scales.size:
+        return bool((scales == 1).all())
+    has_scales = _input(node, 2) is not None and scales is None
+    wanted = _integers(node, "sizes", 3)
+    known = _sizes(node.inputs[0])
+    if has_scales or not wanted or known is None:
+        return False
+    axes = node.attributes.get_ints("axes", range(len(known)))
+    if len(axes) != len(wanted) or any(not -len(known) <= a < len(known) for a in axes):
+        return False
+    return all(known[a] == w for a, w in zip(axes, wanted, strict=True))
+
+
+def _clips_nothing(node: ir.Node, opset: int) -> bool:
+    """Only bounds that no number passes. Without bounds, infinity becomes the largest number."""
+    assert node.inputs[0] is not None
+    dtype = node.inputs[0].dtype
+    if opset < 11 or dtype is None:
+        return False
+    lower, upper = _input(node, 1), _input(node, 2)
+    lowest, highest = _range(dtype)
+    return _is_bound(lower, lowest, dtype.is_integer()) and _is_bound(
+        upper, highest, dtype.is_integer()
+    )
+
+
+def _range(dtype: ir.DataType) -> tuple[float, float]:
+    if not dtype.is_integer():
+        return -np.inf, np.inf
+    limits = np.iinfo(dtype.numpy())
+    return int(limits.min), int(limits.max)
+
+
+def _is_bound(value: ir.Value | None, bound: float, by_default: bool) -> bool:
+    if value is None:
+        return by_default
+    array = small_array(value, 1)
+    return array is not None and array.size == 1 and array.reshape(())[()] == bound
+
+
+_UNCHANGED: dict[str, Callable[[ir.Node, int], bool]] = {
+    "Abs": _follows_the_same,
+    "Cast": _casts_to_same,
+    "CastLike": _casts_to_same,
+    "Ceil": _follows_the_same,
+    "Clip": _clips_nothing,
+    "Concat": _has_one_input,
+    "Dropout": _dropout_is_off,
+    "Expand": _expands_nothing,
+    "Flatten": _flattens_nothing,
+    "Floor": _follows_the_same,
+    "Identity": _always,
+    "Max": _has_one_input,
+    "Mean": _has_one_input,
+    "Min": _has_one_input,
+    "Pad": _pads_nothing,
+    "Relu": _follows_the_same,
+    "Reshape": _reshapes_to_same,
+    "Resize": _resizes_nothing,
+    "Round": _follows_the_same,
+    "Sign": _follows_the_same,
+    "Slice": _slices_all,
+    "Split": _has_one_output,
+    "Squeeze": _squeezes_nothing,
+    "Sum": _has_one_input,
+    "Tile": _repeats_once,
+    "Transpose": _transposes_nothing,
+    "Unsqueeze": _unsqueezes_nothing,
+}
+"""Whether the first output is the first input, by operator."""

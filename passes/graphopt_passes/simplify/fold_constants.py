@@ -1,0 +1,211 @@
+"""fold-constants: compute ahead what depends on constants only."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.contract import Bounds, Change, Context, Effect, Pass
+from graphopt.errors import GraphoptError
+from graphopt.operators import ONNX_DOMAINS, all_graphs, is_onnx, is_random, subgraphs
+from graphopt.packing import is_constant, is_packed
+from graphopt.rewriting import add_initializer, constant_tensor, static_shape
+from graphopt.runtime import evaluate
+
+INITIALIZER_OVERHEAD_BYTES = 24
+"""What an initializer takes in the file beside its name and its data: tags, type, dimensions."""
+
+
+@dataclass(frozen=True)
+class FoldConstants(Pass):
+    """Compute ahead what depends on constants only, with onnxruntime's own kernels.
+
+    Folding never makes the file larger: a group of nodes is folded only as far as the constants
+    and nodes that become unnecessary take at least the bytes of the results. So a mask that three
+    nodes make out of nothing is not written out. Packed weights (DequantizeLinear of constants)
+    stay packed, random nodes stay random, and the shape of a value is a constant where all its
+    dimensions are known.
+
+    The results are bit-identical to what onnxruntime's CPU provider computes; on another provider
+    they may differ by rounding.
+
+    Attributes:
+        max_bytes: nodes with a larger input or output are left alone, because computing them here
+            would need that much memory.
+    """
+
+    name: ClassVar[str] = "fold-constants"
+    effect: ClassVar[Effect] = Effect.ROUNDING
+
+    max_bytes: Annotated[int, Bounds(0)] = 1 << 26
+
+    def apply(self, model: ir.Model, context: Context) -> Change:
+        """Fold known shapes first, then every group of nodes that depends on constants only."""
+        change = Change()
+        for graph in all_graphs(model):
+            _fold_shapes(graph, change)
+            for region in _regions(_foldable(graph, self.max_bytes, change)):
+                _fold(graph, region, model, change)
+        return change
+
+
+# ------------------------------------------------------------------ shapes
+
+
+def _fold_shapes(graph: ir.Graph, change: Change) -> None:
+    for node in graph:
+        if not is_onnx(node, "Shape", "Size") or node.outputs[0].is_graph_output():
+            continue
+        shape = static_shape(node.inputs[0])
+        if shape is None or is_constant(node.inputs[0]):
+            continue
+        result = np.array(shape, np.int64)
+        if node.op_type == "Size":
+            result = result.prod(dtype=np.int64)
+        else:
+            start = node.attributes.get_int("start", 0)
+            result = result[slice(start, node.attributes.get_int("end", len(shape)))]
+        _replace(graph, [node], {node.outputs[0]: np.asarray(result)})
+        change.count(f"{node.op_type} of a known shape folded")
+
+
+# ------------------------------------------------------------------ what can be folded
+
+
+def _foldable(graph: ir.Graph, max_bytes: int, change: Change) -> list[ir.Node]:
+    """Nodes whose inputs are constants or outputs of such nodes, in topological order."""
+    known: set[ir.Value] = set()
+    found = []
+    for node in graph:
+        inputs = [v for v in node.inputs if v is not None]
+        if is_onnx(node, "Constant") or not inputs:
+            continue
+        if not all(v in known or is_constant(v) for v in inputs):
+            continue
+        reason = _why_not(node, inputs, max_bytes)
+        if reason is not None:
+            change.skip(node, reason)
+            continue
+        known.update(node.outputs)
+        found.append(node)
+    return found
+
+
+def _why_not(node: ir.Node, inputs: Iterable[ir.Value], max_bytes: int) -> str | None:
+    if is_packed(node.outputs[0]):
+        return "it widens packed weights, which must stay packed"
+    if is_random(node):
+        return "it is random"
+    if node.domain not in (*ONNX_DOMAINS, "com.microsoft"):
+        return f"its domain {node.domain!r} is not known here"
+    if any(True for _ in subgraphs(node)):
+        return "it has subgraphs"
+    if any(o.is_graph_output() for o in node.outputs):
+        return "its result is an output of the graph, which a node must make"
+    largest = max((_bytes(v) or 0 for v in (*inputs, *node.outputs)), default=0)
+    if largest > max_bytes:
+        return f"it would need {largest} bytes at once, over max-bytes"
+    return None
+
+
+def _bytes(value: ir.Value) -> int | None:
+    tensor = constant_tensor(value)
+    if tensor is not None:
+        return tensor.nbytes
+    shape = static_shape(value)
+    if shape is None or value.dtype is None or value.dtype == ir.DataType.STRING:
+        return None
+    return (int(np.prod(shape, dtype=np.int64)) * value.dtype.bitwidth + 7) // 8
+
+
+# ------------------------------------------------------------------ regions
+
+
+def _regions(nodes: list[ir.Node]) -> Iterator[list[ir.Node]]:
+    """Split the foldable nodes into groups that share no computed value, each in order."""
+    group: dict[ir.Node, list[ir.Node]] = {}
+    for node in nodes:
+        producers = (v.producer() for v in node.inputs if v is not None)
+        joined = {id(group[p]): group[p] for p in producers if p is not None and p in group}
+        merged = max(joined.values(), key=len, default=[])
+        for other in joined.values():
+            if other is not merged:
+                merged += other
+                group.update(dict.fromkeys(other, merged))
+        merged.append(node)
+        group[node] = merged
+    order = {node: place for place, node in enumerate(nodes)}
+    for region in {id(r): r for r in group.values()}.values():
+        yield sorted(region, key=order.__getitem__)
+
+
+def _fold(graph: ir.Graph, region: list[ir.Node], model: ir.Model, change: Change) -> None:
+    """Fold as much of the region as does not grow the file.
+
+    Nodes whose result is too large are taken out of `folded` one by one, the largest first; they
+    stay in the graph and are computed at run time, while what else depends on them is folded.
+    """
+    node_bytes = {node: ir.to_proto(node).ByteSize() + 2 for node in region}
+    folded = dict.fromkeys(region)
+    while folded:
+        results = [o for n in folded for o in n.outputs if _is_read_outside(o, folded)]
+        sizes = {v: _bytes(v) for v in results}
+        arrays = None
+        if None in sizes.values():
+            arrays = _evaluate(region, results, model, change)
+            if arrays is None:
+                return
+            sizes = {v: a.nbytes for v, a in arrays.items()}
+        added = sum((sizes[v] or 0) + _label_bytes(v) for v in results)
+        if added <= _removed_bytes(folded, node_bytes):
+            arrays = arrays or _evaluate(region, results, model, change)
+            if arrays is not None:
+                _replace(graph, list(folded), arrays)
+                change.count("node folded", len(folded))
+            return
+        largest = max(results, key=lambda v: sizes[v] or 0).producer()
+        assert largest is not None
+        change.skip(largest, "writing its result out would make the file larger")
+        del folded[largest]
+
+
+def _is_read_outside(value: ir.Value, nodes: Container[ir.Node]) -> bool:
+    return any(use.node not in nodes for use in value.uses())
+
+
+def _removed_bytes(folded: Mapping[ir.Node, None], node_bytes: Mapping[ir.Node, int]) -> int:
+    """What folding removes from the file: the nodes, and constants that only they read."""
+    constants = {v for n in folded for v in n.inputs if v is not None and is_constant(v)}
+    gone = [v for v in constants if not (_is_read_outside(v, folded) or v.is_graph_output())]
+    return sum((_bytes(v) or 0) + _label_bytes(v) for v in gone) + sum(node_bytes[n] for n in folded)
+
+
+def _label_bytes(value: ir.Value) -> int:
+    return INITIALIZER_OVERHEAD_BYTES + len(value.name or "")
+
+
+def _evaluate(
+    region: list[ir.Node], results: list[ir.Value], model: ir.Model, change: Change
+) -> dict[ir.Value, np.ndarray] | None:
+    try:
+        arrays = evaluate(region, results, model.opset_imports)
+    except GraphoptError as error:
+        change.skip(region[0], f"onnxruntime cannot compute it ahead: {error}")
+        return None
+    return dict(zip(results, arrays, strict=True))
+
+
+def _replace(graph: ir.Graph, nodes: list[ir.Node], arrays: dict[ir.Value, np.ndarray]) -> None:
+    for value, array in arrays.items():
+        name = value.name
+        assert name is not None
+        # The initializer takes the name; the old value lets go of it first.
+        value.name = None
+        tensor = ir.tensor(array, dtype=value.dtype, name=name)
+        value.replace_all_uses_with(add_initializer(graph, tensor, name))
+    for node in reversed(nodes):
+        graph.remove(node, safe=True)

@@ -1,0 +1,31 @@
+"""inline-functions: put the bodies of model-local functions where they are called."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass
+
+from graphopt.contract import Change, Context, Effect, Pass
+
+
+@dataclass(frozen=True)
+class InlineFunctions(Pass):
+    """Put the bodies of model-local functions where they are called.
+
+    onnxruntime does the same at load. In the graph their nodes can be folded, fused and shared.
+    """
+
+    name: ClassVar[str] = "inline-functions"
+    effect: ClassVar[Effect] = Effect.EXACT
+
+    def apply(self, model: ir.Model, context: Context) -> Change:
+        """Inline all calls, nested ones too, and drop the functions."""
+        change = Change()
+        if not model.functions:
+            return change
+        change.count("function inlined", len(model.functions))
+        InlinePass()(model)
+        return change

@@ -1,0 +1,111 @@
+"""raise-opset: convert the model to a newer version of the standard operators."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import onnx
+import onnx_ir as ir
+from onnx import version_converter
+
+from graphopt.contract import Bounds, Change, Context, Effect, Pass
+from graphopt.operators import ONNX_DOMAINS, all_graphs
+from graphopt.skeleton import stubbed, without_weights
+
+
+@dataclass(frozen=True)
+class RaiseOpset(Pass):
+    """Convert the model to a newer opset, if it has an older one; never to an older one.
+
+    Old opsets are why quantized models do not load, and why operators appear in pieces that have
+    a name today. onnx's own converter does the work, on a copy without the weights, so that their
+    size does not matter.
+
+    Attributes:
+        opset: the version to reach; a model that has it or a later one stays as it is.
+    """
+
+    name: ClassVar[str] = "raise-opset"
+    effect: ClassVar[Effect] = Effect.ROUNDING
+
+    opset: Annotated[int, Bounds(7, 25)] = 17
+
+    def refuse(self, model: ir.Model, context: Context) -> str | None:
+        """Functions carry opsets of their own and must be inlined first."""
+        if model.functions and _opset(model) < self.opset:
+            return "the model has functions; run inline-functions before"
+        return None
+
+    def apply(self, model: ir.Model, context: Context) -> Change:
+        """Convert, and give the converted graph the old weights."""
+        change = Change()
+        before = _opset(model)
+        if before >= self.opset:
+            return change
+        proto, tensors = stubbed(model)
+        light = without_weights(proto)
+        try:
+            converted = version_converter.convert_version(light, self.opset)
+        except (RuntimeError, version_converter.ConvertError) as error:
+            change.skip("the model", f"onnx cannot convert it: {_first_line(error)}")
+            return change
+        _adopt(model, converted, tensors)
+        change.count(f"opset raised from {before} to {self.opset}")
+        return change
+
+
+def _opset(model: ir.Model) -> int:
+    return next((model.opset_imports[d] for d in ONNX_DOMAINS if d in model.opset_imports), 0)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def _adopt(
+    model: ir.Model, converted: onnx.ModelProto, tensors: dict[str, ir.TensorProtocol]
+) -> None:
+    """Make the converted graph the model's, with its weights, metadata and descriptions."""
+    old = model.graph
+    new = ir.from_proto(converted).graph
+    inputs = {v.name for v in old.inputs}
+    weights = [v for v in new.inputs if v.name in tensors]
+    for value in weights:
+        value.const_value = tensors[value.name or ""]
+        if value.name not in inputs:
+            new.inputs.remove(value)
+        new.register_initializer(value)
+    for domain, version in old.opset_imports.items():
+        if domain not in ONNX_DOMAINS:
+            new.opset_imports[domain] = version
+    new.name, new.doc_string = old.name, old.doc_string
+    new.metadata_props.update(old.metadata_props)
+    _keep_descriptions(model, new)
+    model.graph = new
+    imports = [onnx.helper.make_opsetid(d, v) for d, v in new.opset_imports.items()]
+    needed = onnx.helper.find_min_ir_version_for(imports, ignore_unknown=True)
+    model.ir_version = max(model.ir_version, needed)
+
+
+def _keep_descriptions(model: ir.Model, new: ir.Graph) -> None:
+    """Nodes and values that kept their name keep their doc strings, metadata and annotations."""
+    olds = {o.name: o for g in all_graphs(model) for n in g for o in n.outputs if o.name}
+    olds |= {v.name: v for v in (*model.graph.inputs, *model.graph.initializers.values()) if v.name}
+    converted = ir.Model(new, ir_version=model.ir_version)
+    for graph in all_graphs(converted):
+        values = [*graph.inputs, *graph.initializers.values()]
+        for node in graph:
+            values += node.outputs
+            old = olds.get(node.outputs[0].name) if node.outputs else None
+            producer = old.producer() if old is not None else None
+            if producer is not None and producer.op_type == node.op_type:
+                node.name = node.name or producer.name
+                node.doc_string = producer.doc_string
+                node.metadata_props.update(producer.metadata_props)
+        for value in values:
+            known = olds.get(value.name)
+            if known is not None:
+                value.doc_string = known.doc_string
+                value.metadata_props.update(known.metadata_props)
+                value.meta.update(known.meta)
