@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from graphopt.errors import GraphoptError
-from graphopt.runtime import Session
+from graphopt.runtime import Session, check_provider
 from graphopt.samples import read_npz
 
 
@@ -36,6 +36,8 @@ def main(arguments: Sequence[str]) -> int:
 def _measure_here(
     model: Path, provider: str, threads: int, sample: Path | None = None
 ) -> dict[str, float | None]:
+    # It imports onnxruntime, which is not part of loading the model.
+    check_provider(provider)
     _forget_peak()
     start_ns = time.perf_counter_ns()
     session = Session(model, provider=provider, threads=threads)

@@ -2,7 +2,7 @@
 
 A rewrite that folded such nodes would store the wide form again and undo what a user paid
 accuracy for, so every rewrite of constants asks `is_packed` first. Today packed means: a
-DequantizeLinear of constants.
+DequantizeLinear of constants, or of a QuantizeLinear of constants.
 """
 
 from __future__ import annotations
@@ -17,7 +17,16 @@ def is_packed(value: ir.Value | None) -> bool:
     node = value.producer() if value is not None else None
     if node is None or not is_onnx(node, "DequantizeLinear"):
         return False
-    return all(v is None or is_constant(v) for v in node.inputs)
+    data, *parameters = node.inputs
+    return _is_narrow(data) and all(p is None or is_constant(p) for p in parameters)
+
+
+def _is_narrow(data: ir.Value | None) -> bool:
+    """A constant, or one that is quantized where it is used and will be folded."""
+    node = data.producer() if data is not None else None
+    if node is not None and is_onnx(node, "QuantizeLinear"):
+        return all(v is None or is_constant(v) for v in node.inputs)
+    return is_constant(data)
 
 
 def is_constant(value: ir.Value | None) -> bool:

@@ -89,7 +89,7 @@ def add_initializer(
     value = ir.Value(
         name=name,
         type=ir.TensorType(tensor.dtype),
-        shape=ir.Shape(tensor.shape),
+        shape=ir.Shape(tensor.shape.numpy()),
         const_value=tensor,
     )
     graph.register_initializer(value)
@@ -114,13 +114,15 @@ def replace_value(old: ir.Value, new: ir.Value) -> None:
     Where `old` is an output of its graph, `new` takes its place and its name. Ask `can_replace`
     first. The node that made `old` stays, without readers; remove it.
     """
+    if old.is_graph_output():
+        _take_output(old, new)
     old.replace_all_uses_with(new)
-    if not old.is_graph_output():
-        return
+
+
+def _take_output(old: ir.Value, new: ir.Value) -> None:
     graph = old.graph
-    assert graph is not None and can_replace(old, new)
-    name = old.name
-    old.name = None
+    assert graph is not None and can_replace(old, new), f"{new.name} cannot take {old.name}'s place"
+    name, old.name = old.name, None
     new.name, new.type, new.shape = name, old.type or new.type, old.shape or new.shape
     for index, output in enumerate(graph.outputs):
         if output is old:

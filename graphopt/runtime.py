@@ -166,7 +166,10 @@ class Session:
             if stub.name not in tensors:
                 continue
             tensor = tensors[stub.name]
-            if tensor.dtype not in _SHARED_DTYPES:
+            # onnxruntime drops what nothing reads before it looks for the weights it was given.
+            value = model.graph.initializers[stub.name]
+            is_read = bool(value.uses()) or value.is_graph_output()
+            if not is_read or tensor.dtype not in _SHARED_DTYPES:
                 stub.ClearField("external_data")
                 stub.ClearField("data_location")
                 stub.raw_data = tensor.tobytes()

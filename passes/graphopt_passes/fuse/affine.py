@@ -121,7 +121,7 @@ def fold_readers(
             except Misfit as reason:
                 change.skip(node, str(reason))
                 continue
-            _take_place(node.outputs[0], value)
+            replace_value(node.outputs[0], value)
             graph.remove(node, safe=True)
             change.count(what)
     return change
@@ -391,16 +391,3 @@ def _set_input(node: ir.Node, index: int, array: np.ndarray, names: Names) -> No
     hint = old.name if old is not None else f"{node.outputs[0].name or node.op_type}_bias"
     node.resize_inputs(max(len(node.inputs), index + 1))
     node.replace_input_with(index, add_initializer(graph, array, names.new(hint or "weight")))
-
-
-def _take_place(old: ir.Value, new: ir.Value) -> None:
-    """Let `new` be read, and be an output of the graph, where `old` was."""
-    graph = old.graph
-    if graph is not None and old.is_graph_output():
-        # Before replace_value, which onnx_ir lets replace no value that is still an output.
-        new.name, old.name = old.name, None
-        new.type, new.shape = old.type or new.type, old.shape or new.shape
-        for index, output in enumerate(graph.outputs):
-            if output is old:
-                graph.outputs[index] = new
-    replace_value(old, new)

@@ -67,12 +67,11 @@ def _drop(node: ir.Node, opset: int, change: Change) -> None:
     if not can_replace(node.outputs[0], passed):
         change.skip(node, _why_kept(node, passed))
         return
-    source = node.inputs[0].producer() if node.inputs[0] is not None else None
-    replace_value(node.outputs[0], passed)
+    first = _same_before(node) if node.op_type in _UNDO_THEMSELVES else None
+    _take_place(node.outputs[0], passed)
     _remove(node, change)
-    # Of two nodes that undo each other, the first may have had no other reader.
-    if source is not None and passed.producer() is not source and _is_unread(source):
-        _remove(source, change)
+    if first is not None and not _is_read(first):
+        _remove(first, change)
 
 
 def _remove(node: ir.Node, change: Change) -> None:
@@ -81,8 +80,8 @@ def _remove(node: ir.Node, change: Change) -> None:
     change.count(f"{node.op_type} removed")
 
 
-def _is_unread(node: ir.Node) -> bool:
-    return not any(o.uses() or o.is_graph_output() for o in node.outputs)
+def _is_read(node: ir.Node) -> bool:
+    return any(o.uses() or o.is_graph_output() for o in node.outputs)
 
 
 def _why_kept(node: ir.Node, passed: ir.Value) -> str:
@@ -244,6 +243,11 @@ def _sizes(value: ir.Value | None) -> tuple[int | None, ...] | None:
     return tuple(d if isinstance(d, int) else None for d in value.shape)
 
 
+def _inferred_sizes(value: ir.Value) -> tuple[int | None, ...] | None:
+    """The dimensions, but of an output of the graph not what the file only claims."""
+    return None if value.is_graph_output() else _sizes(value)
+
+
 def _always(node: ir.Node, opset: int) -> bool:
     return True
 
@@ -294,7 +298,7 @@ def _reshapes_to_same(node: ir.Node, opset: int) -> bool:
         return False
     target = _integers(node, "shape", 1)
     if target is None:
-        return _agree(sizes, _sizes(node.outputs[0]))
+        return _agree(sizes, _inferred_sizes(node.outputs[0]))
     copies = node.attributes.get_int("allowzero", 0) == 0
     named = [t in (-1, s) or (t == 0 and copies) for t, s in zip(target, sizes, strict=False)]
     # All but the -1 agree, so it can only stand for what is there.
@@ -352,7 +356,7 @@ def _expands_nothing(node: ir.Node, opset: int) -> bool:
         assert node.inputs[0] is not None
         return _broadcasts_into(target, node.inputs[0].shape)
     shape = static_shape(node.inputs[0])
-    return shape is not None and shape == static_shape(node.outputs[0])
+    return shape is not None and shape == _inferred_sizes(node.outputs[0])
 
 
 def _repeats_once(node: ir.Node, opset: int) -> bool:
@@ -390,18 +394,26 @@ def _is_whole(sizes: tuple[int | None, ...] | None, axis: int, start: int, end: 
 
 def _resizes_nothing(node: ir.Node, opset: int) -> bool:
     """Scales of 1 put every point on itself, unless the window is cropped or shifted by half."""
-    if node.attributes.get_string("mode", "nearest") not in ("nearest", "linear"):
+    attributes = node.attributes
+    if attributes.get_string("mode", "nearest") not in ("nearest", "linear"):
         return False
-    place = node.attributes.get_string("coordinate_transformation_mode", "half_pixel")
-    if place in ("tf_crop_and_resize", "tf_half_pixel_for_nn"):
+    if attributes.get_int("antialias", 0) != 0:
         return False
-    scales = small_array(_input(node, 1 if opset < 11 else 2))
-    if scales is not None and scales.size:
-        return bool((scales == 1).all())
-    has_scales = _input(node, 2) is not None and scales is None
-    wanted = _integers(node, "sizes", 3)
-    known = _sizes(node.inputs[0])
-    if has_scales or not wanted or known is None:
+    points = attributes.get_string("coordinate_transformation_mode", "half_pixel")
+    if points in ("tf_crop_and_resize", "tf_half_pixel_for_nn"):
+        return False
+    scales = _input(node, 1 if opset < 11 else 2)
+    factors = small_array(scales)
+    if factors is not None and factors.size:
+        return bool((factors == 1).all())
+    # No scales are an empty tensor in opset 11, and no input later.
+    return (scales is None or factors is not None) and _has_these_sizes(node)
+
+
+def _has_these_sizes(node: ir.Node) -> bool:
+    """The first input has the sizes that the node asks for."""
+    wanted, known = _integers(node, "sizes", 3), _sizes(node.inputs[0])
+    if not wanted or known is None:
         return False
     axes = node.attributes.get_ints("axes", range(len(known)))
     if len(axes) != len(wanted) or any(not -len(known) <= a < len(known) for a in axes):
@@ -415,25 +427,18 @@ def _clips_nothing(node: ir.Node, opset: int) -> bool:
     dtype = node.inputs[0].dtype
     if opset < 11 or dtype is None:
         return False
-    lower, upper = _input(node, 1), _input(node, 2)
-    lowest, highest = _range(dtype)
-    return _is_bound(lower, lowest, dtype.is_integer()) and _is_bound(
-        upper, highest, dtype.is_integer()
+    limits = np.iinfo(dtype.numpy()) if dtype.numpy().kind in "iu" else None
+    if limits is None:
+        return _is_bound(_input(node, 1), -np.inf) and _is_bound(_input(node, 2), np.inf)
+    return all(
+        _input(node, index) is None or _is_bound(_input(node, index), bound)
+        for index, bound in ((1, limits.min), (2, limits.max))
     )
 
 
-def _range(dtype: ir.DataType) -> tuple[float, float]:
-    if not dtype.is_integer():
-        return -np.inf, np.inf
-    limits = np.iinfo(dtype.numpy())
-    return int(limits.min), int(limits.max)
-
-
-def _is_bound(value: ir.Value | None, bound: float, by_default: bool) -> bool:
-    if value is None:
-        return by_default
+def _is_bound(value: ir.Value | None, bound: float) -> bool:
     array = small_array(value, 1)
-    return array is not None and array.size == 1 and array.reshape(())[()] == bound
+    return array is not None and array.size == 1 and bool(array.reshape(()) == bound)
 
 
 _UNCHANGED: dict[str, Callable[[ir.Node, int], bool]] = {
@@ -466,3 +471,16 @@ _UNCHANGED: dict[str, Callable[[ir.Node, int], bool]] = {
     "Unsqueeze": _unsqueezes_nothing,
 }
 """Whether the first output is the first input, by operator."""
+
+
+def _take_place(old: ir.Value, new: ir.Value) -> None:
+    """Let `new` be read, and be an output of the graph, where `old` was."""
+    graph = old.graph
+    if graph is not None and old.is_graph_output():
+        # Before replace_value, which onnx_ir lets replace no value that is still an output.
+        new.name, old.name = old.name, None
+        new.type, new.shape = old.type or new.type, old.shape or new.shape
+        for index, output in enumerate(graph.outputs):
+            if output is old:
+                graph.outputs[index] = new
+    replace_value(old, new)

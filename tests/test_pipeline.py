@@ -1,0 +1,342 @@
+"""The gate at work: what breaks a model is rolled back, and the run goes on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+import graphopt
+from graphopt import Change, CheckFailed, Context, Effect, Pass
+from graphopt.runtime import Session
+from graphopt.testing import parse
+from graphopt_passes.simplify.drop_unused import DropUnused
+
+MODEL = """
+agraph (float[2, 3] x) => (float[2, 3] y)
+<float[3] w = {1.0, 2.0, 3.0}, float[2] dead = {0.0, 0.0}>
+{
+    a = Mul(x, w)
+    y = Relu(a)
+}
+"""
+
+
+def model() -> ir.Model:
+    return parse(MODEL)
+
+
+def node(model: ir.Model, op_type: str) -> ir.Node:
+    return next(n for n in model.graph if n.op_type == op_type)
+
+
+@dataclass(frozen=True)
+class BreakNumerics(Pass):
+    """Multiply by other weights than the model's."""
+
+    name: ClassVar[str] = "break-numerics"
+    effect: ClassVar[Effect] = Effect.ROUNDING
+
+    def apply(self, model: ir.Model, context: Context) -> Change:
+        value = model.graph.initializers["w"]
+        assert value.const_value is not None
+        value.const_value = ir.tensor(value.const_value.numpy() * np.float32(1.01), name="w")
+        change = Change()
+        change.count("weight changed")
+        return change
+
+
+@dataclass(frozen=True)
+class RoundWeights(BreakNumerics):
+    """The same, declared to be lossy, so that a budget decides."""
+
+    name: ClassVar[str] = "round-weights"
+    effect: ClassVar[Effect] = Effect.LOSSY
+    max_error: ClassVar[float] = 0.05
+
+
+@dataclass(frozen=True)
+class EmitInvalid(Pass):
+    """Leave a node that reads nothing although its operator needs an input."""
+
+    name: ClassVar[str] = "emit-invalid"
+    effect: ClassVar[Effect] = Effect.EXACT
+
+    def apply(self, model: ir.Model, context: Context) -> Change:
+        node(model, "Relu").op_type = "NoSuchOperator"
+        change = Change()
+        change.count("operator renamed")
+        return change
+
+
+@dataclass(frozen=True)
+class RaiseError(Pass):
+    """Fail half-way, after it has changed the model."""
+
+    name: ClassVar[str] = "raise-error"
+    effect: ClassVar[Effect] = Effect.EXACT
+
+    def apply(self, model: ir.Model, context: Context) -> Change:
+        node(model, "Relu").op_type = "Neg"
+        raise ZeroDivisionError("half-way")
+
+
+@dataclass(frozen=True)
+class RenameOutput(Pass):
+    """Give the output another name."""
+
+    name: ClassVar[str] = "rename-output"
+    effect: ClassVar[Effect] = Effect.EXACT
+
+    def apply(self, model: ir.Model, context: Context) -> Change:
+        model.graph.outputs[0].name = "renamed"
+        change = Change()
+        change.count("output renamed")
+        return change
+
+
+@dataclass(frozen=True)
+class DoSilently(Pass):
+    """Break the model and report no change."""
+
+    name: ClassVar[str] = "do-silently"
+    effect: ClassVar[Effect] = Effect.EXACT
+
+    def apply(self, model: ir.Model, context: Context) -> Change:
+        node(model, "Relu").op_type = "Neg"
+        return Change()
+
+
+@dataclass(frozen=True)
+class ScaleWeights(Pass):
+    """Scale the weights by 1 + `by`; half of it when that is too much."""
+
+    name: ClassVar[str] = "scale-weights"
+    effect: ClassVar[Effect] = Effect.LOSSY
+    max_error: ClassVar[float] = 0.011
+
+    by: float = 0.04
+
+    def apply(self, model: ir.Model, context: Context) -> Change:
+        value = model.graph.initializers["w"]
+        assert value.const_value is not None
+        factor = np.float32(1 + self.by)
+        value.const_value = ir.tensor(value.const_value.numpy() * factor, name="w")
+        change = Change()
+        change.count("weight scaled")
+        return change
+
+    def narrow(self) -> Pass | None:
+        return ScaleWeights(self.by / 2) if self.by > 0.001 else None
+
+
+BREAKERS = [
+    (BreakNumerics(), "output 'y' has relative L2 error"),
+    (EmitInvalid(), "the checker rejects it: No Op registered for NoSuchOperator"),
+    (RaiseError(), "it raised ZeroDivisionError: half-way"),
+    (RenameOutput(), "the outputs are now renamed; they were y"),
+]
+
+
+@pytest.mark.parametrize(("breaker", "reason"), BREAKERS, ids=[b.name for b, _ in BREAKERS])
+def test_what_breaks_is_rolled_back_and_the_run_goes_on(
+    breaker: Pass, reason: str, tmp_path: object
+) -> None:
+    run = graphopt.optimize(model(), passes=[breaker, DropUnused()], benchmark=False)
+
+    rejected, following = run.steps
+    assert rejected.verdict == "rolled back"
+    assert rejected.reason is not None and rejected.reason.startswith(reason)
+    assert following.kept and following.changes == {"initializer removed": 1}
+    assert all(e.identical for errors in run.numerics.values() for e in errors)
+    path = f"{tmp_path}/out.onnx"
+    run.save(path)
+    x = np.float32([[1, -1, 2], [-2, 3, -3]])
+    assert np.array_equal(
+        Session(graphopt.load(path)).run({"x": x})["y"], np.maximum(x * np.float32([1, 2, 3]), 0)
+    )
+
+
+@pytest.mark.parametrize("breaker", [b for b, _ in BREAKERS], ids=lambda b: b.name)
+def test_strict_stops_at_what_breaks(breaker: Pass) -> None:
+    with pytest.raises(CheckFailed, match=f"{breaker.name} was rejected"):
+        graphopt.optimize(model(), passes=[breaker], benchmark=False, strict=True)
+
+
+def test_without_validation_the_structure_is_still_judged() -> None:
+    run = graphopt.optimize(
+        model(), passes=[EmitInvalid(), RenameOutput()], validate=False, benchmark=False
+    )
+
+    assert [s.verdict for s in run.steps] == ["rolled back", "rolled back"]
+    assert run.numerics == {}
+    assert any(n.startswith("not validated") for n in run.notes)
+
+
+def test_a_change_that_is_not_reported_is_not_kept() -> None:
+    run = graphopt.optimize(model(), passes=[DoSilently()], benchmark=False)
+
+    assert run.steps[0].verdict == "unchanged"
+    assert [n.op_type for n in run.model.graph] == ["Mul", "Relu"]
+
+
+def test_a_lossy_pass_is_judged_by_its_own_budget_and_by_the_users() -> None:
+    own = graphopt.optimize(model(), passes=[RoundWeights()], benchmark=False)
+    users = graphopt.optimize(model(), passes=[RoundWeights()], max_error="0.001", benchmark=False)
+
+    assert own.steps[0].kept and own.steps[0].max_error == "0.05"
+    assert "budget not verified on real data" in " ".join(own.notes)
+    assert users.steps[0].verdict == "rolled back"
+    assert "over the budget 0.001" in str(users.steps[0].reason)
+    assert users.failures == ("none of the lossy passes was kept",)
+
+
+def test_a_lossy_pass_over_budget_narrows_itself_first() -> None:
+    run = graphopt.optimize(model(), passes=[ScaleWeights()], benchmark=False)
+
+    assert run.steps[0].kept
+    assert run.steps[0].spec == "scale-weights{by=0.01}"
+
+
+def test_an_exact_pass_may_not_round() -> None:
+    @dataclass(frozen=True)
+    class Reassociate(Pass):
+        name: ClassVar[str] = "reassociate"
+        effect: ClassVar[Effect] = Effect.EXACT
+
+        def apply(self, model: ir.Model, context: Context) -> Change:
+            value = model.graph.initializers["w"]
+            assert value.const_value is not None
+            nudged = np.nextafter(value.const_value.numpy(), np.float32(9))
+            value.const_value = ir.tensor(nudged, name="w")
+            change = Change()
+            change.count("weight nudged")
+            return change
+
+    run = graphopt.optimize(model(), passes=[Reassociate()], benchmark=False)
+
+    assert "is not bit-identical" in str(run.steps[0].reason)
+
+
+def test_the_argument_is_never_modified() -> None:
+    given = model()
+    before = ir.to_proto(given).SerializeToString()
+
+    graphopt.optimize(given, passes=[BreakNumerics(), DropUnused()], benchmark=False)
+
+    assert ir.to_proto(given).SerializeToString() == before
+
+
+def test_samples_of_the_gate_are_not_given_to_passes() -> None:
+    seen: list[float] = []
+
+    @dataclass(frozen=True)
+    class Watch(Pass):
+        name: ClassVar[str] = "watch"
+        effect: ClassVar[Effect] = Effect.EXACT
+        needs_samples: ClassVar[bool] = True
+
+        def apply(self, model: ir.Model, context: Context) -> Change:
+            seen.extend(float(s["x"][0, 0]) for s in context.samples)
+            return Change()
+
+    samples = [{"x": np.full((2, 3), i, np.float32)} for i in range(20)]
+    graphopt.optimize(model(), passes=[Watch()], samples=samples, benchmark=False)
+
+    assert len(seen) == 16
+    assert set(seen) < set(range(20))
+
+
+def test_a_pass_that_needs_samples_without_any_is_the_users_fault() -> None:
+    @dataclass(frozen=True)
+    class Calibrate(DropUnused):
+        name: ClassVar[str] = "calibrate"
+        needs_samples: ClassVar[bool] = True
+
+    with pytest.raises(graphopt.SampleError, match="calibrate needs samples; give --samples"):
+        graphopt.optimize(model(), passes=[Calibrate()], benchmark=False)
+
+
+def test_a_random_model_is_judged_on_structure_alone() -> None:
+    run = graphopt.optimize(
+        parse(
+            """
+            agraph (float[2] x) => (float[2] y)
+            { r = RandomNormalLike(x)  unused = Neg(x)  y = Add(x, r) }
+            """
+        ),
+        passes=[DropUnused()],
+        benchmark=False,
+    )
+
+    assert run.steps[0].kept
+    assert run.numerics == {}
+    assert any("the model is random (RandomNormalLike)" in n for n in run.notes)
+
+
+def test_state_is_carried_through_a_roll_out() -> None:
+    counter = """
+    agraph (float[1] x, float[1] state) => (float[1] y, float[1] stateN)
+    <float[1] two = {2.0}, float[1] dead = {0.0}>
+    { d = Mul(state, two)  stateN = Add(d, x)  y = Neg(stateN) }
+    """
+
+    @dataclass(frozen=True)
+    class Forget(Pass):
+        """Wrong only once the state is not zero."""
+
+        name: ClassVar[str] = "forget"
+        effect: ClassVar[Effect] = Effect.ROUNDING
+
+        def apply(self, model: ir.Model, context: Context) -> Change:
+            value = model.graph.initializers["two"]
+            value.const_value = ir.tensor(np.float32([3]), name="two")
+            change = Change()
+            change.count("constant changed")
+            return change
+
+    samples = [{"x": np.float32([i + 1])} for i in range(5)]
+    carried = graphopt.optimize(
+        parse(counter),
+        passes=[Forget(), DropUnused()],
+        samples=samples,
+        state=[("stateN", "state")],
+        benchmark=False,
+    )
+
+    assert [s.verdict for s in carried.steps] == ["rolled back", "kept"]
+
+
+def test_rounding_does_not_add_up_from_pass_to_pass() -> None:
+    @dataclass(frozen=True)
+    class Creep(Pass):
+        """Within rounding each time, and not after many times."""
+
+        name: ClassVar[str] = "creep"
+        effect: ClassVar[Effect] = Effect.ROUNDING
+
+        def apply(self, model: ir.Model, context: Context) -> Change:
+            value = model.graph.initializers["w"]
+            assert value.const_value is not None
+            crept = value.const_value.numpy() * np.float32(1 + 8e-6)
+            value.const_value = ir.tensor(crept, name="w")
+            change = Change()
+            change.count("weight crept")
+            return change
+
+    run = graphopt.optimize(model(), passes=[Creep(), Creep(), Creep()], benchmark=False)
+
+    assert [s.verdict for s in run.steps] == ["kept", "rolled back", "rolled back"]
+    assert "counted from the original" in str(run.steps[1].reason)
+
+
+def test_provenance_is_written_and_two_runs_are_identical() -> None:
+    first, second = (graphopt.optimize(model(), benchmark=False) for _ in range(2))
+
+    assert first.model.metadata_props["graphopt.pipeline"] == "basic"
+    assert first.model.metadata_props["graphopt.input_sha256"] == first.input_sha256
+    one, two = (ir.to_proto(r.model).SerializeToString() for r in (first, second))
+    assert one == two

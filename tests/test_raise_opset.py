@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from graphopt.contract import Context
+from graphopt.errors import SpecError
+from graphopt.testing import apply_pass, assert_equivalent, assert_rewrites, assert_unchanged, parse
+from graphopt_passes.simplify.raise_opset import RaiseOpset
+
+OLD = """
+<ir_version: 4, opset_import: ["" : 9]>
+agraph (float[1, 2, 4, 4] x, float[30, 2, 3, 3] w) => (float[1, 30, 1, 1] y)
+{
+    c = Conv <kernel_shape = [3, 3]> (x, w)
+    d = Dropout (c)
+    p = AveragePool <kernel_shape = [2, 2]> (d)
+    y = Clip <min: float = 0.0, max: float = 6.0> (p)
+}
+"""
+
+
+def old_model() -> ir.Model:
+    return parse(OLD, w=np.random.default_rng(0).standard_normal((30, 2, 3, 3), np.float32))
+
+
+def test_raises_to_17_by_default_and_keeps_the_weights() -> None:
+    model = old_model()
+    before = model.clone()
+    weight = model.graph.initializers["w"].const_value
+
+    change = apply_pass(RaiseOpset(), model)
+
+    assert change.counts == {"opset raised from 9 to 17": 1}
+    assert model.opset_imports[""] == 17
+    assert model.ir_version >= onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", 17)])
+    assert model.graph.initializers["w"].const_value is weight
+    assert_equivalent(before, model)
+
+
+def test_metadata_doc_strings_and_annotations_stay() -> None:
+    model = old_model()
+    conv = model.graph[0]
+    conv.metadata_props["layer"] = "first"
+    conv.doc_string = "the first layer"
+    model.graph.doc_string = "a graph"
+    model.metadata_props["author"] = "somebody"
+
+    apply_pass(RaiseOpset(opset=18), model)
+
+    assert model.opset_imports[""] == 18
+    assert model.graph[0].metadata_props == {"layer": "first"}
+    assert model.graph[0].doc_string == "the first layer"
+    assert model.graph.doc_string == "a graph"
+    assert model.metadata_props == {"author": "somebody"}
+
+
+def test_old_softmax_keeps_its_meaning() -> None:
+    """Before opset 13 Softmax flattened what follows its axis."""
+    model = parse(
+        """
+        <ir_version: 4, opset_import: ["" : 11]>
+        agraph (float[2, 3, 4] x) => (float[2, 3, 4] y) { y = Softmax <axis: int = 1> (x) }
+        """
+    )
+    before = model.clone()
+
+    apply_pass(RaiseOpset(), model)
+
+    assert_equivalent(before, model)
+
+
+def test_leaves_a_newer_model_and_never_lowers() -> None:
+    assert_unchanged(RaiseOpset(), "agraph (float[2] x) => (float[2] y) { y = Neg(x) }")
+    assert_rewrites(
+        RaiseOpset(opset=22),
+        "agraph (float[2] x) => (float[2] y) { y = Neg(x) }",
+        parse(
+            '<ir_version: 10, opset_import: ["" : 22]>'
+            "agraph (float[2] x) => (float[2] y) { y = Neg(x) }"
+        ),
+    )
+
+
+def test_refuses_a_model_with_functions() -> None:
+    model = ir.from_onnx_text(
+        """
+        <ir_version: 8, opset_import: ["" : 14, "local" : 1]>
+        agraph (float[2] x) => (float[2] y) { y = local.f (x) }
+        <domain: "local", opset_import: ["" : 14]>
+        f (a) => (c) { c = Neg(a) }
+        """
+    )
+
+    reason = RaiseOpset().refuse(model, Context(original=model))
+
+    assert reason == "the model has functions; run inline-functions before"
+
+
+def test_what_onnx_cannot_convert_stays_with_a_reason() -> None:
+    model = parse(
+        """
+        <ir_version: 4, opset_import: ["" : 8]>
+        agraph (float[1, 1, 2, 2] x) => (float[1, 1, 4, 4] y)
+        { y = Upsample <mode: string = "cubic", scales: floats = [1.0, 1.0, 2.0, 2.0]> (x) }
+        """
+    )
+    before = ir.to_proto(model).SerializeToString()
+
+    change = RaiseOpset().apply(model, Context(original=model))
+
+    if not change:
+        assert ir.to_proto(model).SerializeToString() == before
+        assert change.skips[0].reason.startswith("onnx cannot convert it: ")
+    else:
+        assert model.opset_imports[""] == 17
+
+
+def test_option_is_bounded() -> None:
+    with pytest.raises(SpecError, match="option 'opset' of 'raise-opset' is 99"):
+        RaiseOpset(opset=99)
