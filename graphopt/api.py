@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 
 import onnx_ir as ir
@@ -15,13 +14,13 @@ from graphopt import samples as sampling
 from graphopt.benchmark import BenchmarkReport
 from graphopt.benchmark import benchmark as time_models
 from graphopt.contract import Context, Effect, Pass, Sample
-from graphopt.errors import ModelError, SampleError
+from graphopt.errors import ModelError, SampleError, SpecError, did_you_mean
 from graphopt.gate import Gate, interface_of
 from graphopt.inspection import Inspection, inspect_model
-from graphopt.ledger import Run, Size, Step, size_of
+from graphopt.ledger import Run, Size, Step, size_of, stamp
 from graphopt.model_io import ModelLike, Source
 from graphopt.operators import all_graphs, is_random
-from graphopt.pipeline import Pipeline, stamp
+from graphopt.pipeline import Pipeline
 from graphopt.recipes import Plan, plan
 from graphopt.recording import Feed, compare, record
 from graphopt.requirements import Requirement, parse_requirements
@@ -92,18 +91,19 @@ def optimize(
         GraphoptError: the input is at fault.
         CheckFailed: `strict`, and a pass was rejected.
     """
-    requirements = parse_requirements(require) if require else ()
+    requirements = parse_requirements(require) if require is not None else ()
     budgets = _budgets(max_error)
     chosen = plan(recipe, passes, opset)
     _check_samples_given(chosen, samples, random_samples)
     runs = validate or benchmark
     subject = _open(model, provider, runs, drop_training_info, progress)
+    _check_budgets(budgets, subject.source.model)
     notes = list(subject.source.notes)
     working = subject.source.model.clone()
     if not keep_overridable:
         notes += _freeze(working)
     feed = None
-    if runs or samples is not None:
+    if runs or samples is not None or random_samples is not None:
         feed = subject.feed(samples, random_samples, state, notes)
     calibration, judged = feed.split(gate_samples) if feed is not None else (None, None)
     if judged is not None and judged is calibration:
@@ -130,9 +130,9 @@ def optimize(
     pipeline.run(chosen)
     progress("comparing with the original")
     digest = subject.source.sha256()
-    stamp(pipeline.model, chosen, version("graphopt"), digest)
-    numerics = gate.numerics(pipeline.model)
+    stamp(pipeline.model, chosen, digest)
     optimized = size_of(pipeline.model)
+    numerics = gate.numerics(pipeline.model)
     report = None
     if benchmark and judged is not None:
         progress("measuring")
@@ -199,6 +199,8 @@ def validate(
     budgets = _budgets(max_error)
     reference = _open(first, provider, True, False, progress)
     compared = _open(second, provider, True, False, progress)
+    _check_budgets(budgets, reference.source.model)
+    _check_inputs(reference, compared)
     notes: list[str] = []
     feed = reference.feed(samples, random_samples, state, notes)
     numerics = {}
@@ -238,6 +240,10 @@ def benchmark(
         GraphoptError: a model does not load, or a sample does not fit.
     """
     subjects = [_open(m, provider, True, False, progress) for m in models]
+    if not subjects:
+        raise ModelError("there is no model to time; give one or more")
+    for other in subjects[1:]:
+        _check_inputs(subjects[0], other)
     feed = subjects[0].feed(samples, random_samples, (), [])
     progress("measuring")
     with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
@@ -290,6 +296,8 @@ class _Subject:
         notes: list[str],
     ) -> Feed:
         """The samples that were asked for, checked against the model."""
+        if samples is not None and random_samples is not None:
+            raise SampleError("give samples or a number of random samples, not both")
         inputs = sampling.signature(self.source.model)
         _check_state(self.source.model, state)
         if samples is not None:
@@ -348,7 +356,8 @@ def _open(
     try:
         Session(given, Reference.AS_DEPLOYED, provider=provider)
     except ModelError as error:
-        raise ModelError(f"onnxruntime does not load the model as given: {error}") from None
+        reason = _why_not_loaded(str(error), source.model)
+        raise ModelError(f"onnxruntime does not load the model as given: {reason}") from None
     if source.invalid is not None:
         note = (
             f"the onnx checker rejects the model as given ({source.invalid}), but onnxruntime "
@@ -356,6 +365,19 @@ def _open(
         )
         source = replace(source, notes=(*source.notes, note))
     return _Subject(source, given, provider)
+
+
+def _why_not_loaded(reason: str, model: ir.Model) -> str:
+    """Onnxruntime's reason without the path, which the user knows, and what it leaves unsaid."""
+    if reason.startswith("Load model from"):
+        reason = reason.partition(" failed:")[2] or reason
+    if "is not a registered function/op" in reason:
+        domains = {node.domain for graph in all_graphs(model) for node in graph} - {""}
+        reason += (
+            f" (the model uses operators of {', '.join(sorted(domains))}; those of a library of "
+            "custom operators cannot be run here)"
+        )
+    return reason
 
 
 def _budgets(max_error: str | float | Sequence[str] | None) -> tuple[Budget, ...]:
@@ -375,13 +397,65 @@ def _check_samples_given(
 
 
 def _check_state(model: ir.Model, state: State) -> None:
-    outputs = {o.name for o in model.graph.outputs}
-    inputs = {i.name for i in model.graph.inputs}
+    outputs = {o.name or "": o for o in model.graph.outputs}
+    inputs = {i.name or "": i for i in model.graph.inputs}
     for output, name in state:
+        what = f"state {output}={name}"
         if output not in outputs:
-            raise SampleError(f"state {output}={name}: the model has no output {output!r}")
+            near = did_you_mean(output, outputs)
+            raise SampleError(f"{what}: the model has no output {output!r}{near}")
         if name not in inputs:
-            raise SampleError(f"state {output}={name}: the model has no input {name!r}")
+            near = did_you_mean(name, inputs)
+            raise SampleError(f"{what}: the model has no input {name!r}{near}")
+        made, taken = outputs[output], inputs[name]
+        if made.type != taken.type:
+            raise SampleError(
+                f"{what}: the output is a {made.type} and the input a {taken.type}; state needs "
+                "one type"
+            )
+        if not _may_equal(made.shape, taken.shape):
+            raise SampleError(
+                f"{what}: the output has shape {made.shape} and the input {taken.shape}; state "
+                "needs one shape"
+            )
+    if len({name for _, name in state}) < len(state):
+        raise SampleError("an input can take its state from one output only; one is given twice")
+
+
+def _may_equal(first: ir.Shape | None, second: ir.Shape | None) -> bool:
+    """No dimension of the two is known to be different."""
+    if first is None or second is None:
+        return True
+    known = [(a, b) for a, b in zip(first, second, strict=False)]
+    unequal = any(a != b for a, b in known if isinstance(a, int) and isinstance(b, int))
+    return len(first) == len(second) and not unequal
+
+
+def _check_budgets(budgets: Sequence[Budget], model: ir.Model) -> None:
+    names = [o.name or "" for o in model.graph.outputs]
+    for budget in budgets:
+        # An element of an output that is a sequence or map is called `name[key]`.
+        if budget.output is None or budget.output in names:
+            continue
+        if not any(budget.output.startswith(f"{name}[") for name in names):
+            near = did_you_mean(budget.output, names)
+            raise SpecError(f"budget {budget}: the model has no output {budget.output!r}{near}")
+
+
+def _check_inputs(first: _Subject, other: _Subject) -> None:
+    """Raise ModelError when samples of the first model cannot serve the other too."""
+    have = {i.name for i in sampling.signature(first.source.model)}
+    missing = [
+        i.name
+        for i in sampling.signature(other.source.model)
+        if i.required and i.name not in have
+    ]
+    if missing:
+        named = str(other.source.path or "the other model")
+        raise ModelError(
+            f"{named} has an input {missing[0]!r}, and the first model has only "
+            f"{', '.join(map(repr, sorted(have)))}: the models must take the same inputs"
+        )
 
 
 def _freeze(model: ir.Model) -> list[str]:

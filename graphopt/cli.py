@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -101,6 +101,8 @@ def optimize(
 ) -> None:
     """Optimize MODEL: run passes, keep what the samples prove harmless, measure the result."""
     model_io.check_target(output, source=model)
+    _check_json(json, [model], [output, samples])
+    pairs = _states(state)
     with _progress() as progress:
         run = graphopt.optimize(
             model,
@@ -111,7 +113,7 @@ def optimize(
             provider=provider,
             max_error=max_error,
             require=require,
-            state=_states(state),
+            state=pairs,
             opset=opset,
             gate_samples=gate_samples,
             strict=strict,
@@ -142,6 +144,7 @@ def validate(
     json: Json = None,
 ) -> None:
     """Compare the outputs of two models on samples; with --max-error, exit 1 when over it."""
+    _check_json(json, [first, second], [samples])
     with _progress() as progress:
         found = graphopt.validate(
             first,
@@ -171,6 +174,7 @@ def benchmark(
     json: Json = None,
 ) -> None:
     """Time models against each other, interleaved, each as onnxruntime runs it by default."""
+    _check_json(json, models, [samples])
     with _progress() as progress:
         found = graphopt.benchmark(
             models,
@@ -187,6 +191,7 @@ def benchmark(
 @app.command()
 def inspect(model: Model, json: Json = None) -> None:
     """Show what is in MODEL, and what the recipe basic would do."""
+    _check_json(json, [model])
     with _progress() as progress:
         found, tried = graphopt.inspect(model, progress=progress)
     _show(report.render_inspection(found, tried), json, report.inspection_to_json(found, tried))
@@ -198,6 +203,7 @@ def passes(
     json: Json = None,
 ) -> None:
     """List the passes and recipes, or explain one pass."""
+    _check_json(json)
     classes = [pass_class(n) for n in (pass_names() if name is None else [name])]
     known = {n: recipe_of(n) for n in (recipe_names() if name is None else [])}
     shown = report.render_passes(classes, known) if name is None else report.render_pass(classes[0])
@@ -212,12 +218,22 @@ def demo(
     json: Json = None,
 ) -> None:
     """Optimize the digits classifier that comes with graphopt, and score it before and after."""
+    _check_json(json, others=[output])
     with _progress() as progress:
         shown = demonstration.demonstrate(output, progress)
     _show(report.render_demo(shown), json, report.demo_to_json(shown))
 
 
 # ------------------------------------------------------------------ around the commands
+
+
+def _check_json(
+    json: str | None, models: Sequence[Path] = (), others: Sequence[Path | None] = ()
+) -> None:
+    """Before any work is done: where the JSON goes, it destroys nothing."""
+    if json not in (None, "-"):
+        files = [path for path in others if path is not None]
+        model_io.check_text_target(Path(json), models, files)
 
 
 def _states(texts: list[str] | None) -> list[tuple[str, str]]:
@@ -259,5 +275,8 @@ def main() -> None:
         app()
     except GraphoptError as error:
         kind = "failed" if isinstance(error, CheckFailed) else "error"
-        sys.stderr.write(f"graphopt: {kind}: {error}\n")
+        # One line: the tools whose messages are passed on wrap theirs.
+        sys.stderr.write(f"graphopt: {kind}: {' '.join(str(error).split())}\n")
         sys.exit(error.exit_code)
+    finally:
+        logging.getLogger("graphopt").removeHandler(handler)

@@ -141,7 +141,7 @@ class Gate:
                 return self._why_over_budget(written, deployed, by)
             return self._why_not_equal(written, by.effect)
         except SampleError as error:
-            return f"onnxruntime fails to run it: {error}"
+            return f"it does not run: {error}"
 
     def budgets_for(self, by: Pass) -> tuple[Budget, ...]:
         """The budgets that a lossy pass is judged by: the user's, else the pass's own default."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -76,12 +77,22 @@ def size_of(model: ir.Model, stored_bytes: int | None = None) -> Size:
     return Size(node_count(model), size, opset)
 
 
+PROVENANCE = ("graphopt.version", "graphopt.pipeline", "graphopt.input_sha256")
+"""Keys in a model's `metadata_props` that say where it comes from."""
+
+
+def stamp(model: ir.Model, plan: Plan, input_sha256: str) -> None:
+    """Write into the model where it comes from."""
+    values = (version("graphopt"), plan.recipe or str(plan), input_sha256)
+    model.metadata_props.update(zip(PROVENANCE, values, strict=True))
+
+
 @dataclass(frozen=True)
 class Run:
     """The result of `graphopt.optimize`: the model and the evidence.
 
     Attributes:
-        model: the optimized model, with its provenance in `metadata_props`.
+        model: the optimized model, with its provenance in `metadata_props` (see `PROVENANCE`).
         plan: what was asked for.
         steps: the ledger.
         original: size of the model as given.

@@ -14,9 +14,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import mmap
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from graphopt.errors import ModelError
-from graphopt.operators import all_graphs
+from graphopt.operators import ONNX_DOMAINS, all_graphs
 from graphopt.skeleton import INFERRED, stubbed, why_invalid
 
 ModelLike = str | Path | bytes | onnx.ModelProto | ir.Model
@@ -36,11 +37,14 @@ ModelLike = str | Path | bytes | onnx.ModelProto | ir.Model
 PROTO_LIMIT_BYTES = (1 << 31) - 1
 INLINE_LIMIT_BYTES = 3 << 29
 """Weights above this (1.5 GiB) go to external data: a proto of 2 GiB cannot be read back."""
+NAME_LIMIT_BYTES = 200
+"""File names have 255 bytes in most systems; data and temporary files add to that of the graph."""
 CHUNK_BYTES = 4 << 20
 ALIGNMENT_BYTES = 64
 
 _DIGEST = "graphopt.sha256"
 _UNSORTED = "topologically sorted"
+_LFS_MARK = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -102,32 +106,47 @@ def open_model(model: ModelLike, *, drop_training_info: bool = False) -> Source:
         path = Path(model)
         data = _read_file(path)
         proto = _parse(data, str(path))
-        return _from_proto(proto, path, hashlib.sha256(data).hexdigest(), len(data), drop_training_info)
+        return _from_proto(
+            proto, path, hashlib.sha256(data).hexdigest(), len(data), drop_training_info
+        )
     if isinstance(model, bytes):
         proto = _parse(model, "the bytes given")
-        return _from_proto(proto, None, hashlib.sha256(model).hexdigest(), len(model), drop_training_info)
+        return _from_proto(
+            proto, None, hashlib.sha256(model).hexdigest(), len(model), drop_training_info
+        )
     if isinstance(model, onnx.ModelProto):
         copy = onnx.ModelProto()
         copy.CopyFrom(model)
         data = copy.SerializeToString()
-        return _from_proto(copy, None, hashlib.sha256(data).hexdigest(), len(data), drop_training_info)
-    raise ModelError(f"a model is a path, bytes, a ModelProto or an ir.Model, not a {type(model).__name__}")
+        return _from_proto(
+            copy, None, hashlib.sha256(data).hexdigest(), len(data), drop_training_info
+        )
+    raise ModelError(
+        f"a model is a path, bytes, a ModelProto or an ir.Model, not a {type(model).__name__}"
+    )
 
 
 def _read_file(path: Path) -> bytes:
-    if not path.exists():
-        raise ModelError(f"there is no model at {path}: no such file")
-    if path.is_dir():
-        raise ModelError(f"{path} is a folder; give the .onnx file in it")
-    if path.stat().st_size > PROTO_LIMIT_BYTES:
-        raise ModelError(
-            f"{path} is over 2 GiB in one file, which protobuf cannot hold; export the model with "
-            "external data"
-        )
     try:
-        return path.read_bytes()
+        if not path.exists():
+            raise ModelError(f"there is no model at {path}: no such file")
+        if path.is_dir():
+            raise ModelError(f"{path} is a folder; give the .onnx file in it")
+        if path.stat().st_size > PROTO_LIMIT_BYTES:
+            raise ModelError(
+                f"{path} is over 2 GiB in one file, which protobuf cannot hold; export the model "
+                "with external data"
+            )
+        data = path.read_bytes()
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}") from None
+    if not data:
+        raise ModelError(f"{path} is empty; export or copy the model again")
+    if data.startswith(_LFS_MARK):
+        raise ModelError(
+            f"{path} is a pointer of Git LFS, not the model itself; fetch it with `git lfs pull`"
+        )
+    return data
 
 
 def _parse(data: bytes, what: str) -> onnx.ModelProto:
@@ -140,10 +159,40 @@ def _parse(data: bytes, what: str) -> onnx.ModelProto:
         ) from None
     if not proto.ir_version or not (proto.graph.node or proto.graph.output):
         raise ModelError(f"{what} is not an ONNX model: it has no IR version or no graph")
+    _check_versions(proto, what)
     return proto
 
 
+def _check_versions(proto: onnx.ModelProto, what: str) -> None:
+    """Raise ModelError for a model from the future, which nothing here could read."""
+    newest_ir, newest_opset = onnx.IR_VERSION, onnx.defs.onnx_opset_version()
+    if proto.ir_version > newest_ir:
+        raise ModelError(
+            f"{what} has IR version {proto.ir_version}, and the onnx package here knows up to "
+            f"{newest_ir}; install a newer onnx, or export the model for an older one"
+        )
+    if not proto.opset_import:
+        raise ModelError(f"{what} states no opset (opset_import is empty); export the model again")
+    for opset in proto.opset_import:
+        if opset.domain in ONNX_DOMAINS and opset.version > newest_opset:
+            raise ModelError(
+                f"{what} has opset {opset.version}, and the onnx package here knows up to "
+                f"{newest_opset}; install a newer onnx, or export the model with an older opset"
+            )
+
+
 def _from_proto(
+    proto: onnx.ModelProto, path: Path | None, digest: str, size: int, drop_training_info: bool
+) -> Source:
+    try:
+        return _source(proto, path, digest, size, drop_training_info)
+    except UnicodeDecodeError as error:
+        raise ModelError(
+            f"the model is damaged: a name in it is not text, but {error.object[:40]!r}"
+        ) from None
+
+
+def _source(
     proto: onnx.ModelProto, path: Path | None, digest: str, size: int, drop_training_info: bool
 ) -> Source:
     notes = []
@@ -155,15 +204,19 @@ def _from_proto(
     if proto.training_info:
         del proto.training_info[:]
         notes.append("training_info was dropped")
-    dense = sum(_densify(graph) for graph in _proto_graphs(proto.graph))
+    dense = sum(_densify(scope) for scope in _proto_scopes(proto))
+    _check_names(proto.graph)
     if dense:
         notes.append(f"{dense} sparse tensors are stored dense")
     size += sum(f.stat().st_size for f in _check_external_data(proto, path))
     invalid = why_invalid(proto)
     try:
         model = ir.from_proto(proto)
+        if invalid is not None:
+            # A model can be too damaged to be copied and written, which every step here does.
+            stubbed(model.clone())
     except Exception as error:  # whatever a malformed proto makes onnx-ir raise
-        raise ModelError(invalid or str(error)) from error
+        raise ModelError(f"the model is not valid: {invalid or error}") from error
     if path is not None:
         _anchor_external_tensors(model, path.parent)
     if invalid is not None and _UNSORTED in invalid:
@@ -177,31 +230,74 @@ def _sort(model: ir.Model) -> None:
     try:
         model.graph.sort()
     except ValueError:
-        raise ModelError(
-            "the graph has a cycle, or a node reads a value that nothing makes: its nodes cannot "
-            "be put in order"
-        ) from None
+        raise ModelError("the graph has a cycle: its nodes cannot be put in order") from None
 
 
-def _proto_graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    yield graph
+def _check_names(graph: onnx.GraphProto, outer: tuple[set[str], ...] = ()) -> None:
+    """Raise ModelError where a value is read that nothing makes, or is made twice."""
+    known = {value.name for value in graph.input} | {t.name for t in graph.initializer}
     for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield from _proto_graphs(attribute.g)
-            for inner in attribute.graphs:
-                yield from _proto_graphs(inner)
+        for name in node.output:
+            if name and name in known:
+                raise ModelError(
+                    f"value {name!r} is made twice, the second time by {_called(node)}; values "
+                    "need different names"
+                )
+            known.add(name)
+    scopes = (known, *outer)
+    for node in graph.node:
+        for name in node.input:
+            if name and not any(name in scope for scope in scopes):
+                raise ModelError(
+                    f"{_called(node)} reads {name!r}, which nothing makes: no input, initializer "
+                    "or node has that name"
+                )
+        for inner in _inner_graphs(node):
+            _check_names(inner, scopes)
+    for value in graph.output:
+        if not any(value.name in scope for scope in scopes):
+            raise ModelError(f"output {value.name!r} is made by nothing in the graph")
+
+
+def _called(node: onnx.NodeProto) -> str:
+    return f"node {node.name!r} ({node.op_type})" if node.name else f"an unnamed {node.op_type}"
+
+
+def _inner_graphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def _proto_graphs(scope: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.GraphProto]:
+    """The scope, if it is a graph, and the graphs nested in it."""
+    if isinstance(scope, onnx.GraphProto):
+        yield scope
+    for node in scope.node:
+        for inner in _inner_graphs(node):
+            yield from _proto_graphs(inner)
+
+
+def _proto_scopes(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto | onnx.FunctionProto]:
+    """Everything that has nodes: the graph, the functions, and the graphs nested in them."""
+    yield from _proto_graphs(proto.graph)
+    for function in proto.functions:
+        yield function
+        yield from _proto_graphs(function)
 
 
 # ------------------------------------------------------------------ sparse tensors
 
 
-def _densify(graph: onnx.GraphProto) -> int:
+def _densify(scope: onnx.GraphProto | onnx.FunctionProto) -> int:
     """Replace sparse initializers and Constant attributes by dense ones; how many there were."""
-    count = len(graph.sparse_initializer)
-    graph.initializer.extend(_dense(sparse) for sparse in graph.sparse_initializer)
-    del graph.sparse_initializer[:]
-    for node in graph.node:
+    count = 0
+    if isinstance(scope, onnx.GraphProto):
+        count = len(scope.sparse_initializer)
+        scope.initializer.extend(_dense(sparse) for sparse in scope.sparse_initializer)
+        del scope.sparse_initializer[:]
+    for node in scope.node:
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.SPARSE_TENSOR and node.op_type == "Constant":
                 tensor = _dense(attribute.sparse_tensor)
@@ -212,23 +308,27 @@ def _densify(graph: onnx.GraphProto) -> int:
 
 
 def _dense(sparse: onnx.SparseTensorProto) -> onnx.TensorProto:
-    values = onnx.numpy_helper.to_array(sparse.values)
-    indices = onnx.numpy_helper.to_array(sparse.indices)
     dims = tuple(sparse.dims)
-    flat = np.zeros(int(np.prod(dims)), values.dtype)
-    if indices.ndim == 2:
-        indices = np.ravel_multi_index(tuple(indices.T), dims)
-    flat[indices] = values
-    return onnx.numpy_helper.from_array(flat.reshape(dims), sparse.values.name)
+    try:
+        values = onnx.numpy_helper.to_array(sparse.values)
+        indices = onnx.numpy_helper.to_array(sparse.indices)
+        flat = np.zeros(int(np.prod(dims)), values.dtype)
+        if indices.ndim == 2:
+            indices = np.ravel_multi_index(tuple(indices.T), dims)
+        flat[indices] = values
+        return onnx.numpy_helper.from_array(flat.reshape(dims), sparse.values.name)
+    except (ValueError, IndexError, TypeError, OSError) as error:
+        raise ModelError(f"the sparse tensor {sparse.values.name!r} is damaged: {error}") from None
 
 
 # ------------------------------------------------------------------ external data
 
 
-def _proto_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    for inner in _proto_graphs(graph):
-        yield from inner.initializer
-        for node in inner.node:
+def _proto_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    for scope in _proto_scopes(proto):
+        if isinstance(scope, onnx.GraphProto):
+            yield from scope.initializer
+        for node in scope.node:
             for attribute in node.attribute:
                 if attribute.HasField("t"):
                     yield attribute.t
@@ -238,7 +338,7 @@ def _proto_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
 def _check_external_data(proto: onnx.ModelProto, path: Path | None) -> set[Path]:
     """The data files of the model, each checked to be there, inside its folder and long enough."""
     files: dict[str, Path] = {}
-    for tensor in _proto_tensors(proto.graph):
+    for tensor in _proto_tensors(proto):
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         if path is None:
@@ -271,11 +371,19 @@ def _data_file(folder: Path, location: str, tensor: str) -> Path:
 
 
 def _check_length(tensor: onnx.TensorProto, entries: Mapping[str, str], file: Path) -> None:
+    for key in ("offset", "length"):
+        if not re.fullmatch(r"-?[0-9]+", entries.get(key, "0")):
+            raise ModelError(f"tensor {tensor.name!r} has {key} {entries[key]!r}: not a number")
+    offset, length = int(entries.get("offset", 0)), int(entries.get("length", 0))
     try:
-        offset, length = int(entries.get("offset", 0)), int(entries.get("length", 0))
-    except ValueError:
-        raise ModelError(f"tensor {tensor.name!r} has an offset or length that is no number") from None
-    bits = ir.DataType(tensor.data_type).bitwidth
+        bits = ir.DataType(tensor.data_type).bitwidth
+    except (TypeError, ValueError):
+        raise ModelError(
+            f"tensor {tensor.name!r} is in external data and has the element type "
+            f"{tensor.data_type}, which has no size"
+        ) from None
+    if any(dim < 0 for dim in tensor.dims):
+        raise ModelError(f"tensor {tensor.name!r} has a negative dimension: {list(tensor.dims)}")
     needed = (int(np.prod(tensor.dims, dtype=np.int64)) * bits + 7) // 8
     if min(offset, length) < 0 or ("length" in entries and length != needed):
         raise ModelError(
@@ -296,7 +404,7 @@ def _anchor_external_tensors(model: ir.Model, folder: Path) -> None:
     access has been checked by `_data_file`.
     """
     root = folder.absolute()
-    for graph in all_graphs(model):
+    for graph in _graphs_and_functions(model):
         for value in graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):
                 value.const_value = _anchored(value.const_value, root)
@@ -320,10 +428,15 @@ def _anchored(tensor: ir.ExternalTensor, root: Path) -> ir.ExternalTensor:
 
 
 def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
-    for graph in all_graphs(model):
-        for value in graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                yield value.const_value
+    for graph in _graphs_and_functions(model):
+        held = [value.const_value for value in graph.initializers.values()]
+        held += [a.value for node in graph for a in node.attributes.values()]
+        yield from (tensor for tensor in held if isinstance(tensor, ir.ExternalTensor))
+
+
+def _graphs_and_functions(model: ir.Model) -> Iterator[ir.Graph]:
+    yield from all_graphs(model)
+    yield from (function.graph for function in model.functions.values())
 
 
 # ------------------------------------------------------------------ content
@@ -412,6 +525,9 @@ def _clear_locations(proto: onnx.ModelProto, tensors: Mapping[str, ir.TensorProt
 def _for_disk(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, ir.TensorProtocol]]:
     """As `skeleton.stubbed`, without the types and shapes that onnxruntime infers by itself."""
     proto, tensors = stubbed(model)
+    for imported in proto.opset_import:
+        if not imported.domain:
+            imported.ClearField("domain")
     declared = {
         output.name
         for graph in all_graphs(model)
@@ -477,14 +593,84 @@ def check_target(path: Path, source: Path | None = None) -> None:
         path: of the graph file to be.
         source: the model that the result is made from; it must not be overwritten.
     """
-    if path.is_dir():
-        raise ModelError(f"cannot write {path}: it is a folder; give a file name")
-    if not path.parent.is_dir():
-        raise ModelError(f"cannot write {path}: there is no folder {path.parent}")
+    _check_place(path)
+    if path.exists() and not path.is_file():
+        # Renaming a file to a device or pipe, as a save ends, would replace it.
+        raise ModelError(f"cannot write {path}: it is not a regular file; give a file name")
     if not os.access(path.parent, os.W_OK):
         raise ModelError(f"cannot write {path}: the folder {path.parent} is not writable")
-    if source is not None and source.exists() and path.exists() and path.samefile(source):
+    if len(os.fsencode(path.name)) > NAME_LIMIT_BYTES:
+        raise ModelError(f"cannot write {path}: the file name is too long; give a shorter one")
+    if source is not None:
+        _check_not_the_input(path, source)
+
+
+def check_text_target(path: Path, models: Iterable[Path], others: Iterable[Path] = ()) -> None:
+    """Raise ModelError when a text cannot be written to a path, before any work is done.
+
+    Args:
+        path: of the text file to be; a device or pipe is good too.
+        models: that are read; neither they nor their data must be overwritten.
+        others: files that must not be overwritten either.
+    """
+    _check_place(path)
+    if path.exists() and not os.access(path, os.W_OK):
+        raise ModelError(f"cannot write {path}: it is not writable")
+    for model in models:
+        _check_not_the_input(path, model)
+    if any(path.resolve() == other.resolve() for other in others):
+        raise ModelError(f"{path} is asked for twice, for two things; give the text another path")
+
+
+def _check_place(path: Path) -> None:
+    try:
+        if path.is_dir():
+            raise ModelError(f"cannot write {path}: it is a folder; give a file name")
+        if not path.parent.is_dir():
+            raise ModelError(f"cannot write {path}: there is no folder {path.parent}")
+    except OSError as error:
+        raise ModelError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _check_not_the_input(path: Path, source: Path) -> None:
+    """Raise ModelError when writing to the path would destroy the input or its external data."""
+    try:
+        if not (path.parent.is_dir() and source.is_file()):
+            return
+    except OSError:
+        # Loading the input will say what is wrong with its path.
+        return
+    if path.exists() and path.samefile(source):
         raise ModelError(f"{path} is the input itself; give another output path")
+    endangered = [*_data_files_named_after(path), *([path] if path.is_file() else [])]
+    for file in endangered:
+        if _has_data_in(source, file):
+            raise ModelError(
+                f"weights of the input {source} are in {file}, which writing {path} would replace "
+                "or remove; give another output path"
+            )
+
+
+def _has_data_in(source: Path, file: Path) -> bool:
+    """The model keeps tensors in that file; a look at its raw bytes rules that out at once."""
+    with open(source, "rb") as stream:
+        if not source.stat().st_size:
+            return False
+        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            if content.find(file.name.encode()) < 0:
+                return False
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(source.read_bytes())
+    except (DecodeError, OSError):
+        return False
+    locations = {
+        source.parent / entry.value
+        for tensor in _proto_tensors(proto)
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    return any(place.exists() and place.samefile(file) for place in locations)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -494,7 +680,8 @@ def write_text(path: Path, text: str) -> None:
         ModelError: the path cannot be written.
     """
     try:
-        path.write_text(text, encoding="utf-8")
+        # A name of a file that is no UTF-8 is written as Python and JSON escape it.
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise ModelError(f"cannot write {path}: {error.strerror}") from None
 
@@ -517,11 +704,13 @@ class _Scratch:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.lock = -1
         self.data: Path | None = None
         self.data_is_new = False
         self.committed = False
 
     def __enter__(self) -> _Scratch:
+        self.lock = _lock(self.path.parent)
         _remove_leftovers(self.path)
         return self
 
@@ -530,6 +719,7 @@ class _Scratch:
             self._temporary(kind).unlink(missing_ok=True)
         if not self.committed and self.data is not None and self.data_is_new:
             self.data.unlink(missing_ok=True)
+        os.close(self.lock)
 
     def _temporary(self, kind: str) -> Path:
         return self.path.with_name(f".{self.path.name}.{os.getpid()}.{kind}.tmp")
@@ -605,7 +795,12 @@ def _copy_in_kernel(file: IO[bytes], tensor: ir.ExternalTensor) -> bool:
                     start + done,
                 )
             except OSError as error:
-                if done == 0 and error.errno in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                if done == 0 and error.errno in (
+                    errno.EXDEV,
+                    errno.EINVAL,
+                    errno.ENOSYS,
+                    errno.EOPNOTSUPP,
+                ):
                     return False
                 raise
             if moved == 0:
@@ -634,32 +829,41 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _remove_older_data(path: Path, current: Path | None) -> None:
+def _data_files_named_after(path: Path) -> list[Path]:
     pattern = re.compile(re.escape(path.name) + r"\.[0-9a-f]{12}\.data")
-    for file in path.parent.iterdir():
-        if pattern.fullmatch(file.name) and file != current:
+    return [file for file in path.parent.iterdir() if pattern.fullmatch(file.name)]
+
+
+def _remove_older_data(path: Path, current: Path | None) -> None:
+    for file in _data_files_named_after(path):
+        if file != current:
             file.unlink(missing_ok=True)
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove temporary files of saves to this target whose process is gone."""
-    pattern = re.compile(r"\." + re.escape(path.name) + r"\.(\d+)\.(graph|data)\.tmp")
+    """Remove temporary files of saves to this target that were killed.
+
+    To be called by the holder of the folder's lock: nobody else is saving there.
+    """
+    pattern = re.compile(r"\." + re.escape(path.name) + r"\.\d+\.(graph|data)\.tmp")
     for file in path.parent.iterdir():
-        match = pattern.fullmatch(file.name)
-        if match and not _is_running(int(match[1])):
+        if pattern.fullmatch(file.name):
             file.unlink(missing_ok=True)
 
 
-def _is_running(process: int) -> bool:
-    if process == os.getpid():
-        return False
-    with contextlib.suppress(ProcessLookupError):
-        try:
-            os.kill(process, 0)
-        except PermissionError:
-            return True
-        return True
-    return False
+def _lock(folder: Path) -> int:
+    """Wait until no other process or thread saves to the folder; the handle that holds it.
+
+    Two saves to one target at a time would remove each other's data files. The lock goes with the
+    process that holds it, however that ends.
+    """
+    import fcntl  # not on every system, and only saving needs it
+
+    handle = os.open(folder, os.O_RDONLY)
+    # Without: a file system that has no locks.
+    with contextlib.suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    return handle
 
 
 # ------------------------------------------------------------------ inputs with a default

@@ -110,12 +110,3 @@ class Pipeline:
         infer_shapes(candidate)
         self.model, self.size = candidate, size_of(candidate)
         return change, "kept", None
-
-
-def stamp(model: ir.Model, plan: Plan, version: str, input_sha256: str) -> None:
-    """Write into the model where it comes from."""
-    model.metadata_props["graphopt.version"] = version
-    model.metadata_props["graphopt.pipeline"] = plan.recipe or str(plan)
-    model.metadata_props["graphopt.input_sha256"] = input_sha256
-
-

@@ -45,7 +45,7 @@ class Feed:
         for roll_out in self.samples.roll_outs():
             carried: Outputs = {}
             for sample in roll_out:
-                outputs = session.run(self._step(sample, carried, session))
+                outputs = _run(session, self._step(sample, carried, session))
                 carried = {source: outputs[target] for target, source in self.state}
                 yield outputs
 
@@ -56,6 +56,14 @@ class Feed:
                 feeds[name] = _zeros(next(i for i in self.inputs if i.name == name))
         # A model that was given overridable inputs is compared with one where they are constant.
         return {name: array for name, array in feeds.items() if name in session.inputs}
+
+
+def _run(session: Session, feeds: Sample) -> Outputs:
+    try:
+        return session.run(feeds)
+    except SampleError as error:
+        fed = ", ".join(f"{name} {a.dtype}{list(a.shape)}" for name, a in feeds.items())
+        raise SampleError(f"the model fails on a sample ({fed}): {error}") from None
 
 
 def _zeros(expected: Input) -> np.ndarray:

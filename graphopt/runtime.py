@@ -110,8 +110,8 @@ class Session:
     """A model loaded into onnxruntime.
 
     Args:
-        model: an `ir.Model`, whose large weights onnxruntime reads where they lie, or the path of
-            a file.
+        model: an `ir.Model`, or the path of a file. Large weights of the former are handed over
+            as arrays and never serialized; as written, they are not copied either.
         reference: as written or as deployed.
         provider: "cpu" or "cuda".
         threads: intra-op threads; None leaves onnxruntime's default (as written always has one).
@@ -142,7 +142,9 @@ class Session:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         self.provider = provider
         self._kept: list[Any] = []
-        source = str(model) if isinstance(model, Path) else self._share_weights(model, options)
+        source: str | bytes = str(model)
+        if isinstance(model, ir.Model):
+            source = self._share_weights(model, reference, options)
         try:
             self.inner = ort.InferenceSession(source, options, providers=[PROVIDERS[provider]])
         except Exception as error:  # onnxruntime raises a dozen unrelated classes
@@ -158,8 +160,8 @@ class Session:
         self.inputs: list[str] = [i.name for i in self.inner.get_inputs()]
         self.outputs: list[str] = [o.name for o in self.inner.get_outputs()]
 
-    def _share_weights(self, model: ir.Model, options: Any) -> bytes:
-        """The graph as bytes; the session reads the large weights from where they are."""
+    def _share_weights(self, model: ir.Model, reference: Reference, options: Any) -> bytes:
+        """The graph as bytes; the large weights are handed over beside it."""
         proto, tensors = stubbed(model)
         names, values = [], []
         for stub in proto.graph.initializer:
@@ -177,7 +179,11 @@ class Session:
             array = np.ascontiguousarray(tensor.numpy())
             names.append(stub.name)
             values.append(_onnxruntime().OrtValue.ortvalue_from_numpy(array))
-            self._kept.append(array)
+            if reference is Reference.AS_WRITTEN:
+                # Kernels then read the weight where it lies. Optimizations might replace it by
+                # another one of the same name, which this would undo.
+                options.add_initializer(stub.name, values[-1])
+            self._kept += [array, values[-1]]
         options.add_external_initializers(names, values)
         return bytes(proto.SerializeToString())
 
@@ -291,11 +297,12 @@ def _ort_values(feeds: Mapping[str, np.ndarray], device: str) -> dict[str, Any]:
     values = {}
     for name, array in feeds.items():
         if _is_narrow(array):
-            raw = np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
+            raw = np.require(array, requirements="C").view(f"u{array.dtype.itemsize}")
             dtype = ir.DataType.from_numpy(array.dtype)
             values[name] = make.ortvalue_from_numpy_with_onnx_type(raw, dtype.value)
         else:
-            values[name] = make.ortvalue_from_numpy(np.ascontiguousarray(array), device, 0)
+            plain = np.require(array, requirements="C")
+            values[name] = make.ortvalue_from_numpy(plain, device, 0)
     return values
 
 

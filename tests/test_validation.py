@@ -94,7 +94,8 @@ def test_shapes_without_classes_have_no_disagreement(shape: tuple[int, ...]) -> 
 
     assert output.disagreement is None
     assert output.identical
-    assert (output.rel_l2, output.sqnr_db, output.cosine) == (0, math.inf, 1)
+    assert (output.rel_l2, output.sqnr_db) == (0, math.inf)
+    assert output.cosine == pytest.approx(1, rel=1e-15)
 
 
 def test_whole_numbers_have_no_classes() -> None:
@@ -278,14 +279,10 @@ def test_one_bit_is_over_exact() -> None:
     ("metric", "limit"), [("rel-l2", 0.5), ("max-abs", 1.0), ("disagreement", 0.25)]
 )
 def test_a_budget_at_its_edge(metric: str, limit: float) -> None:
-    a = np.zeros((4, 2), np.float32)
-    a[:, 0] = 1
-    b = a.copy()
-    b[0] = [0, 0.5]
-    b[1, 0] = 1 + math.sqrt(1 - 1.25 + 1e-9) if False else b[1, 0]
-    output = dataclasses.replace(
-        _compare((a, b)), rel_l2=0.5, max_abs=1.0, disagreement=0.25
-    )
+    a = np.float32([[2, 0], [0, 0], [0, 0], [0, 0]])
+    b = np.float32([[2, 0], [0, 1], [0, 0], [0, 0]])
+    output = _compare((a, b))
+    assert (output.rel_l2, output.max_abs, output.disagreement) == (0.5, 1, 0.25)
 
     at, under = parse_budget(f"{limit}{metric}"), parse_budget(f"{limit * 0.999}{metric}")
     assert why_over(LOSSY, [output], [at]) is None
@@ -358,7 +355,7 @@ def test_a_budget_that_judges_nothing_is_not_passed() -> None:
 
     assert why_over(LOSSY, [output], [Budget(9, output="yy")]) == (
         "the budget yy:9 is for an output that is not there; did you mean 'y'?"
-    ) or "there is y" in str(why_over(LOSSY, [output], [Budget(9, output="yy")]))
+    )
     assert "has classes" in str(why_over(LOSSY, [output], [Budget(0.1, "disagreement")]))
 
 

@@ -104,7 +104,7 @@ def _merge_in(
             continue
         for output, kept in zip(node.outputs, first.outputs, strict=True):
             if _is_used(output):
-                _take_place(output, kept)
+                replace_value(output, kept)
         graph.remove(node, safe=True)
         change.count(f"{node.op_type} merged")
 
@@ -176,16 +176,3 @@ def _tensor(tensor: ir.TensorProtocol) -> Hashable:
     if tensor.dtype == ir.DataType.STRING:
         return tensor.dtype, shape, tuple(tensor.numpy().reshape(-1).tolist())
     return tensor.dtype, shape, digest(tensor)
-
-
-def _take_place(old: ir.Value, new: ir.Value) -> None:
-    """Let `new` be read, and be an output of the graph, where `old` was."""
-    graph = old.graph
-    if graph is not None and old.is_graph_output():
-        # Before replace_value, which onnx_ir lets replace no value that is still an output.
-        new.name, old.name = old.name, None
-        new.type, new.shape = old.type or new.type, old.shape or new.shape
-        for index, output in enumerate(graph.outputs):
-            if output is old:
-                graph.outputs[index] = new
-    replace_value(old, new)

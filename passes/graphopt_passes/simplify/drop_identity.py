@@ -68,7 +68,7 @@ def _drop(node: ir.Node, opset: int, change: Change) -> None:
         change.skip(node, _why_kept(node, passed))
         return
     first = _same_before(node) if node.op_type in _UNDO_THEMSELVES else None
-    _take_place(node.outputs[0], passed)
+    replace_value(node.outputs[0], passed)
     _remove(node, change)
     if first is not None and not _is_read(first):
         _remove(first, change)
@@ -471,16 +471,3 @@ _UNCHANGED: dict[str, Callable[[ir.Node, int], bool]] = {
     "Unsqueeze": _unsqueezes_nothing,
 }
 """Whether the first output is the first input, by operator."""
-
-
-def _take_place(old: ir.Value, new: ir.Value) -> None:
-    """Let `new` be read, and be an output of the graph, where `old` was."""
-    graph = old.graph
-    if graph is not None and old.is_graph_output():
-        # Before replace_value, which onnx_ir lets replace no value that is still an output.
-        new.name, old.name = old.name, None
-        new.type, new.shape = old.type or new.type, old.shape or new.shape
-        for index, output in enumerate(graph.outputs):
-            if output is old:
-                graph.outputs[index] = new
-    replace_value(old, new)

@@ -361,7 +361,7 @@ def _become(node: ir.Node, source: ir.Value | None, form: _Form, opset: int, nam
     """Turn the last node of a run into the one that does it all."""
     assert source is not None and isinstance(node.graph, ir.Graph)
     if form == IDENTITY and can_replace(node.outputs[0], source):
-        _take_place(node.outputs[0], source)
+        replace_value(node.outputs[0], source)
         node.graph.remove(node, safe=True)
         return
     node.replace_input_with(0, source)
@@ -399,16 +399,3 @@ def _remove_unread(nodes: list[ir.Node]) -> None:
             return
         assert isinstance(node.graph, ir.Graph)
         node.graph.remove(node, safe=True)
-
-
-def _take_place(old: ir.Value, new: ir.Value) -> None:
-    """Let `new` be read, and be an output of the graph, where `old` was."""
-    graph = old.graph
-    if graph is not None and old.is_graph_output():
-        # Before replace_value, which onnx_ir lets replace no value that is still an output.
-        new.name, old.name = old.name, None
-        new.type, new.shape = old.type or new.type, old.shape or new.shape
-        for index, output in enumerate(graph.outputs):
-            if output is old:
-                graph.outputs[index] = new
-    replace_value(old, new)

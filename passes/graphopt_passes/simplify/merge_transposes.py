@@ -104,7 +104,7 @@ def _drop(node: ir.Node) -> None:
         node.op_type = "Identity"
         node.attributes.clear()
         return
-    _take_place(output, value)
+    replace_value(output, value)
     node.graph.remove(node, safe=True)
 
 
@@ -262,16 +262,3 @@ _BROADCASTING = frozenset(
     }
 )
 """Operators that work on all inputs element by element, each rounding once at most."""
-
-
-def _take_place(old: ir.Value, new: ir.Value) -> None:
-    """Let `new` be read, and be an output of the graph, where `old` was."""
-    graph = old.graph
-    if graph is not None and old.is_graph_output():
-        # Before replace_value, which onnx_ir lets replace no value that is still an output.
-        new.name, old.name = old.name, None
-        new.type, new.shape = old.type or new.type, old.shape or new.shape
-        for index, output in enumerate(graph.outputs):
-            if output is old:
-                graph.outputs[index] = new
-    replace_value(old, new)

@@ -11,7 +11,7 @@ from onnx import version_converter
 
 from graphopt.contract import Bounds, Change, Context, Effect, Pass
 from graphopt.operators import ONNX_DOMAINS, all_graphs
-from graphopt.skeleton import stubbed, without_weights
+from graphopt.skeleton import skeleton
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,12 @@ class RaiseOpset(Pass):
         before = _opset(model)
         if before >= self.opset:
             return change
-        proto, tensors = stubbed(model)
-        light = without_weights(proto)
         try:
-            converted = version_converter.convert_version(light, self.opset)
+            converted = version_converter.convert_version(skeleton(model), self.opset)
         except (RuntimeError, version_converter.ConvertError) as error:
             change.skip("the model", f"onnx cannot convert it: {_first_line(error)}")
             return change
-        _adopt(model, converted, tensors)
+        _adopt(model, converted)
         change.count(f"opset raised from {before} to {self.opset}")
         return change
 
@@ -63,16 +61,16 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]
 
 
-def _adopt(
-    model: ir.Model, converted: onnx.ModelProto, tensors: dict[str, ir.TensorProtocol]
-) -> None:
+def _adopt(model: ir.Model, converted: onnx.ModelProto) -> None:
     """Make the converted graph the model's, with its weights, metadata and descriptions."""
     old = model.graph
     new = ir.from_proto(converted).graph
     inputs = {v.name for v in old.inputs}
-    weights = [v for v in new.inputs if v.name in tensors]
-    for value in weights:
-        value.const_value = tensors[value.name or ""]
+    for value in list(new.inputs):
+        weight = old.initializers.get(value.name or "")
+        if weight is None or value.is_initializer():
+            continue
+        value.const_value = weight.const_value
         if value.name not in inputs:
             new.inputs.remove(value)
         new.register_initializer(value)

@@ -1,0 +1,563 @@
+"""Whatever a user gets wrong: one line that names the cause, exit code 2, and nothing written."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import graphopt_models
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from graphopt import cli
+
+Make = Callable[[Path], object]
+
+HEAD = '<ir_version: 10, opset_import: ["" : 18]>'
+LINEAR = """
+agraph (float[n, 3] x) => (float[n, 4] y)
+<float[3, 4] w = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12}>
+{ y = MatMul(x, w) }
+"""
+TWO_INPUTS = """
+agraph (float[n, 3] x, int64[n] k) => (float[n, 3] y)
+{ f = Cast<to = 1>(k)  c = Unsqueeze(f, one)  y = Mul(x, c) }
+"""
+RUN = "{d}/m.onnx -o {d}/out/o.onnx --passes drop-unused --no-benchmark"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One mistake.
+
+    Attributes:
+        name: of the test.
+        make: makes the files in an empty folder; the folder `out` is there already.
+        arguments: of the command line; `{d}` is the folder.
+        words: what the message must contain.
+    """
+
+    name: str
+    make: Make
+    arguments: str
+    words: tuple[str, ...]
+
+
+# ------------------------------------------------------------------ how to make the files
+
+
+def nothing(_: Path) -> None:
+    """The mistake needs no file."""
+
+
+def proto(text: str = LINEAR) -> onnx.ModelProto:
+    return onnx.parser.parse_model(HEAD + text)
+
+
+def text_model(text: str) -> Make:
+    return lambda d: write(d, proto(text))
+
+
+def write(d: Path, model: onnx.ModelProto) -> None:
+    (d / "m.onnx").write_bytes(model.SerializeToString())
+
+
+def linear(d: Path) -> None:
+    write(d, proto())
+
+
+def file(name: str, content: bytes) -> Make:
+    return lambda d: (d / name).write_bytes(content)
+
+
+def both(*makes: Make) -> Make:
+    return lambda d: [make(d) for make in makes]
+
+
+def changed(change: Callable[[onnx.ModelProto], object], text: str = LINEAR) -> Make:
+    def make(d: Path) -> None:
+        model = proto(text)
+        change(model)
+        write(d, model)
+
+    return make
+
+
+def cut(share: float) -> Make:
+    def make(d: Path) -> None:
+        whole = graphopt_models.DIGITS_CNN.read_bytes()
+        (d / "m.onnx").write_bytes(whole[: int(len(whole) * share)])
+
+    return make
+
+
+def digits(d: Path) -> None:
+    (d / "m.onnx").write_bytes(graphopt_models.DIGITS_CNN.read_bytes())
+
+
+def external(data: bytes | None = bytes(48), **entries: str) -> Make:
+    """LINEAR with its weight in the file `w.bin`, and what is said about it replaced."""
+
+    def make(d: Path) -> None:
+        model = proto()
+        (tensor,) = model.graph.initializer
+        tensor.ClearField("float_data")
+        tensor.ClearField("raw_data")
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in ({"location": "w.bin"} | entries).items():
+            tensor.external_data.add(key=key, value=value.replace("{d}", str(d)))
+        write(d, model)
+        if data is not None:
+            (d / "w.bin").write_bytes(data)
+
+    return make
+
+
+def escaping_link(d: Path) -> None:
+    (d / "inner").mkdir()
+    external(None)(d)
+    (d / "m.onnx").rename(d / "inner" / "m.onnx")
+    (d / "secret").write_bytes(bytes(48))
+    (d / "inner" / "w.bin").symlink_to(d / "secret")
+
+
+def linked(d: Path) -> None:
+    linear(d)
+    (d / "link.onnx").symlink_to(d / "m.onnx")
+
+
+def input_in_data_of_output(d: Path) -> None:
+    """The user copied an earlier output: its weights still lie in the data file of that one."""
+    external(bytes(48), location="o.onnx.0123456789ab.data")(d)
+    (d / "w.bin").rename(d / "o.onnx.0123456789ab.data")
+
+
+def samples(**arrays: np.ndarray) -> Make:
+    return lambda d: np.savez(d / "s.npz", **arrays)  # type: ignore[arg-type]
+
+
+def with_samples(**arrays: np.ndarray) -> Make:
+    return both(linear, samples(**arrays))
+
+
+def cut_samples(d: Path) -> None:
+    linear(d)
+    buffer = io.BytesIO()
+    np.savez(buffer, x=np.zeros((50, 3), np.float32))
+    (d / "s.npz").write_bytes(buffer.getvalue()[:-100])
+
+
+def folder(name: str) -> Make:
+    return lambda d: (d / name).mkdir()
+
+
+def ones(*shape: int, dtype: str = "float32") -> np.ndarray:
+    return np.ones(shape, dtype)
+
+
+# ------------------------------------------------------------------ the mistakes
+
+MODELS = [
+    Case("missing", nothing, f"optimize {RUN}", ("m.onnx", "no such file")),
+    Case("folder", folder("m.onnx"), f"optimize {RUN}", ("m.onnx is a folder", "give the .onnx")),
+    Case("name-too-long", nothing, f"optimize {{d}}/{'m' * 300} -o {{d}}/o.onnx", ("too long",)),
+    Case("empty", file("m.onnx", b""), f"optimize {RUN}", ("m.onnx is empty",)),
+    Case("text", file("m.onnx", b"hello, world\n" * 9), f"optimize {RUN}", ("not an ONNX model",)),
+    Case(
+        "html-of-a-failed-download",
+        file("m.onnx", b"<!DOCTYPE html><html><body>404</body></html>"),
+        f"optimize {RUN}",
+        ("not an ONNX model",),
+    ),
+    Case(
+        "git-lfs-pointer",
+        file("m.onnx", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"),
+        f"optimize {RUN}",
+        ("Git LFS", "git lfs pull"),
+    ),
+    Case(
+        "random-bytes",
+        file("m.onnx", np.random.default_rng(0).bytes(4096)),
+        f"optimize {RUN}",
+        ("not an ONNX model",),
+    ),
+    Case("cut-1%", cut(0.01), f"optimize {RUN}", ("truncated",)),
+    Case("cut-half", cut(0.5), f"optimize {RUN}", ("truncated",)),
+    Case("cut-99%", cut(0.99), f"optimize {RUN}", ("truncated",)),
+    Case(
+        "no-graph",
+        changed(lambda m: m.ClearField("graph")),
+        f"optimize {RUN}",
+        ("m.onnx", "no graph"),
+    ),
+    Case(
+        "no-opset",
+        changed(lambda m: m.ClearField("opset_import")),
+        f"optimize {RUN}",
+        ("opset_import",),
+    ),
+    Case(
+        "future-ir",
+        changed(lambda m: setattr(m, "ir_version", 99)),
+        f"optimize {RUN}",
+        ("IR version", "99"),
+    ),
+    Case(
+        "future-opset",
+        changed(lambda m: setattr(m.opset_import[0], "version", 999)),
+        f"optimize {RUN}",
+        ("opset 999",),
+    ),
+    Case(
+        "training-info",
+        changed(lambda m: m.training_info.add()),
+        f"optimize {RUN}",
+        ("training_info", "--drop-training-info"),
+    ),
+    Case(
+        "output-nobody-makes",
+        changed(lambda m: m.graph.output.append(onnx.ValueInfoProto(name="ghost"))),
+        f"optimize {RUN}",
+        ("ghost",),
+    ),
+]
+
+GRAPHS = [
+    Case(
+        "cycle",
+        text_model("agraph (float[2] x) => (float[2] y) { a = Add(x, b)  b = Exp(a)  y = Neg(b) }"),
+        f"optimize {RUN}",
+        ("cycle",),
+    ),
+    Case(
+        "undefined-value",
+        text_model("agraph (float[2] x) => (float[2] y) { y = Add(x, ghost) }"),
+        f"optimize {RUN}",
+        ("'ghost'", "nothing makes"),
+    ),
+    Case(
+        "undefined-value-in-subgraph",
+        text_model(
+            "agraph (bool c, float[2] x) => (float[2] y) { y = If(c) <"
+            " then_branch = a () => (float[2] t) { t = Neg(ghost) },"
+            " else_branch = b () => (float[2] e) { e = Abs(x) } > }"
+        ),
+        f"optimize {RUN}",
+        ("'ghost'",),
+    ),
+    Case(
+        "unknown-operator",
+        text_model("agraph (float[2] x) => (float[2] y) { y = Frobnicate(x) }"),
+        f"optimize {RUN}",
+        ("Frobnicate",),
+    ),
+    Case(
+        "unknown-domain",
+        changed(
+            lambda m: (
+                setattr(m.graph.node[0], "domain", "com.acme"),
+                m.opset_import.add(domain="com.acme", version=1),
+            ),
+        ),
+        f"optimize {RUN}",
+        ("com.acme", "MatMul"),
+    ),
+    Case(
+        "domain-without-opset",
+        changed(lambda m: setattr(m.graph.node[0], "domain", "com.acme")),
+        f"optimize {RUN}",
+        ("com.acme",),
+    ),
+    Case(
+        "two-values-of-one-name",
+        text_model("agraph (float[2] x) => (float[2] y) { y = Neg(x)  y = Exp(x) }"),
+        f"optimize {RUN}",
+        ("'y'", "twice"),
+    ),
+    Case(
+        "output-named-like-an-input",
+        text_model("agraph (float[2] x) => (float[2] y) { x = Neg(x)  y = Exp(x) }"),
+        f"optimize {RUN}",
+        ("'x'", "twice"),
+    ),
+    Case(
+        "missing-attribute",
+        text_model("agraph (float[2] x) => (int32[2] y) { y = Cast(x) }"),
+        f"optimize {RUN}",
+        ("Cast", "to"),
+    ),
+    Case(
+        "weight-shorter-than-its-shape",
+        changed(lambda m: m.graph.initializer[0].float_data.pop()),
+        f"optimize {RUN}",
+        ("tensor w", "shape"),
+    ),
+    Case(
+        "weight-of-unknown-type",
+        changed(lambda m: setattr(m.graph.initializer[0], "data_type", 77)),
+        f"optimize {RUN}",
+        ("tensor name: w", "77"),
+    ),
+    Case(
+        "invalid-without-running",
+        text_model("agraph (float[2] x) => (float[2] y) { y = Frobnicate(x) }"),
+        f"optimize {RUN} --no-validate",
+        ("Frobnicate",),
+    ),
+    Case(
+        "sparse-index-outside",
+        changed(
+            lambda m: m.graph.sparse_initializer.append(
+                onnx.helper.make_sparse_tensor(
+                    onnx.helper.make_tensor("s", 1, [1], [1.0]),
+                    onnx.helper.make_tensor("i", 7, [1], [9]),
+                    [2, 2],
+                )
+            )
+        ),
+        f"optimize {RUN}",
+        ("'s'", "sparse"),
+    ),
+]
+
+DATA = [
+    Case("data-missing", external(None), f"optimize {RUN}", ("'w'", "w.bin", "no such file")),
+    Case("data-is-a-folder", both(external(None), folder("w.bin")), f"optimize {RUN}", ("w.bin",)),
+    Case("data-above", external(location="../w.bin"), f"optimize {RUN}", ("../w.bin", "leaves")),
+    Case(
+        "data-above-by-detour",
+        external(location="a/../../w.bin"),
+        f"optimize {RUN}",
+        ("a/../../w.bin", "leaves"),
+    ),
+    Case(
+        "data-absolute",
+        external(location="{d}/w.bin"),
+        f"optimize {RUN}",
+        ("w.bin", "absolute path"),
+    ),
+    Case(
+        "data-behind-a-link",
+        escaping_link,
+        "optimize {d}/inner/m.onnx -o {d}/out/o.onnx",
+        ("w.bin", "leaves"),
+    ),
+    Case("data-nameless", external(location=""), f"optimize {RUN}", ("'w'", "names no file")),
+    Case("data-short", external(bytes(47)), f"optimize {RUN}", ("w.bin is too short", "47")),
+    Case(
+        "data-short-behind-offset",
+        external(offset="4"),
+        f"optimize {RUN}",
+        ("too short", "4 to 52"),
+    ),
+    Case("offset-negative", external(offset="-8"), f"optimize {RUN}", ("'w'", "-8")),
+    Case("offset-garbled", external(offset="0x8"), f"optimize {RUN}", ("'w'", "0x8")),
+    Case("offset-huge", external(offset="9" * 30), f"optimize {RUN}", ("too short",)),
+    Case("length-negative", external(length="-48"), f"optimize {RUN}", ("'w'", "-48")),
+    Case("length-garbled", external(length="many"), f"optimize {RUN}", ("'w'", "many")),
+    Case("length-other", external(length="44"), f"optimize {RUN}", ("'w'", "44", "48")),
+]
+
+OUTPUTS = [
+    Case("out-folder-missing", linear, "optimize {d}/m.onnx -o {d}/no/o.onnx", ("no folder",)),
+    Case("out-under-a-file", linear, "optimize {d}/m.onnx -o {d}/m.onnx/o.onnx", ("no folder",)),
+    Case("out-is-a-folder", linear, "optimize {d}/m.onnx -o {d}/out", ("is a folder",)),
+    Case("out-is-the-input", linear, "optimize {d}/m.onnx -o {d}/m.onnx", ("the input itself",)),
+    Case(
+        "out-is-the-input-spelled-differently",
+        linear,
+        "optimize {d}/m.onnx -o {d}/out/../m.onnx",
+        ("the input itself",),
+    ),
+    Case("out-links-to-the-input", linked, "optimize {d}/m.onnx -o {d}/link.onnx", ("the input",)),
+    Case("input-links-to-out", linked, "optimize {d}/link.onnx -o {d}/m.onnx", ("the input",)),
+    Case("out-is-data-of-the-input", external(), "optimize {d}/m.onnx -o {d}/w.bin", ("w.bin",)),
+    Case(
+        "out-owns-data-of-the-input",
+        input_in_data_of_output,
+        "optimize {d}/m.onnx -o {d}/o.onnx",
+        ("o.onnx.0123456789ab.data", "another output"),
+    ),
+    Case("out-is-a-pipe", both(linear, lambda d: os.mkfifo(d / "p")), "optimize {d}/m.onnx -o {d}/p", ("not a regular file",)),
+    Case("out-empty", linear, "optimize {d}/m.onnx -o ''", ("is a folder",)),
+    Case("out-name-too-long", linear, f"optimize {{d}}/m.onnx -o {{d}}/{'o' * 255}", ("too long",)),
+    Case("json-folder-missing", linear, f"optimize {RUN} --json {{d}}/no/r.json", ("no folder",)),
+    Case("json-is-a-folder", linear, f"optimize {RUN} --json {{d}}/out", ("is a folder",)),
+    Case("json-is-the-input", linear, f"optimize {RUN} --json {{d}}/m.onnx", ("the input",)),
+    Case("json-is-the-output", linear, f"optimize {RUN} --json {{d}}/out/o.onnx", ("o.onnx", "another path")),
+    Case(
+        "json-of-inspect-is-the-input",
+        linear,
+        "inspect {d}/m.onnx --json {d}/m.onnx",
+        ("the input",),
+    ),
+    Case("demo-folder-missing", nothing, "demo -o {d}/no/o.onnx", ("no folder",)),
+]
+
+TEXTS = [
+    Case("pass-unknown", linear, "optimize {d}/m.onnx -o {d}/o --passes drop-unusde",
+         ("'drop-unusde'", "did you mean 'drop-unused'?")),
+    Case("option-unknown", linear, "optimize {d}/m.onnx -o {d}/o --passes fold-constants{limit=2}",
+         ("'fold-constants'", "'limit'")),
+    Case("option-of-wrong-type", linear,
+         "optimize {d}/m.onnx -o {d}/o --passes raise-opset{opset=new}", ("'new'", "whole number")),
+    Case("option-out-of-range", linear,
+         "optimize {d}/m.onnx -o {d}/o --passes raise-opset{opset=99}", ("99", "from 7 to 25")),
+    Case("option-twice", linear,
+         "optimize {d}/m.onnx -o {d}/o --passes raise-opset{opset=18,opset=19}", ("twice",)),
+    Case("brace-unclosed", linear, "optimize {d}/m.onnx -o {d}/o --passes raise-opset{opset=18",
+         ("expected ','", "'raise-opset{opset=18' >>> ''")),
+    Case("passes-empty", linear, "optimize {d}/m.onnx -o {d}/o --passes ''",
+         ("expected the name of a pass",)),
+    Case("passes-end-in-a-comma", linear, "optimize {d}/m.onnx -o {d}/o --passes drop-unused,",
+         ("expected the name of a pass",)),
+    Case("recipe-unknown", linear, "optimize {d}/m.onnx -o {d}/o --recipe bassic",
+         ("'bassic'", "did you mean 'basic'?")),
+    Case("recipe-and-passes", linear, f"optimize {RUN} --recipe basic", ("not both",)),
+    Case("provider-unknown", linear, f"optimize {RUN} --provider tpu", ("'tpu'", "cpu or cuda")),
+    Case("max-error-word", linear, f"optimize {RUN} --max-error small", ("'small'", "for example")),
+    Case("max-error-negative", linear, f"optimize {RUN} --max-error -0.1", ("-0.1",)),
+    Case("max-error-metric", linear, f"optimize {RUN} --max-error 0.1psnr", ("psnr", "rel-l2")),
+    Case("max-error-of-unknown-output", linear, f"optimize {RUN} --max-error z:0.1",
+         ("'z'", "no output")),
+    Case("require-word", linear, f"optimize {RUN} --require small", ("'small'", "size<=0.3")),
+    Case("require-unknown", linear, f"optimize {RUN} --require sice<=1",
+         ("'sice'", "did you mean 'size'?")),
+    Case("require-empty", linear, f"optimize {RUN} --require ''", ("requirement",)),
+    Case("state-form", linear, f"optimize {RUN} --state y", ("'y'", "OUTPUT=INPUT")),
+    Case("state-unknown-output", linear, f"optimize {RUN} --state z=x", ("no output 'z'",)),
+    Case("state-unknown-input", linear, f"optimize {RUN} --state y=z", ("no input 'z'",)),
+    Case("state-of-other-shape", linear, f"optimize {RUN} --state y=x", ("y=x", "shape")),
+    Case("passes-name-unknown", nothing, "passes fold-constant",
+         ("did you mean 'fold-constants'?",)),
+    Case("opset-with-unknown-model", nothing, f"optimize {RUN} --opset 20", ("no such file",)),
+]  # fmt: skip
+
+SAMPLES = [
+    Case("samples-missing", linear, f"optimize {RUN} --samples {{d}}/s", ("no samples at", "/s")),
+    Case("samples-empty-folder", linear, f"optimize {RUN} --samples {{d}}/out", ("no .npz",)),
+    Case("samples-no-such-input", with_samples(imagf=ones(1, 3), x=ones(1, 3)),
+         f"optimize {RUN} --samples {{d}}/s.npz", ("no input 'imagf'", "x")),
+    Case("samples-misspelled", both(digits, samples(imgae=ones(1, 1, 8, 8))),
+         f"optimize {RUN} --samples {{d}}/s.npz", ("'imgae'", "did you mean 'image'?")),
+    Case("samples-wrong-type", with_samples(x=ones(1, 3, dtype="float64")),
+         f"optimize {RUN} --samples {{d}}/s.npz", ("float64[1, 3]", "float32[n, 3]")),
+    Case("samples-wrong-rank", with_samples(x=ones(3)),
+         f"optimize {RUN} --samples {{d}}/s.npz", ("float32[3]", "rank")),
+    Case("samples-wrong-shape", with_samples(x=ones(1, 4)),
+         f"optimize {RUN} --samples {{d}}/s.npz", ("float32[1, 4]", "float32[n, 3]", "shape")),
+    Case("samples-input-missing",
+         both(text_model("agraph (float[n] x, float[n] z) => (float[n] y) { y = Add(x, z) }"),
+              samples(x=ones(3))),
+         f"optimize {RUN} --samples {{d}}/s.npz", ("'z'", "missing")),
+    Case("samples-sizes-disagree",
+         both(text_model("agraph (float[n] x, float[n] z) => (float[n] y) { y = Add(x, z) }"),
+              samples(x=ones(3), z=ones(2))),
+         f"optimize {RUN} --samples {{d}}/s.npz", ("'n'", "'x'", "'z'")),
+    Case("samples-counts-disagree",
+         both(text_model("agraph (float[n] x, float[n] z) => (float[n] y) { y = Add(x, z) }"),
+              samples(x=ones(5, 3), z=ones(4, 3))),
+         f"optimize {RUN} --samples {{d}}/s.npz", ("different numbers", "[4, 5]")),
+    Case("samples-no-arrays", with_samples(), f"optimize {RUN} --samples {{d}}/s.npz", ("'x'",)),
+    Case("samples-none-stacked", with_samples(x=ones(0, 1, 3)),
+         f"optimize {RUN} --samples {{d}}/s.npz", ("empty",)),
+    Case("samples-objects", with_samples(x=np.array([{"a": 1}], object)),
+         f"optimize {RUN} --samples {{d}}/s.npz", ("Python objects",)),
+    Case("samples-truncated", cut_samples, f"optimize {RUN} --samples {{d}}/s.npz", ("s.npz",)),
+    Case("samples-text-file", both(linear, file("s.npz", b"x,y\n1,2\n")),
+         f"optimize {RUN} --samples {{d}}/s.npz", ("s.npz", "cannot be read")),
+    Case("samples-other-suffix", both(linear, file("s.csv", b"x,y\n1,2\n")),
+         f"optimize {RUN} --samples {{d}}/s.csv", ("s.csv", "cannot be read")),
+    Case("samples-are-the-model", linear, f"optimize {RUN} --samples {{d}}/m.onnx", ("m.onnx", "cannot be read")),
+    Case("samples-npy-for-two-inputs",
+         both(text_model("agraph (float[n] x, float[n] z) => (float[n] y) { y = Add(x, z) }"),
+              lambda d: np.save(d / "s.npy", ones(3))),
+         f"optimize {RUN} --samples {{d}}/s.npy", ("x, z", ".npz")),
+    Case("samples-that-cannot-run",
+         both(text_model("agraph (int64[n] x) => (float[n] y) <float[2] w = {1, 2}> "
+                         "{ y = Gather(w, x) }"),
+              samples(x=np.full((1, 3), 7))),
+         f"optimize {RUN} --samples {{d}}/s.npz", ("Gather", "sample")),
+    Case("samples-and-random", with_samples(x=ones(1, 3)),
+         f"optimize {RUN} --samples {{d}}/s.npz --random-samples 3", ("not both",)),
+    Case("validate-other-interface",
+         both(linear, lambda d: (d / "m.onnx").rename(d / "a.onnx"),
+              text_model("agraph (float[n, 3] z) => (float[n, 3] y) { y = Neg(z) }")),
+         "validate {d}/a.onnx {d}/m.onnx", ("'z'", "'x'")),
+    Case("input-that-is-a-sequence",
+         text_model("agraph (seq(float[n]) x) => (int64 y) { y = SequenceLength(x) }"),
+         f"optimize {RUN}", ("'x'", "tensors")),
+]  # fmt: skip
+
+COMMANDS = [
+    Case("validate-missing", linear, "validate {d}/m.onnx {d}/no.onnx", ("no.onnx", "no such")),
+    Case("benchmark-missing", linear, "benchmark {d}/m.onnx {d}/no.onnx", ("no.onnx", "no such")),
+    Case("inspect-missing", nothing, "inspect {d}/no.onnx", ("no.onnx", "no such file")),
+    Case("inspect-text", file("m.onnx", b"hello"), "inspect {d}/m.onnx", ("not an ONNX model",)),
+]
+
+CASES = MODELS + GRAPHS + DATA + OUTPUTS + TEXTS + SAMPLES + COMMANDS
+
+USAGE = [
+    ("no-output", "optimize {d}/m.onnx", ("--output",)),
+    ("no-model", "optimize -o {d}/o.onnx", ("MODEL",)),
+    ("option-misspelled", "optimize {d}/m.onnx -o {d}/o.onnx --sampels s", ("--sampels",)),
+    ("command-misspelled", "optimise {d}/m.onnx", ("optimise",)),
+    ("random-samples-0", f"optimize {RUN} --random-samples 0", ("--random-samples", "0")),
+    ("random-samples-word", f"optimize {RUN} --random-samples few", ("--random-samples", "few")),
+    ("opset-out-of-range", f"optimize {RUN} --opset 99", ("--opset", "99")),
+    ("gate-samples-0", f"optimize {RUN} --gate-samples 0", ("--gate-samples", "0")),
+    ("threads-0", f"optimize {RUN} --threads 0", ("--threads", "0")),
+    ("benchmark-of-nothing", "benchmark", ("MODELS",)),
+]
+
+
+def command(arguments: str, d: Path) -> list[str]:
+    return [part.replace("{d}", str(d)) for part in shlex.split(arguments)]
+
+
+def listing(d: Path) -> dict[str, bytes | None]:
+    return {
+        str(p.relative_to(d)): p.read_bytes() if p.is_file() else None for p in d.rglob("*")
+    }
+
+
+def run(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[int | str | None, str, str]:
+    monkeypatch.setattr(sys, "argv", ["graphopt", *arguments])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    out, err = capsys.readouterr()
+    return stopped.value.code, out, err
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_a_mistake_is_named_in_one_line_and_nothing_is_written(
+    case: Case,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "out").mkdir()
+    case.make(tmp_path)
+    before = listing(tmp_path)
+
+    code, out, err = run(command(case.arguments, tmp_path), monkeypatch, capsys)
+
+    assert code == 2
+    assert out == ""
+    assert re.fullmatch(r"graphopt: error: [^\n]+\n", err)
+    for word in case.words:
+        assert word in err
+    assert listing(tmp_path) == before
