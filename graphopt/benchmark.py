@@ -127,7 +127,7 @@ def benchmark(
         raise SampleError("a benchmark needs samples to run on, and there are none")
     subjects = [_Subject(label, path, provider, threads, chosen) for label, path in models]
     budget_s = seconds * len(subjects)
-    latencies_ms = _take_turns([s.bind_all() for s in subjects], budget_s, rounds)
+    latencies_ms = take_turns([s.bind_all() for s in subjects], budget_s, rounds)
     throughputs = _throughputs(subjects, latencies_ms, batch_size, budget_s, rounds)
     for subject in subjects:
         # The sessions would take memory and threads from the processes that measure the load.
@@ -244,7 +244,7 @@ def _repeat(array: np.ndarray, axes: Sequence[int], batch_size: int) -> np.ndarr
 # ------------------------------------------------------------------ timing
 
 
-def _take_turns(
+def take_turns(
     calls: Sequence[Sequence[Callable[[], None]]], budget_s: float, rounds: tuple[int, int]
 ) -> np.ndarray:
     """Latencies in milliseconds, of shape (rounds, models).
@@ -289,7 +289,7 @@ def _throughputs(
     able = [index for index, calls in bound.items() if calls]
     if not able:
         return [None for _ in subjects]
-    times_ms = _take_turns([bound[index] for index in able], budget_s, rounds)
+    times_ms = take_turns([bound[index] for index in able], budget_s, rounds)
     medians_ms = dict(zip(able, np.median(times_ms, axis=0), strict=True))
     return [
         1e3 * batch_size / float(medians_ms[index]) if index in medians_ms else None

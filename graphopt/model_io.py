@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import math
 import mmap
 import os
 import re
@@ -237,6 +238,10 @@ def _check_names(graph: onnx.GraphProto, outer: tuple[set[str], ...] = ()) -> No
     """Raise ModelError where a value is read that nothing makes, or is made twice."""
     known = {value.name for value in graph.input} | {t.name for t in graph.initializer}
     for node in graph.node:
+        for text in (node.name, node.op_type, node.domain):
+            # protobuf gives back as bytes what is not UTF-8, and nothing here could write it.
+            if isinstance(text, bytes):
+                raise ModelError(f"the model is damaged: {text[:40]!r} in a node is not text")
         for name in node.output:
             if name and name in known:
                 raise ModelError(
@@ -340,6 +345,7 @@ def _check_external_data(proto: onnx.ModelProto, path: Path | None) -> set[Path]
     files: dict[str, Path] = {}
     for tensor in _proto_tensors(proto):
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            _check_inline(tensor)
             continue
         if path is None:
             raise ModelError(
@@ -375,16 +381,7 @@ def _check_length(tensor: onnx.TensorProto, entries: Mapping[str, str], file: Pa
         if not re.fullmatch(r"-?[0-9]+", entries.get(key, "0")):
             raise ModelError(f"tensor {tensor.name!r} has {key} {entries[key]!r}: not a number")
     offset, length = int(entries.get("offset", 0)), int(entries.get("length", 0))
-    try:
-        bits = ir.DataType(tensor.data_type).bitwidth
-    except (TypeError, ValueError):
-        raise ModelError(
-            f"tensor {tensor.name!r} is in external data and has the element type "
-            f"{tensor.data_type}, which has no size"
-        ) from None
-    if any(dim < 0 for dim in tensor.dims):
-        raise ModelError(f"tensor {tensor.name!r} has a negative dimension: {list(tensor.dims)}")
-    needed = (int(np.prod(tensor.dims, dtype=np.int64)) * bits + 7) // 8
+    needed = _needed_bytes(tensor)
     if min(offset, length) < 0 or ("length" in entries and length != needed):
         raise ModelError(
             f"tensor {tensor.name!r} declares {length} bytes of data at {offset}, and its type and "
@@ -395,6 +392,30 @@ def _check_length(tensor: onnx.TensorProto, entries: Mapping[str, str], file: Pa
             f"the data file {file} is too short: tensor {tensor.name!r} needs bytes {offset} to "
             f"{offset + needed}, and the file has {file.stat().st_size}"
         )
+
+
+def _check_inline(tensor: onnx.TensorProto) -> None:
+    """The checker never sees large tensors; this is what it would say of their bytes."""
+    if not tensor.HasField("raw_data"):
+        return
+    given, needed = len(tensor.raw_data), _needed_bytes(tensor)
+    if given != needed:
+        raise ModelError(
+            f"tensor {tensor.name!r} has {given} bytes of data, and its type and shape need {needed}"
+        )
+
+
+def _needed_bytes(tensor: onnx.TensorProto) -> int:
+    try:
+        bits = ir.DataType(tensor.data_type).bitwidth
+    except (TypeError, ValueError):
+        raise ModelError(
+            f"tensor {tensor.name!r} has the element type {tensor.data_type}, which is none of "
+            "those whose bytes can be stored"
+        ) from None
+    if any(dim < 0 for dim in tensor.dims):
+        raise ModelError(f"tensor {tensor.name!r} has a negative dimension: {list(tensor.dims)}")
+    return (math.prod(tensor.dims) * bits + 7) // 8
 
 
 def _anchor_external_tensors(model: ir.Model, folder: Path) -> None:

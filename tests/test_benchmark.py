@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import ml_dtypes
@@ -11,13 +12,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from graphopt.benchmark import BenchmarkReport, benchmark, measure_load
+from graphopt.benchmark import BenchmarkReport, benchmark, measure_load, take_turns
 from graphopt.contract import Sample
 from graphopt.errors import GraphoptError, ModelError, RuntimeUnavailable, SampleError
 from graphopt.testing import parse
 
 PLAIN = "agraph (float[N, 4] x) => (float[N, 4] y) { y = Relu(x) }"
-SLOW = "agraph (float[N, 4] x) => (float[N, 4] y) {{ a0 = Relu(x) {} y = Relu(a{}) }}"
 FIXED = "agraph (float[2, 4] x) => (float[2, 4] y) { y = Relu(x) }"
 
 
@@ -31,16 +31,22 @@ def _samples(count: int = 3, rows: int = 2) -> list[Sample]:
     return [{"x": np.full((rows, 4), i, np.float32)} for i in range(count)]
 
 
-def _quick(models: list[tuple[str, Path]], samples: object = None, **more: object) -> BenchmarkReport:
+def _quick(
+    models: list[tuple[str, Path]], samples: object = None, **more: object
+) -> BenchmarkReport:
     chosen = _samples() if samples is None else samples
     return benchmark(models, samples=chosen, seconds=0.01, rounds=(4, 10), **more)  # type: ignore[arg-type]
 
 
-def test_measures_every_model_against_the_first(tmp_path: Path) -> None:
+def test_measures_every_model_against_the_first_and_says_with_what(tmp_path: Path) -> None:
     models = [_save(tmp_path, "first", PLAIN), _save(tmp_path, "second", PLAIN)]
 
-    report = _quick(models)
+    report = _quick(models, threads=2, batch_size=3)
 
+    assert (report.provider, report.threads, report.batch_size) == ("cpu", 2, 3)
+    assert report.cpu
+    assert report.python == ".".join(map(str, sys.version_info[:3]))
+    assert report.onnxruntime != "none"
     assert [row.model for row in report.rows] == ["first", "second"]
     assert report.rows[0].ratio == 1
     for row in report.rows:
@@ -48,37 +54,30 @@ def test_measures_every_model_against_the_first(tmp_path: Path) -> None:
         assert row.ratio > 0
         assert row.load_ms > 0
         assert row.peak_rss_bytes is not None
-        assert row.peak_rss_bytes > 10e6
         assert row.throughput_per_s is not None
         assert 4 <= row.rounds <= 10
+    assert json.loads(json.dumps(dataclasses.asdict(report)))["rows"][0]["model"] == "first"
 
 
-def test_says_what_it_was_measured_with(tmp_path: Path) -> None:
-    report = _quick([_save(tmp_path, "m", PLAIN)], threads=2, batch_size=3)
+def test_the_models_go_there_and_back_and_each_sample_comes_in_both_orders() -> None:
+    turns: list[str] = []
+    calls = [[partial(turns.append, f"{m}{n}") for n in (1, 2)] for m in "AB"]
 
-    assert (report.provider, report.threads, report.batch_size) == ("cpu", 2, 3)
-    assert report.cpu
-    assert report.python == ".".join(map(str, sys.version_info[:3]))
-    assert report.onnxruntime != "none"
-    assert json.loads(json.dumps(dataclasses.asdict(report)))["rows"][0]["model"] == "m"
+    times_ms = take_turns(calls, budget_s=0, rounds=(5, 9))
 
-
-def test_a_thousand_times_the_work_shows(tmp_path: Path) -> None:
-    chain = " ".join(f"a{n} = Exp(a{n - 1})" for n in range(1, 1000))
-    models = [_save(tmp_path, "short", PLAIN), _save(tmp_path, "long", SLOW.format(chain, 999))]
-
-    assert _quick(models).rows[1].ratio > 1
+    assert " ".join(turns) == "A1 B1 B1 A1 A2 B2 B2 A2 A1 B1"
+    assert times_ms.shape == (5, 2)
+    assert (times_ms > 0).all()
 
 
-@pytest.mark.parametrize(("rounds", "expected"), [((3, 3), 3), ((7, 2), 7), ((0, 0), 1), ((5, 5), 5)])
+@pytest.mark.parametrize(
+    ("rounds", "budget_s", "expected"),
+    [((3, 9), 0, 3), ((3, 9), 60, 9), ((7, 2), 0, 7), ((0, 0), 60, 1), ((5, 5), 60, 5)],
+)
 def test_the_number_of_rounds_has_bounds(
-    rounds: tuple[int, int], expected: int, tmp_path: Path
+    rounds: tuple[int, int], budget_s: float, expected: int
 ) -> None:
-    model = _save(tmp_path, "m", PLAIN)
-
-    report = benchmark([model], samples=_samples(), seconds=0, rounds=rounds)
-
-    assert report.rows[0].rounds == expected
+    assert len(take_turns([[lambda: None]], budget_s, rounds)) == expected
 
 
 def test_the_samples_may_be_an_iterator_and_have_other_sizes(tmp_path: Path) -> None:
@@ -95,20 +94,16 @@ def _throughput(model: tuple[str, Path], batch_size: int | None, samples: object
     return _quick([model], samples, batch_size=batch_size).rows[0].throughput_per_s is not None
 
 
-def test_a_dynamic_batch_takes_every_size_and_a_fixed_one_its_own(tmp_path: Path) -> None:
-    dynamic, fixed = _save(tmp_path, "dynamic", PLAIN), _save(tmp_path, "fixed", FIXED)
-
-    assert [_throughput(dynamic, n) for n in (None, 1, 2, 5)] == [True] * 4
-    assert [_throughput(fixed, n) for n in (None, 1, 2, 5)] == [True, False, True, False]
-
-
-def test_models_that_cannot_take_the_batch_stand_beside_those_that_can(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("batch_size", "fixed_can"), [(2, True), (5, False)])
+def test_a_dynamic_batch_takes_every_size_and_a_fixed_one_its_own(
+    batch_size: int, fixed_can: bool, tmp_path: Path
+) -> None:
     models = [_save(tmp_path, "fixed", FIXED), _save(tmp_path, "dynamic", PLAIN)]
 
-    rows = _quick(models, batch_size=7).rows
+    fixed, dynamic = _quick(models, batch_size=batch_size).rows
 
-    assert rows[0].throughput_per_s is None
-    assert rows[1].throughput_per_s is not None
+    assert (fixed.throughput_per_s is not None) is fixed_can
+    assert dynamic.throughput_per_s is not None
 
 
 def test_a_batch_in_the_middle_is_found_by_its_name(tmp_path: Path) -> None:
@@ -127,19 +122,18 @@ def test_a_batch_in_the_middle_is_found_by_its_name(tmp_path: Path) -> None:
 
 
 def test_a_first_dimension_that_is_no_batch_is_no_error(tmp_path: Path) -> None:
-    text = "agraph (float[N] x) => (float[2, 2] y) { y = Reshape(x, s) s = Constant<value_ints=[2, 2]>() }"
-    model = parse(text)
-    model.graph.sort()
-    ir.save(model, tmp_path / "m.onnx")
+    text = "agraph (float[N] x, int64[2] s) => (float[2, 2] y) { y = Reshape(x, s) }"
+    model = _save(tmp_path, "m", text, s=np.array([2, 2]))
 
-    row = _quick([("m", tmp_path / "m.onnx")], [{"x": np.ones(4, np.float32)}], batch_size=3).rows[0]
+    row = _quick([model], [{"x": np.ones(4, np.float32)}], batch_size=3).rows[0]
 
     assert row.throughput_per_s is None
     assert row.p50_ms > 0
 
 
 def test_a_model_without_inputs_runs(tmp_path: Path) -> None:
-    model = _save(tmp_path, "m", "agraph () => (float[2] y) { y = Constant<value_floats=[1.0, 2.0]>() }")
+    text = "agraph () => (float[2] y) { y = Constant<value_floats=[1.0, 2.0]>() }"
+    model = _save(tmp_path, "m", text)
 
     assert _throughput(model, None, [{}])
 
@@ -173,7 +167,10 @@ def test_inputs_that_have_become_constant_are_not_fed(tmp_path: Path) -> None:
 
 
 def test_stored_bytes_count_each_data_file_once(tmp_path: Path) -> None:
-    text = "agraph (float[N, 4] x, float[4] a, float[4] b) => (float[N, 4] y) { c = Add(x, a) y = Add(c, b) }"
+    text = """
+        agraph (float[N, 4] x, float[4] a, float[4] b) => (float[N, 4] y)
+        { c = Add(x, a) y = Add(c, b) }
+    """
     model = parse(text, a=np.ones(4, np.float32), b=np.zeros(4, np.float32))
     path = tmp_path / "m.onnx"
     ir.save(model, path, external_data="m.data", size_threshold_bytes=0)
@@ -184,25 +181,22 @@ def test_stored_bytes_count_each_data_file_once(tmp_path: Path) -> None:
     assert row.stored_bytes == path.stat().st_size + (tmp_path / "m.data").stat().st_size
 
 
-def test_the_peak_is_that_of_the_child_alone(tmp_path: Path) -> None:
-    _, path = _save(tmp_path, "m", PLAIN)
-    ballast = np.ones(50_000_000)  # 400 MB
-
-    figures = measure_load(path)
-
-    assert ballast[-1] == 1
-    assert figures.first_run_ms is None
-    assert figures.peak_rss_bytes is not None
-    assert 10e6 < figures.peak_rss_bytes < 390e6
-
-
-def test_weights_show_in_the_peak(tmp_path: Path) -> None:
-    text = "agraph (float[N, 4] x, float[8000000] w) => (float[N, 4] y, float[8000000] v) { y = Relu(x) v = Neg(w) }"
+def test_the_peak_is_that_of_the_child_alone_and_shows_the_weights(tmp_path: Path) -> None:
+    text = """
+        agraph (float[N, 4] x, float[8000000] w) => (float[N, 4] y, float[8000000] v)
+        { y = Relu(x) v = Neg(w) }
+    """
     _, small = _save(tmp_path, "small", PLAIN)
     _, large = _save(tmp_path, "large", text, w=np.ones(8_000_000, np.float32))
-    peaks = [measure_load(path).peak_rss_bytes or 0 for path in (small, large)]
+    ballast = np.ones(100_000_000)  # 800 MB in this process
 
-    assert peaks[1] - peaks[0] > 30e6
+    before, after = (measure_load(path) for path in (small, large))
+
+    assert ballast[-1] == 1
+    assert before.first_run_ms is None
+    assert before.peak_rss_bytes is not None
+    assert after.peak_rss_bytes is not None
+    assert 10e6 < before.peak_rss_bytes < after.peak_rss_bytes - 30e6 < 700e6
 
 
 @pytest.mark.parametrize(
@@ -210,7 +204,6 @@ def test_weights_show_in_the_peak(tmp_path: Path) -> None:
     [
         ("string", np.array(["a", "é"], object)),
         ("bfloat16", np.ones(2, ml_dtypes.bfloat16)),
-        ("bool", np.array([True, False])),
     ],
 )
 def test_the_child_runs_samples_of_every_type(kind: str, array: np.ndarray, tmp_path: Path) -> None:

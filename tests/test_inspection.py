@@ -101,9 +101,7 @@ def test_equal_weights_and_what_sharing_them_would_save() -> None:
     found = inspect_model(_model())
 
     # The Constant node and the initializer of the branch are equal as well.
-    assert found.duplicates == (Duplicates(("a", "b"), 64), Duplicates(("q", "k"), 8)) or (
-        found.duplicates == (Duplicates(("a", "b"), 64), Duplicates(("k", "q"), 8))
-    )
+    assert found.duplicates == (Duplicates(("a", "b"), 64), Duplicates(("k", "q"), 8))
 
 
 @pytest.mark.parametrize(
@@ -156,7 +154,7 @@ def test_looks_at_models_without_weights_and_at_odd_types() -> None:
 
     assert found.inputs[0].shape is None
     assert found.inputs[0].dtype.startswith("Seq")
-    assert found.duplicates[0].names == ("v", "w") or found.duplicates[0].names == ("w", "v")
+    assert [set(d.names) for d in found.duplicates] == [{"v", "w"}]
     assert inspect_model(parse("agraph (float x) => (float y) { y = Neg(x) }")).weights == ()
 
 
@@ -216,7 +214,7 @@ def test_missing_and_short_external_data_is_an_error(tmp_path: Path) -> None:
         inspect_model(model)
 
     data.unlink()
-    with pytest.raises(ModelError, match="cannot read the data of tensor '.' from .*No such file"):
+    with pytest.raises(ModelError, match=r"cannot read the data of tensor '.' from .*No such file"):
         inspect_model(model)
 
 
@@ -258,7 +256,9 @@ def test_memory_does_not_grow_with_the_weights(tmp_path: Path) -> None:
 # ------------------------------------------------------------------ state
 
 
-def _with_names(pairs: list[tuple[str, str]], dims: str = "[1, 8]", kind: str = "float") -> ir.Model:
+def _with_names(
+    pairs: list[tuple[str, str]], dims: str = "[1, 8]", kind: str = "float"
+) -> ir.Model:
     """A model of one input and output beside the given outputs and inputs."""
     model = parse(
         f"agraph (float[1, 8] x, {', '.join(f'{kind}{dims} i{n}' for n in range(len(pairs)))}) "
@@ -283,7 +283,10 @@ def _with_names(pairs: list[tuple[str, str]], dims: str = "[1, 8]", kind: str = 
         [("h_out", "h_in"), ("c_out", "c_in")],
         [("present_x", "past_x")],
         [("present_0", "past_0"), ("present_1", "past_1")],
-        [("present.0.key", "past_key_values.0.key"), ("present.0.value", "past_key_values.0.value")],
+        [
+            ("present.0.key", "past_key_values.0.key"),
+            ("present.0.value", "past_key_values.0.value"),
+        ],
         [("hidden_state_next", "hidden_state_prev")],
         [("conv_cache_out", "conv_cache"), ("tra_cache_out", "tra_cache")],
         [("nextMemory", "prevMemory")],

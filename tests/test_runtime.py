@@ -416,9 +416,7 @@ def test_evaluates_a_chain_with_left_out_inputs_and_unnamed_outputs() -> None:
     data, high = _constant(np.float32([1, 5, 7])), _constant(np.array(3, np.float32))
     clip = ir.node("Clip", [data, None, high])
     one = _constant(np.ones(3, np.float32))
-    norm = ir.node(
-        "LayerNormalization", [clip.outputs[0], one], {"epsilon": 0.0}, num_outputs=3
-    )
+    norm = ir.node("LayerNormalization", [clip.outputs[0], one], {"epsilon": 0.0}, num_outputs=3)
     for value, name in zip((*clip.outputs, *norm.outputs), ("a", "b", "", "c"), strict=True):
         value.name = name
 

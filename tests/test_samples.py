@@ -246,7 +246,7 @@ def test_an_iterable_must_give_mappings() -> None:
         read_samples([_rows(1)[0], [1, 2]], X)  # type: ignore[list-item]
 
 
-@pytest.mark.parametrize("make", [lambda: [], lambda: iter(())])
+@pytest.mark.parametrize("make", [list, lambda: iter(())])
 def test_no_samples_are_an_error(make: object) -> None:
     with pytest.raises(SampleError, match="the samples are empty: no sample in them"):
         read_samples(make(), X)  # type: ignore[operator]
@@ -523,7 +523,7 @@ def test_other_sizes_are_tried_until_the_model_runs() -> None:
 def test_inputs_that_samples_cannot_hold_are_refused() -> None:
     model = parse("agraph (seq(float[N]) x) => (seq(float[N]) y) { y = Identity(x) }")
 
-    with pytest.raises(SampleError, match="input 'x' is a .*samples can only hold tensors"):
+    with pytest.raises(SampleError, match=r"input 'x' is a .*samples can only hold tensors"):
         signature(model)
 
 
@@ -548,11 +548,9 @@ print(peak_bytes() - before_bytes)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
-@pytest.mark.parametrize("name", ["stacked.npz", "stacked.npy"])
-def test_memory_does_not_grow_with_the_number_of_samples(name: str, tmp_path: Path) -> None:
-    path = tmp_path / name
-    stacked = np.zeros((100, 500, 1000), FLOAT)  # 200 MB
-    np.savez(path, x=stacked) if name.endswith("z") else np.save(path, stacked)
+def test_memory_does_not_grow_with_the_number_of_samples(tmp_path: Path) -> None:
+    path = tmp_path / "stacked.npz"
+    np.savez(path, x=np.zeros((100, 500, 1000), FLOAT))  # 200 MB
 
     done = subprocess.run(
         [sys.executable, "-c", _ITERATE, str(path)], capture_output=True, text=True, check=True

@@ -16,7 +16,9 @@ def _named(model: ir.Model, name: str) -> ir.Value:
 
 
 def _dims(value: ir.Value) -> list[int | str | None] | None:
-    return None if value.shape is None else [d if isinstance(d, int) else d.value for d in value.shape]
+    return (
+        None if value.shape is None else [d if isinstance(d, int) else d.value for d in value.shape]
+    )
 
 
 LARGE = """

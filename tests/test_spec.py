@@ -110,7 +110,7 @@ def test_the_text_of_a_pipeline_parses_back(passes: list[Pass]) -> None:
     assert _parse(",".join(map(str, passes))) == tuple(passes)
 
 
-@given(st.text(max_size=20) | st.text("stay-il{}=,()\" ", max_size=20))
+@given(st.text(max_size=20) | st.text('stay-il{}=,()" ', max_size=20))
 def test_any_text_is_a_pipeline_or_a_spec_error(text: str) -> None:
     try:
         _parse(text)
@@ -127,7 +127,9 @@ def test_only_what_differs_from_the_default_is_printed() -> None:
 
 
 def test_spaces_and_underscores_are_let_pass() -> None:
-    assert _parse(" stay-still ,\n try-everything { block_size = 32 , sizes = ( 1 , 2 , 3 ) } ") == (
+    assert _parse(
+        " stay-still ,\n try-everything { block_size = 32 , sizes = ( 1 , 2 , 3 ) } "
+    ) == (
         _Still(),
         _Every(block_size=32, sizes=(1, 2, 3)),
     )
@@ -171,7 +173,7 @@ def test_numbers_of_numpy_are_printed_as_numbers() -> None:
             "try-everything{count=1.5}",
             "option 'count' of 'try-everything' is '1.5'; it must be a whole number",
         ),
-        ("try-everything{count=\"1\"}", "is '1'; it must be a whole number"),
+        ('try-everything{count="1"}', "is '1'; it must be a whole number"),
         ("try-everything{count=none}", "is 'none'; it must be a whole number"),
         ("try-everything{scale=big}", "is 'big'; it must be a number"),
         ("try-everything{scale=nan}", "is nan; it must be a number"),

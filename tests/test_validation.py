@@ -142,9 +142,7 @@ def test_infinity_equals_infinity_of_the_same_sign_in_the_same_place() -> None:
     ],
 )
 @pytest.mark.parametrize("effect", Effect)
-def test_other_special_values_are_over_every_tolerance(
-    second: list[float], effect: Effect
-) -> None:
+def test_other_special_values_are_over_every_tolerance(second: list[float], effect: Effect) -> None:
     output = _compare((np.float32([1, np.inf, np.nan]), np.float32(second)))
 
     reason = why_over(effect, [output], [Budget(1e9)])
@@ -161,9 +159,7 @@ def test_zeros_of_other_sign_are_not_exact_but_equal() -> None:
     output = _compare((np.float32([0.0, 1]), np.float32([-0.0, 1])))
 
     assert not output.identical
-    assert why_over(EXACT, [output]) == (
-        "output 'y' is not bit-identical (largest difference 0)"
-    )
+    assert why_over(EXACT, [output]) == ("output 'y' is not bit-identical (largest difference 0)")
     assert why_over(ROUNDING, [output]) is None
     assert why_over(LOSSY, [output], [Budget(0.0)]) is None
 

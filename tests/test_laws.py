@@ -1,0 +1,97 @@
+"""What holds for every registered pass, on generated graphs.
+
+The outputs stay within the tolerance of the effect, a second application finds nothing, the result
+is valid, and the interface stays.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from generated import generate
+
+import graphopt
+from graphopt.contract import Change, Context, Effect, Pass, Sample
+from graphopt.gate import interface_of, why_other_interface
+from graphopt.operators import node_count
+from graphopt.registry import parse_passes, pass_class, pass_names
+from graphopt.runtime import Reference, Session
+from graphopt.skeleton import infer_shapes, why_invalid
+from graphopt.testing import assert_equivalent, canonical
+
+LOSSLESS = [n for n in pass_names() if pass_class(n).effect is not Effect.LOSSY]
+QUICK, MANY = range(40), range(40, 2040)
+
+
+def samples(effect: Effect = Effect.ROUNDING) -> list[Sample]:
+    """Normal numbers; for what claims to be exact also those that break careless algebra.
+
+    Sums of large numbers that cancel are no test of rounding: there the original is noise itself.
+    """
+    normal = np.random.default_rng(1).standard_normal((2, 4, 6, 6)).astype(np.float32)
+    signs = np.resize(np.float32([0.0, -0.0, 1.0, -1.0, 0.5]), (2, 4, 6, 6))
+    wild = np.resize(np.float32([-0.0, 1e-40, 1e30, -1e38, np.inf, np.nan, 7.0]), (2, 4, 6, 6))
+    exact = [{"x": wild}] if effect is Effect.EXACT else []
+    return [{"x": normal}, {"x": signs}, *exact]
+
+
+def applied(one: Pass, model: ir.Model) -> Change:
+    infer_shapes(model)
+    return one.apply(model, Context(original=model))
+
+
+def check_law(one: Pass, seed: int) -> bool:
+    """Whether the pass changed the model of the seed; asserts all laws."""
+    model = generate(seed)
+    before = model.clone()
+    change = applied(one, model)
+    text = f"seed {seed}\n{canonical(before)}\n->\n{canonical(model)}"
+    if not change:
+        assert canonical(model) == canonical(before), f"unreported change, {text}"
+        return False
+    assert why_invalid(model) is None, f"{why_invalid(model)}, {text}"
+    assert why_other_interface(interface_of(before), interface_of(model)) is None, text
+    assert_equivalent(before, model, one.effect, samples(one.effect))
+    again = applied(one, model)
+    assert not again, f"a second time {dict(again.counts)}, {text}"
+    return True
+
+
+@pytest.mark.parametrize("name", LOSSLESS)
+def test_laws_of_every_pass(name: str) -> None:
+    (one,) = parse_passes(name)
+
+    for seed in QUICK:
+        check_law(one, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LOSSLESS)
+def test_laws_of_every_pass_on_many_graphs(name: str) -> None:
+    (one,) = parse_passes(name)
+
+    acted = sum(check_law(one, seed) for seed in MANY)
+
+    # The functions that inline-functions looks for are not generated; all else must occur.
+    assert acted or name == "inline-functions"
+
+
+def check_basic(seed: int) -> None:
+    model = generate(seed)
+    run = graphopt.optimize(model, recipe="basic", samples=samples(), benchmark=False)
+    assert [s for s in run.steps if s.verdict == "rolled back"] == [], f"seed {seed}"
+    assert node_count(run.model) <= node_count(model), f"seed {seed}"
+    deployed = Session(run.model, Reference.AS_DEPLOYED).run(samples()[0])
+    assert deployed.keys() == {o.name for o in model.graph.outputs}
+
+
+def test_basic_rolls_nothing_back() -> None:
+    for seed in range(12):
+        check_basic(seed)
+
+
+@pytest.mark.slow
+def test_basic_rolls_nothing_back_on_many_graphs() -> None:
+    for seed in range(12, 400):
+        check_basic(seed)
