@@ -335,9 +335,7 @@ class _Subject:
             after = Path(folder) / "optimized.onnx"
             model_io.save(result, after)
             models = [("original", before), ("optimized", after)]
-            return time_models(
-                models, samples=samples, provider=self.provider, threads=threads
-            )
+            return time_models(models, samples=samples, provider=self.provider, threads=threads)
 
 
 def _open(
@@ -446,9 +444,7 @@ def _check_inputs(first: _Subject, other: _Subject) -> None:
     """Raise ModelError when samples of the first model cannot serve the other too."""
     have = {i.name for i in sampling.signature(first.source.model)}
     missing = [
-        i.name
-        for i in sampling.signature(other.source.model)
-        if i.required and i.name not in have
+        i.name for i in sampling.signature(other.source.model) if i.required and i.name not in have
     ]
     if missing:
         named = str(other.source.path or "the other model")

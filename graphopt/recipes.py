@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from graphopt.contract import Pass
@@ -64,7 +65,7 @@ def recipe(name: str) -> Recipe:
     return found
 
 
-def plan(recipe_name: str | None, passes: str | tuple[Pass, ...] | None, opset: int | None) -> Plan:
+def plan(recipe_name: str | None, passes: str | Sequence[Pass] | None, opset: int | None) -> Plan:
     """The plan for a recipe or for passes; `basic` when neither is given.
 
     Args:

@@ -68,7 +68,9 @@ def _run(session: Session, feeds: Sample) -> Outputs:
 
 def _zeros(expected: Input) -> np.ndarray:
     if expected.shape is None:
-        raise SampleError(f"the first value of state {expected.name!r} must be in the samples: its rank is free")
+        raise SampleError(
+            f"the first value of state {expected.name!r} must be in the samples: its rank is free"
+        )
     return np.zeros([d if isinstance(d, int) else 1 for d in expected.shape], expected.dtype)
 
 

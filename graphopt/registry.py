@@ -48,7 +48,9 @@ def pass_class(name: str) -> type[Pass]:
         raise SpecError(f"there is no pass {name!r}{did_you_mean(name, points)}")
     cls = points[name].load()
     if not (isinstance(cls, type) and issubclass(cls, Pass) and cls.name == name):
-        raise SpecError(f"the entry point {name!r} leads to {cls!r}, which is not a pass of that name")
+        raise SpecError(
+            f"the entry point {name!r} leads to {cls!r}, which is not a pass of that name"
+        )
     return cls
 
 

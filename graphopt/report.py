@@ -15,8 +15,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from graphopt.benchmark import BenchmarkReport
 from graphopt.api import Validation
+from graphopt.benchmark import BenchmarkReport
 from graphopt.contract import Effect, Pass, Skip
 from graphopt.demo import Demonstration
 from graphopt.inspection import Inspection
@@ -233,7 +233,14 @@ def _ledger(steps: Sequence[Step]) -> Table:
 def render_numerics(numerics: Mapping[str, Sequence[OutputError]]) -> Table:
     """One row per output and reference."""
     table = _table(
-        "output", "reference", ">max abs", ">mean abs", ">rel L2", ">SQNR dB", ">cosine", ">same arg-max"
+        "output",
+        "reference",
+        ">max abs",
+        ">mean abs",
+        ">rel L2",
+        ">SQNR dB",
+        ">cosine",
+        ">same arg-max",
     )
     for reference, errors in numerics.items():
         for error in errors:
@@ -260,7 +267,15 @@ def _figures(error: OutputError) -> list[str]:
 def render_benchmark(report: BenchmarkReport) -> RenderableType:
     """One row per model, and how it was measured."""
     table = _table(
-        "model", ">p50 ms", ">p90 ms", ">p99 ms", ">ratio", ">per second", ">load ms", ">peak MB", ">bytes"
+        "model",
+        ">p50 ms",
+        ">p90 ms",
+        ">p99 ms",
+        ">ratio",
+        ">per second",
+        ">load ms",
+        ">peak MB",
+        ">bytes",
     )
     for row in report.rows:
         rate = f"{row.throughput_per_s:,.0f}" if row.throughput_per_s is not None else ""
@@ -322,8 +337,13 @@ def render_inspection(found: Inspection, tried: Run) -> RenderableType:
     if found.random_operators:
         facts.add_row("random", ", ".join(found.random_operators))
     kept = [s for s in tried.steps if s.kept]
-    would = Text("basic would change nothing" if not kept else "basic would:", style="bold")
-    return Group(facts, "", would, *([_ledger(kept), _sizes(tried.original, tried.optimized)] if kept else []))
+    parts: list[RenderableType] = [facts, ""]
+    if kept:
+        parts += [Text("basic would:", style="bold"), _ledger(kept)]
+        parts += [_sizes(tried.original, tried.optimized)]
+    else:
+        parts += [Text("basic would change nothing", style="bold")]
+    return Group(*parts)
 
 
 def render_passes(classes: Sequence[type[Pass]], recipes: Mapping[str, Recipe]) -> RenderableType:
@@ -350,7 +370,8 @@ def render_pass(cls: type[Pass]) -> RenderableType:
     for option in options_of(cls).values():
         bounds = f", {option.bounds}" if option.bounds is not None else ""
         table.add_row(option.name, describe_type(option.type) + bounds, str(option.default))
-    return Group(head, "", Text(inspect.cleandoc(cls.__doc__ or "")), *(["", table] if table.rows else []))
+    parts: list[RenderableType] = [head, "", Text(inspect.cleandoc(cls.__doc__ or ""))]
+    return Group(*parts, "", table) if table.rows else Group(*parts)
 
 
 def render_demo(shown: Demonstration) -> RenderableType:
@@ -370,8 +391,12 @@ def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         right = column.startswith(">")
-        table.add_column(column.removeprefix(">"), justify="right" if right else "left",
-                         overflow="fold", no_wrap=right)
+        table.add_column(
+            column.removeprefix(">"),
+            justify="right" if right else "left",
+            overflow="fold",
+            no_wrap=right,
+        )
     return table
 
 

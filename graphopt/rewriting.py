@@ -26,7 +26,7 @@ def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
 
 
 def node_tensor(node: ir.Node) -> ir.TensorProtocol | None:
-    """The tensor that a Constant node holds, in whichever attribute, or None (sparse, by reference)."""
+    """The tensor of a Constant node, in whichever attribute; None when sparse or by reference."""
     if not is_onnx(node, "Constant") or len(node.attributes) != 1:
         return None
     ((name, attribute),) = node.attributes.items()
@@ -40,7 +40,9 @@ def node_tensor(node: ir.Node) -> ir.TensorProtocol | None:
     if dtype is np.object_:
         content = attribute.value if name.endswith("s") else [attribute.value]
         encoded = [s if isinstance(s, bytes) else s.encode() for s in content]
-        return ir.StringTensor(encoded, shape=ir.Shape([len(encoded)] if name.endswith("s") else []))
+        return ir.StringTensor(
+            encoded, shape=ir.Shape([len(encoded)] if name.endswith("s") else [])
+        )
     return ir.tensor(np.asarray(attribute.value, dtype))
 
 
@@ -81,9 +83,7 @@ class Names:
         return name
 
 
-def add_initializer(
-    graph: ir.Graph, array: np.ndarray | ir.TensorProtocol, name: str
-) -> ir.Value:
+def add_initializer(graph: ir.Graph, array: np.ndarray | ir.TensorProtocol, name: str) -> ir.Value:
     """A new initializer of the graph. The name must be new (see `Names`)."""
     tensor = ir.tensor(array, name=name) if isinstance(array, np.ndarray) else array
     value = ir.Value(

@@ -135,7 +135,10 @@ def _node_lines(node: ir.Node, names: dict[ir.Value, str], indent: str) -> list[
     attributes, bodies = [], []
     for name, attribute in sorted(node.attributes.items()):
         if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
-            bodies += [f"{indent}{name}:", *_graph_lines(attribute.as_graph(), names, indent + "  ")]
+            bodies += [
+                f"{indent}{name}:",
+                *_graph_lines(attribute.as_graph(), names, indent + "  "),
+            ]
         else:
             attributes.append(f"{name}={_attribute(attribute)}")
     operator = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
@@ -175,5 +178,3 @@ def _tensor(tensor: ir.TensorProtocol) -> str:
     shown = ", ".join(str(x) for x in array.reshape(-1)[:4].tolist())
     more = ", ..." if array.size > 4 else ""
     return f"{tensor.dtype.short_name()}{list(array.shape)}{{{shown}{more}}}"
-
-

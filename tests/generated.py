@@ -151,7 +151,9 @@ def convolution(b: Builder) -> None:
     inputs = [value, b.normal(made, channels // group, 3, 3)]
     if b.random.random() < 0.5:
         inputs.append(b.normal(made))
-    value = b.add("Conv", inputs, (batch, made, height - 2, width - 2), group=group, dilations=[1, 1])
+    value = b.add(
+        "Conv", inputs, (batch, made, height - 2, width - 2), group=group, dilations=[1, 1]
+    )
     if b.random.random() < 0.6:
         normalized(b, value)
 
@@ -174,7 +176,9 @@ def dense(b: Builder) -> None:
         product = b.add("MatMul", [flat, b.normal(width, 6)], (batch, 6))
         b.add("Add", [product, b.normal(6)], (batch, 6))
     else:
-        out = b.add("Gemm", [flat, b.normal(6, width), b.normal(6)], (batch, 6), transB=1, alpha=0.5)
+        out = b.add(
+            "Gemm", [flat, b.normal(6, width), b.normal(6)], (batch, 6), transB=1, alpha=0.5
+        )
         if b.random.random() < 0.5:
             normalized(b, out)
 

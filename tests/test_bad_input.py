@@ -12,12 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import graphopt_models
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
 
+import graphopt
+import graphopt_models
 from graphopt import cli
 
 Make = Callable[[Path], object]
@@ -387,13 +387,23 @@ OUTPUTS = [
         "optimize {d}/m.onnx -o {d}/o.onnx",
         ("o.onnx.0123456789ab.data", "another output"),
     ),
-    Case("out-is-a-pipe", both(linear, lambda d: os.mkfifo(d / "p")), "optimize {d}/m.onnx -o {d}/p", ("not a regular file",)),
+    Case(
+        "out-is-a-pipe",
+        both(linear, lambda d: os.mkfifo(d / "p")),
+        "optimize {d}/m.onnx -o {d}/p",
+        ("not a regular file",),
+    ),
     Case("out-empty", linear, "optimize {d}/m.onnx -o ''", ("is a folder",)),
     Case("out-name-too-long", linear, f"optimize {{d}}/m.onnx -o {{d}}/{'o' * 255}", ("too long",)),
     Case("json-folder-missing", linear, f"optimize {RUN} --json {{d}}/no/r.json", ("no folder",)),
     Case("json-is-a-folder", linear, f"optimize {RUN} --json {{d}}/out", ("is a folder",)),
     Case("json-is-the-input", linear, f"optimize {RUN} --json {{d}}/m.onnx", ("the input",)),
-    Case("json-is-the-output", linear, f"optimize {RUN} --json {{d}}/out/o.onnx", ("o.onnx", "another path")),
+    Case(
+        "json-is-the-output",
+        linear,
+        f"optimize {RUN} --json {{d}}/out/o.onnx",
+        ("o.onnx", "another path"),
+    ),
     Case(
         "json-of-inspect-is-the-input",
         linear,
@@ -526,9 +536,7 @@ def command(arguments: str, d: Path) -> list[str]:
 
 
 def listing(d: Path) -> dict[str, bytes | None]:
-    return {
-        str(p.relative_to(d)): p.read_bytes() if p.is_file() else None for p in d.rglob("*")
-    }
+    return {str(p.relative_to(d)): p.read_bytes() if p.is_file() else None for p in d.rglob("*")}
 
 
 def run(
@@ -561,3 +569,198 @@ def test_a_mistake_is_named_in_one_line_and_nothing_is_written(
     for word in case.words:
         assert word in err
     assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize(("name", "arguments", "words"), USAGE, ids=[u[0] for u in USAGE])
+def test_a_wrong_command_line_names_what_is_wrong(
+    name: str,
+    arguments: str,
+    words: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    linear(tmp_path)
+    before = listing(tmp_path)
+
+    code, out, err = run(command(arguments, tmp_path), monkeypatch, capsys)
+
+    assert code == 2
+    assert out == ""
+    assert "Traceback" not in err
+    for word in words:
+        assert word in err
+    assert listing(tmp_path) == before
+
+
+def test_every_mistake_has_its_own_name() -> None:
+    names = [case.name for case in CASES]
+    assert len(set(names)) == len(names) >= 40
+
+
+NEEDY = """
+from dataclasses import dataclass
+from typing import ClassVar
+from graphopt import Change, Effect, Pass
+
+@dataclass(frozen=True)
+class CountSamples(Pass):
+    "Change nothing, but count the samples."
+
+    name: ClassVar[str] = "count-samples"
+    effect: ClassVar[Effect] = Effect.EXACT
+    needs_samples: ClassVar[bool] = True
+
+    def apply(self, model, context):
+        change = Change()
+        change.skip("the model", f"{len(list(context.samples))} samples")
+        return change
+"""
+
+
+@pytest.fixture
+def needy_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A pass of another distribution that needs samples."""
+    site = tmp_path / "site"
+    described = site / "needy-1.0.dist-info"
+    described.mkdir(parents=True)
+    (site / "needy_pass_of_a_test.py").write_text(NEEDY)
+    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: needy\nVersion: 1.0\n")
+    (described / "entry_points.txt").write_text(
+        "[graphopt.passes]\ncount-samples = needy_pass_of_a_test:CountSamples\n"
+    )
+    monkeypatch.syspath_prepend(str(site))
+    return "count-samples"
+
+
+def test_a_pass_that_needs_samples_gets_some_or_stops(
+    needy_pass: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    linear(tmp_path)
+    arguments = f"optimize {{d}}/m.onnx -o {{d}}/o.onnx --passes {needy_pass} --no-benchmark"
+
+    code, _, err = run(command(arguments, tmp_path), monkeypatch, capsys)
+
+    assert code == 2
+    assert err == "graphopt: error: count-samples needs samples; give --samples, or " + (
+        "--random-samples N\n"
+    )
+    assert not (tmp_path / "o.onnx").exists()
+
+    given = f"{arguments} --random-samples 3 --no-validate --json -"
+    code, out, _ = run(command(given, tmp_path), monkeypatch, capsys)
+
+    assert code == 0
+    assert "3 samples" in out
+
+
+def test_a_provider_that_is_not_there_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "CUDAExecutionProvider" in pytest.importorskip("onnxruntime").get_available_providers():
+        pytest.skip("CUDA is here")
+    linear(tmp_path)
+    arguments = "optimize {d}/m.onnx -o {d}/o.onnx --provider cuda"
+
+    code, _, err = run(command(arguments, tmp_path), monkeypatch, capsys)
+
+    assert code == 2
+    assert "'cuda' is not available" in err
+    assert "graphopt[gpu]" in err
+    assert not (tmp_path / "o.onnx").exists()
+
+
+def test_nan_and_infinity_in_samples_are_no_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    linear(tmp_path)
+    samples(x=np.array([[np.nan, np.inf, 1]], np.float32))(tmp_path)
+    (tmp_path / "out").mkdir()
+    arguments = f"optimize {RUN} --samples {{d}}/s.npz"
+
+    code, _, err = run(command(arguments, tmp_path), monkeypatch, capsys)
+
+    assert code == 0
+    assert err == ""
+    assert (tmp_path / "out" / "o.onnx").is_file()
+
+
+@pytest.mark.parametrize(
+    "start", [["-m", "graphopt"], ["-c", "import graphopt.cli as c; c.main()"]]
+)
+def test_in_a_process_of_its_own_too_there_is_one_line(start: list[str], tmp_path: Path) -> None:
+    # onnxruntime and onnx could write to stderr past Python; here that would be seen.
+    changed(lambda m: m.graph.initializer[0].float_data.pop())(tmp_path)
+    arguments = command("optimize {d}/m.onnx -o {d}/o.onnx", tmp_path)
+
+    done = subprocess.run([sys.executable, *start, *arguments], capture_output=True, text=True)
+
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert re.fullmatch(r"graphopt: error: onnxruntime does not load [^\n]+\n", done.stderr)
+    assert sorted(os.listdir(tmp_path)) == ["m.onnx"]
+
+
+def test_a_reader_that_goes_away_causes_no_traceback() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+
+    with open(writer, "wb") as pipe:
+        done = subprocess.run(
+            [sys.executable, "-m", "graphopt", "passes"], stdout=pipe, stderr=subprocess.PIPE
+        )
+
+    assert done.returncode != 0
+    assert b"Traceback" not in done.stderr
+    assert b"Exception ignored" not in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_results_that_cannot_be_printed_are_told_in_a_line() -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "graphopt", "passes"], stdout=full, stderr=subprocess.PIPE
+        )
+
+    assert done.returncode == 2
+    assert re.fullmatch(rb"graphopt: error: [^\n]*No space left[^\n]*\n", done.stderr)
+
+
+IF = """
+agraph (bool c, float[2] x) => (float[2] y) <float[2] w = {1, 2}>
+{
+    a = Neg(x)
+    y = If(c) <
+        then_branch = g () => (float[2] t) { q = Constant<value = float[2] {3, 4}>() t = Add(a, q) },
+        else_branch = b () => (float[2] e) { e = Mul(a, w) }
+    >
+}
+"""
+
+
+def damaged(content: bytes, generator: np.random.Generator) -> bytes:
+    """The content with up to three bytes changed, removed or added."""
+    result = bytearray(content)
+    for _ in range(generator.integers(1, 4)):
+        place = int(generator.integers(len(result)))
+        length = int(generator.integers(0, 8))
+        result[place : place + int(generator.integers(0, 8))] = generator.bytes(length)
+    return bytes(result)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_damaged_model_is_refused_or_can_be_written_back(seed: int, tmp_path: Path) -> None:
+    generator = np.random.default_rng(seed)
+    content = proto(IF).SerializeToString()
+    refused = 0
+    for _ in range(150):
+        try:
+            model = graphopt.load(damaged(content, generator))
+            graphopt.save(model, tmp_path / "m.onnx")
+        except graphopt.ModelError:
+            refused += 1
+    assert 0 < refused < 150
+    assert set(os.listdir(tmp_path)) <= {"m.onnx"}

@@ -6,7 +6,10 @@ import onnx_ir as ir
 from graphopt.testing import apply_pass, assert_equivalent, assert_rewrites, assert_unchanged, parse
 from graphopt_passes.simplify.drop_defaults import DropDefaults
 
-CONV = "agraph (float[1, 2, 5, 5] x, float[3, 2, 3, 3] w) => (float[1, 3, N, M] y) {{ y = Conv <{}> (x, w) }}"
+CONV = """
+agraph (float[1, 2, 5, 5] x, float[3, 2, 3, 3] w) => (float[1, 3, N, M] y)
+{{ y = Conv <{}> (x, w) }}
+"""
 WEIGHT = np.random.default_rng(0).standard_normal((3, 2, 3, 3)).astype(np.float32)
 
 
@@ -31,7 +34,8 @@ def test_drops_the_defaults_of_a_gemm() -> None:
     assert_rewrites(
         DropDefaults(),
         "agraph (float[2, 3] x, float[4, 3] w) => (float[2, 4] y) "
-        "{ y = Gemm <alpha: float = 1.0, beta: float = 1.0, transA: int = 0, transB: int = 1> (x, w) }",
+        "{ y = Gemm <alpha: float = 1.0, beta: float = 1.0, transA: int = 0, transB: int = 1> "
+        "(x, w) }",
         "agraph (float[2, 3] x, float[4, 3] w) => (float[2, 4] y) "
         "{ y = Gemm <transB: int = 1> (x, w) }",
     )

@@ -10,7 +10,10 @@ from graphopt.model_io import save, stored_bytes
 from graphopt.testing import apply_pass, assert_equivalent, assert_rewrites, assert_unchanged, parse
 from graphopt_passes.share.merge_duplicates import MergeDuplicates
 
-TWO = "agraph (float[{n}] x, float[{n}] a, float[{n}] b) => (float[{n}] y) {{ s = Add(x, a)  y = Mul(s, b) }}"
+TWO = """
+agraph (float[{n}] x, float[{n}] a, float[{n}] b) => (float[{n}] y)
+{{ s = Add(x, a)  y = Mul(s, b) }}
+"""
 
 
 def test_merges_equal_initializers() -> None:
@@ -121,7 +124,9 @@ def test_external_data_is_compared_on_disk(tmp_path: Path) -> None:
     first = np.random.default_rng(0).standard_normal(1 << 16).astype(np.float32)
     second = first.copy()
     second[20_000] += 1
-    save(parse(TWO.format(n=first.size), a=first, b=second), tmp_path / "d.onnx", external_data=True)
+    save(
+        parse(TWO.format(n=first.size), a=first, b=second), tmp_path / "d.onnx", external_data=True
+    )
     save(parse(TWO.format(n=first.size), a=first, b=first), tmp_path / "e.onnx", external_data=True)
 
     different, equal = load(tmp_path / "d.onnx"), load(tmp_path / "e.onnx")

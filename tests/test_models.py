@@ -8,14 +8,15 @@ import tracemalloc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import graphopt_models
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from numpy.typing import NDArray
+
+import graphopt_models
 from graphopt_models import llama
 from graphopt_models.llama import TINY, LlamaSize, Tied, write_llama
-from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from graphopt_models.training import Classifier
@@ -157,6 +158,7 @@ def test_split_is_fixed_and_stratified() -> None:
 def test_export_agrees_with_the_module_at_any_batch(name: str, tmp_path: Path) -> None:
     task = classifier(name)
     import torch
+
     from graphopt_models import digits
     from graphopt_models.export import export
     from graphopt_models.training import train
@@ -185,6 +187,7 @@ def test_export_agrees_with_the_module_at_any_batch(name: str, tmp_path: Path) -
 def test_training_is_seeded_and_leaves_the_random_state_alone() -> None:
     task = classifier("digits_lstm")
     import torch
+
     from graphopt_models.training import train
 
     before = torch.get_rng_state()
@@ -211,6 +214,7 @@ def test_command_line_writes_model_samples_and_labels(
 ) -> None:
     task = classifier("digits_cnn")
     import torch
+
     from graphopt_models.export import main
 
     threads = torch.get_num_threads()

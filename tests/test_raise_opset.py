@@ -35,7 +35,9 @@ def test_raises_to_17_by_default_and_keeps_the_weights() -> None:
 
     assert change.counts == {"opset raised from 9 to 17": 1}
     assert model.opset_imports[""] == 17
-    assert model.ir_version >= onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", 17)])
+    assert model.ir_version >= onnx.helper.find_min_ir_version_for(
+        [onnx.helper.make_opsetid("", 17)]
+    )
     assert model.graph.initializers["w"].const_value is weight
     assert_equivalent(before, model)
 

@@ -104,5 +104,5 @@ def test_two_distributions_that_claim_one_name_are_an_error(
     (info / "entry_points.txt").write_text("[graphopt.passes]\ndrop-unused = rival:DropUnused\n")
     monkeypatch.syspath_prepend(str(tmp_path))
 
-    with pytest.raises(SpecError, match="'drop-unused' is claimed in graphopt.passes by both"):
+    with pytest.raises(SpecError, match=r"'drop-unused' is claimed in graphopt\.passes by both"):
         pass_names()

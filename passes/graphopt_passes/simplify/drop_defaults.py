@@ -62,7 +62,7 @@ def _is_default(attribute: ir.Attr, default: onnx.AttributeProto) -> bool:
     if default.type == onnx.AttributeProto.UNDEFINED:
         return False
     same_type = attribute.type.value == default.type
-    return same_type and attribute.value == ir.from_proto(default).value
+    return same_type and attribute.value == ir.serde.deserialize_attribute(default).value
 
 
 def _is_neutral(node: ir.Node, attribute: ir.Attr) -> bool:

@@ -181,7 +181,9 @@ def _removed_bytes(folded: Mapping[ir.Node, None], node_bytes: Mapping[ir.Node, 
     """What folding removes from the file: the nodes, and constants that only they read."""
     constants = {v for n in folded for v in n.inputs if v is not None and is_constant(v)}
     gone = [v for v in constants if not (_is_read_outside(v, folded) or v.is_graph_output())]
-    return sum((_bytes(v) or 0) + _label_bytes(v) for v in gone) + sum(node_bytes[n] for n in folded)
+    return sum((_bytes(v) or 0) + _label_bytes(v) for v in gone) + sum(
+        node_bytes[n] for n in folded
+    )
 
 
 def _label_bytes(value: ir.Value) -> int:

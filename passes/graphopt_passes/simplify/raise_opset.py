@@ -95,14 +95,14 @@ def _keep_descriptions(model: ir.Model, new: ir.Graph) -> None:
         values = [*graph.inputs, *graph.initializers.values()]
         for node in graph:
             values += node.outputs
-            old = olds.get(node.outputs[0].name) if node.outputs else None
+            old = olds.get(node.outputs[0].name or "") if node.outputs else None
             producer = old.producer() if old is not None else None
             if producer is not None and producer.op_type == node.op_type:
                 node.name = node.name or producer.name
                 node.doc_string = producer.doc_string
                 node.metadata_props.update(producer.metadata_props)
         for value in values:
-            known = olds.get(value.name)
+            known = olds.get(value.name or "")
             if known is not None:
                 value.doc_string = known.doc_string
                 value.metadata_props.update(known.metadata_props)
