@@ -25,7 +25,7 @@ from graphopt.contract import Sample
 from graphopt.errors import GraphoptError, SampleError
 from graphopt.model_io import open_model
 from graphopt.runtime import Session
-from graphopt.samples import Input, signature, write_npz
+from graphopt.samples import complete, signature, write_npz
 
 SAMPLES_MAXIMUM = 8
 """Samples that the runs cycle over; more would not fit the caches of a device that serves them."""
@@ -165,15 +165,7 @@ class _Subject:
     def _feeds(self, sample: Sample) -> Sample:
         """An array for each input, and no others: defaults may have become constants."""
         given = {i.name: sample[i.name] for i in self.inputs if i.name in sample}
-        sizes = {
-            dim: size
-            for i in self.inputs
-            if i.name in given and i.shape is not None
-            for dim, size in zip(i.shape, given[i.name].shape, strict=False)
-            if isinstance(dim, str)
-        }
-        missing = [i for i in self.inputs if i.name not in given]
-        return {**given, **{i.name: _zeros(i, sizes) for i in missing}}
+        return complete(given, self.inputs)
 
     def bind_all(self, feeds: Sequence[Sample] | None = None) -> list[Callable[[], None]]:
         """A run on each of the feeds (by default the samples), warmed up.
@@ -223,14 +215,6 @@ class _Subject:
             return dict.fromkeys(first, (0,))
         axes = {n: tuple(a for a, d in enumerate(s) if d == batch) for n, s in shapes.items()}
         return {name: places for name, places in axes.items() if places}
-
-
-def _zeros(expected: Input, sizes: Mapping[str, int]) -> np.ndarray:
-    """The first value of a state; dimensions that share a name with the sample have its size."""
-    dims = [d if isinstance(d, int) else sizes.get(d or "", 1) for d in expected.shape or ()]
-    return (
-        np.full(dims, "", object) if expected.dtype.kind == "O" else np.zeros(dims, expected.dtype)
-    )
 
 
 def _repeat(array: np.ndarray, axes: Sequence[int], batch_size: int) -> np.ndarray:

@@ -6,10 +6,12 @@ or a strict check failed, or every lossy pass was dropped; 2 the user's input is
 
 from __future__ import annotations
 
+import io
 import logging
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -267,8 +269,17 @@ def _show(content: Any, json: str | None, plain: Mapping[str, Any]) -> None:
     report.print_to(Console(width=width), content)
 
 
+def _drop_stdout() -> None:
+    """What stdout did not take is not written again at exit, which would end in a traceback."""
+    with suppress(OSError), open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
 def main() -> None:
     """Run the command line."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names of files and values may have characters that the terminal has not.
+        sys.stdout.reconfigure(errors="backslashreplace")
     handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False)
     logging.getLogger("graphopt").addHandler(handler)
     try:
@@ -278,5 +289,10 @@ def main() -> None:
         # One line: the tools whose messages are passed on wrap theirs.
         sys.stderr.write(f"graphopt: {kind}: {' '.join(str(error).split())}\n")
         sys.exit(error.exit_code)
+    except OSError as error:
+        # A full disk, under the temporary files or under stdout, is no fault of the code.
+        sys.stderr.write(f"graphopt: error: {error}\n")
+        _drop_stdout()
+        sys.exit(GraphoptError.exit_code)
     finally:
         logging.getLogger("graphopt").removeHandler(handler)

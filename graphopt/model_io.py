@@ -213,9 +213,6 @@ def _source(
     invalid = why_invalid(proto)
     try:
         model = ir.from_proto(proto)
-        if invalid is not None:
-            # A model can be too damaged to be copied and written, which every step here does.
-            stubbed(model.clone())
     except Exception as error:  # whatever a malformed proto makes onnx-ir raise
         raise ModelError(f"the model is not valid: {invalid or error}") from error
     if path is not None:
@@ -224,7 +221,17 @@ def _source(
         _sort(model)
         notes.append("nodes were not in topological order; they are now")
         invalid = why_invalid(model)
+    if invalid is not None:
+        _check_handled(model, invalid)
     return Source(model, path, size, digest, tuple(notes), invalid)
+
+
+def _check_handled(model: ir.Model, invalid: str) -> None:
+    """Raise ModelError for a model that is too damaged to be copied and written."""
+    try:
+        stubbed(model.clone())
+    except Exception as error:  # as above
+        raise ModelError(f"the model is not valid: {invalid}") from error
 
 
 def _sort(model: ir.Model) -> None:

@@ -6,13 +6,14 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from graphopt.contract import Sample
 from graphopt.errors import SampleError
 from graphopt.runtime import Session
-from graphopt.samples import Input, Samples
+from graphopt.samples import Input, Samples, complete, read_npz, write_npz
 from graphopt.validation import Comparison, OutputError
 
 Outputs = dict[str, np.ndarray]
@@ -50,10 +51,7 @@ class Feed:
                 yield outputs
 
     def _step(self, sample: Sample, carried: Outputs, session: Session) -> Sample:
-        feeds = {**sample, **carried}
-        for _, name in self.state:
-            if name not in feeds:
-                feeds[name] = _zeros(next(i for i in self.inputs if i.name == name))
+        feeds = complete({**sample, **carried}, self.inputs)
         # A model that was given overridable inputs is compared with one where they are constant.
         return {name: array for name, array in feeds.items() if name in session.inputs}
 
@@ -66,40 +64,32 @@ def _run(session: Session, feeds: Sample) -> Outputs:
         raise SampleError(f"the model fails on a sample ({fed}): {error}") from None
 
 
-def _zeros(expected: Input) -> np.ndarray:
-    if expected.shape is None:
-        raise SampleError(
-            f"the first value of state {expected.name!r} must be in the samples: its rank is free"
-        )
-    return np.zeros([d if isinstance(d, int) else 1 for d in expected.shape], expected.dtype)
-
-
 @dataclass(frozen=True)
 class Recording:
     """Outputs of one model, step by step, in a temporary folder."""
 
     count: int
-    names: tuple[str, ...]
     folder: tempfile.TemporaryDirectory[str] = field(repr=False)
+    dtypes: dict[str, np.dtype[Any]] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Outputs]:
         for step in range(self.count):
-            with np.load(Path(self.folder.name) / f"{step}.npz", allow_pickle=False) as arrays:
-                kept = dict(arrays)
-            yield {self.names[int(key[1:])]: array for key, array in kept.items()}
+            arrays = read_npz(Path(self.folder.name) / f"{step}.npz")
+            # bfloat16 and the like are kept as bytes, without their type.
+            yield {n: a.view(self.dtypes.get(n, a.dtype)) for n, a in arrays.items()}
 
 
 def record(steps: Iterator[Outputs]) -> Recording:
     """Keep the outputs of every step."""
     folder = tempfile.TemporaryDirectory(prefix="graphopt-")
-    names: dict[str, str] = {}
+    dtypes: dict[str, np.dtype[Any]] = {}
     count = 0
     for outputs in steps:
-        keys = {name: names.setdefault(name, f"o{len(names)}") for name in outputs}
-        arrays = {keys[name]: _plain(array) for name, array in outputs.items()}
-        np.savez(Path(folder.name) / f"{count}.npz", **arrays)  # type: ignore[arg-type]
+        arrays = {name: _plain(array) for name, array in outputs.items()}
+        write_npz(Path(folder.name) / f"{count}.npz", arrays)
+        dtypes.update({n: a.dtype for n, a in arrays.items() if a.dtype.kind != "U"})
         count += 1
-    return Recording(count, tuple(names), folder)
+    return Recording(count, folder, dtypes)
 
 
 def _plain(array: np.ndarray) -> np.ndarray:

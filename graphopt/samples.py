@@ -347,6 +347,37 @@ def _check_array(
             )
 
 
+def complete(sample: Sample, inputs: Sequence[Input]) -> Sample:
+    """The sample with zeros for the required inputs that it lacks: state before the first step.
+
+    Raises:
+        SampleError: the rank of such an input is free.
+    """
+    missing = [i for i in inputs if i.required and i.name not in sample]
+    if not missing:
+        return sample
+    sizes = {
+        dim: size
+        for i in inputs
+        if i.name in sample and i.shape is not None
+        for dim, size in zip(i.shape, sample[i.name].shape, strict=False)
+        if isinstance(dim, str)
+    }
+    return {**sample, **{i.name: _zeros(i, sizes) for i in missing}}
+
+
+def _zeros(expected: Input, sizes: Mapping[str, int]) -> np.ndarray:
+    if expected.shape is None:
+        raise SampleError(
+            f"input {expected.name!r} is missing in a sample, and it cannot be zeros: its rank is "
+            "free"
+        )
+    dims = [d if isinstance(d, int) else sizes.get(d or "", 1) for d in expected.shape]
+    if expected.dtype.kind == "O":
+        return np.full(dims, "", object)
+    return np.zeros(dims, expected.dtype)
+
+
 # ------------------------------------------------------------------ files
 
 
