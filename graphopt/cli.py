@@ -60,7 +60,7 @@ States = Annotated[
     typer.Option("--state", metavar="OUT=IN", help="Feed an output back as input of the next "
                  "sample: samples in name order are a sequence. Repeatable."),
 ]
-Model = Annotated[Path, typer.Argument(help="The .onnx file.")]
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="The .onnx file.")]
 
 
 @app.command()
@@ -136,8 +136,10 @@ def optimize(
 
 @app.command()
 def validate(
-    first: Annotated[Path, typer.Argument(help="The reference.")],
-    second: Annotated[Path, typer.Argument(help="The model compared with it.")],
+    first: Annotated[Path, typer.Argument(metavar="FIRST", help="The reference.")],
+    second: Annotated[
+        Path, typer.Argument(metavar="SECOND", help="The model compared with it.")
+    ],
     samples: SamplesPath = None,
     random_samples: RandomSamples = None,
     provider: Provider = "cpu",
@@ -165,7 +167,10 @@ def validate(
 
 @app.command()
 def benchmark(
-    models: Annotated[list[Path], typer.Argument(help="The .onnx files; ratios are to the first.")],
+    models: Annotated[
+        list[Path],
+        typer.Argument(metavar="MODEL", help="The .onnx files; ratios are to the first."),
+    ],
     samples: SamplesPath = None,
     random_samples: RandomSamples = None,
     provider: Provider = "cpu",
@@ -201,7 +206,9 @@ def inspect(model: Model, json: Json = None) -> None:
 
 @app.command()
 def passes(
-    name: Annotated[str | None, typer.Argument(help="A pass, to see its options.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="A pass, to see its options.")
+    ] = None,
     json: Json = None,
 ) -> None:
     """List the passes and recipes, or explain one pass."""
@@ -251,7 +258,7 @@ def _states(texts: list[str] | None) -> list[tuple[str, str]]:
 @contextmanager
 def _progress() -> Iterator[Any]:
     """What goes on, on a terminal; nothing in a pipe."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False, emoji=False)
     if not console.is_terminal:
         yield lambda _: None
         return
@@ -266,7 +273,8 @@ def _show(content: Any, json: str | None, plain: Mapping[str, Any]) -> None:
     if json is not None:
         model_io.write_text(Path(json), report.to_text(plain))
     width = None if sys.stdout.isatty() else WIDE
-    report.print_to(Console(width=width), content)
+    # Names in a model may look like the markup of rich.
+    report.print_to(Console(width=width, markup=False, emoji=False), content)
 
 
 def _drop_stdout() -> None:
@@ -291,7 +299,8 @@ def main() -> None:
         sys.exit(error.exit_code)
     except OSError as error:
         # A full disk, under the temporary files or under stdout, is no fault of the code.
-        sys.stderr.write(f"graphopt: error: {error}\n")
+        where = f": {error.filename}" if error.filename is not None else ""
+        sys.stderr.write(f"graphopt: error: {error.strerror or error}{where}\n")
         _drop_stdout()
         sys.exit(GraphoptError.exit_code)
     finally:

@@ -128,6 +128,7 @@ def open_model(model: ModelLike, *, drop_training_info: bool = False) -> Source:
 
 
 def _read_file(path: Path) -> bytes:
+    _check_encodable(path)
     try:
         if not path.exists():
             raise ModelError(f"there is no model at {path}: no such file")
@@ -148,6 +149,15 @@ def _read_file(path: Path) -> bytes:
             f"{path} is a pointer of Git LFS, not the model itself; fetch it with `git lfs pull`"
         )
     return data
+
+
+def _check_encodable(path: Path) -> None:
+    """Raise ModelError for the name of a file that onnxruntime could not be told."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        name = os.fsencode(path)
+        raise ModelError(f"the path {name!r} is not UTF-8; rename the file or folder") from None
 
 
 def _parse(data: bytes, what: str) -> onnx.ModelProto:
@@ -621,6 +631,7 @@ def check_target(path: Path, source: Path | None = None) -> None:
         path: of the graph file to be.
         source: the model that the result is made from; it must not be overwritten.
     """
+    _check_encodable(path)
     _check_place(path)
     if path.exists() and not path.is_file():
         # Renaming a file to a device or pipe, as a save ends, would replace it.

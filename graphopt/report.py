@@ -19,7 +19,7 @@ from graphopt.api import Validation
 from graphopt.benchmark import BenchmarkReport
 from graphopt.contract import Effect, Pass, Skip
 from graphopt.demo import Demonstration
-from graphopt.inspection import Inspection
+from graphopt.inspection import Inspection, Port, Weight
 from graphopt.ledger import Run, Size, Step
 from graphopt.recipes import Recipe
 from graphopt.spec import describe_type, options_of
@@ -314,9 +314,9 @@ def render_inspection(found: Inspection, tried: Run) -> RenderableType:
     facts = _table("", "")
     facts.show_header = False
     for port in found.inputs:
-        facts.add_row("input", str(port))
+        facts.add_row("input", _port_text(port))
     for port in found.outputs:
-        facts.add_row("output", str(port))
+        facts.add_row("output", _port_text(port))
     facts.add_row("opset", ", ".join(f"{d or 'ai.onnx'} {v}" for d, v in found.opsets.items()))
     facts.add_row("IR version", str(found.ir_version))
     graphs = f", {found.subgraphs} subgraphs" if found.subgraphs else ""
@@ -325,11 +325,14 @@ def render_inspection(found: Inspection, tried: Run) -> RenderableType:
     if found.functions:
         facts.add_row("functions", ", ".join(found.functions))
     for kind in found.weights:
-        facts.add_row("weights", str(kind))
+        facts.add_row(
+            "weights",
+            f"{kind.tensors} of {kind.dtype}, {kind.elements:,} elements, {kind.bytes:,} bytes",
+        )
     for weight in found.largest:
-        facts.add_row("large", str(weight))
+        facts.add_row("large", f"{_port_text(weight)}, {weight.bytes:,} bytes")
     for group in found.duplicates:
-        facts.add_row("duplicates", str(group))
+        facts.add_row("duplicates", f"{', '.join(group.names)}: {group.saved_bytes:,} bytes")
     if found.zero_share is not None:
         facts.add_row("zeros", f"{found.zero_share:.1%} of the floating-point weights")
     for output, name in found.state:
@@ -344,6 +347,14 @@ def render_inspection(found: Inspection, tried: Run) -> RenderableType:
     else:
         parts += [Text("basic would change nothing", style="bold")]
     return Group(*parts)
+
+
+def _port_text(port: Port | Weight) -> str:
+    """As errors about samples write it: `image: float[batch, 1, 8, 8]`."""
+    if port.shape is None:
+        return f"{port.name}: {port.dtype}[?]"
+    dims = ", ".join("?" if d is None else str(d) for d in port.shape)
+    return f"{port.name}: {port.dtype}[{dims}]"
 
 
 def render_passes(classes: Sequence[type[Pass]], recipes: Mapping[str, Recipe]) -> RenderableType:

@@ -9,7 +9,7 @@ BASIC = Recipe(
     passes=(
         "inline-functions,raise-opset,lift-constants,drop-unused,drop-defaults,drop-identity,fold-constants,"
         "merge-duplicates,merge-common-subexpressions,merge-transposes,merge-reshapes,fuse-pad,"
-        "fuse-batchnorm,fuse-scale,fuse-bias,drop-unused"
+        "drop-zero-bias,fuse-batchnorm,fuse-scale,fuse-bias,drop-unused"
     ),
     repeat=True,
 )
