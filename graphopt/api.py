@@ -26,6 +26,7 @@ from graphopt.recording import Feed, compare, record
 from graphopt.requirements import Requirement, parse_requirements
 from graphopt.runtime import Reference, Session
 from graphopt.samples import Samples
+from graphopt.state import guess_state
 from graphopt.validation import Budget, OutputError, parse_budget, why_over
 
 RANDOM_SAMPLES_DEFAULT = 4
@@ -301,6 +302,8 @@ class _Subject:
         inputs = sampling.signature(self.source.model)
         _check_state(self.source.model, state)
         if samples is not None:
+            if not state:
+                state, samples = _guessed_state(self.source.model, samples, notes)
             return Feed(sampling.read_samples(samples, inputs, state), inputs, tuple(state))
         count = random_samples if random_samples is not None else RANDOM_SAMPLES_DEFAULT
         if random_samples is None:
@@ -452,6 +455,22 @@ def _check_inputs(first: _Subject, other: _Subject) -> None:
             f"{named} has an input {missing[0]!r}, and the first model has only "
             f"{', '.join(map(repr, sorted(have)))}: the models must take the same inputs"
         )
+
+
+def _guessed_state(
+    model: ir.Model, samples: SamplesLike, notes: list[str]
+) -> tuple[State, SamplesLike]:
+    """State that the samples leave out, if its names tell where it comes from."""
+    guess = guess_state(model)
+    if not guess:
+        return (), samples
+    names, samples = sampling.first_names(samples)
+    options = " ".join(f"--state {output}={name}" for output, name in guess)
+    if all(name in names for _, name in guess):
+        notes.append(f"the model looks stateful; to judge it by roll-outs, give {options}")
+        return (), samples
+    notes.append(f"the samples leave state out, so they are roll-outs in name order: {options}")
+    return guess, samples
 
 
 def _freeze(model: ir.Model) -> list[str]:

@@ -52,13 +52,19 @@ RandomSamples = Annotated[
 ]
 MaxError = Annotated[
     list[str] | None,
-    typer.Option(metavar="[OUTPUT:]X[METRIC]", help="Error budget; METRIC rel-l2 (default), "
-                 "max-abs or disagreement. Repeatable."),
+    typer.Option(
+        metavar="[OUTPUT:]X[METRIC]",
+        help="Error budget; METRIC rel-l2 (default), max-abs or disagreement. Repeatable.",
+    ),
 ]
 States = Annotated[
     list[str] | None,
-    typer.Option("--state", metavar="OUT=IN", help="Feed an output back as input of the next "
-                 "sample: samples in name order are a sequence. Repeatable."),
+    typer.Option(
+        "--state",
+        metavar="OUT=IN",
+        help="Feed an output back as input of the next "
+        "sample: samples in name order are a sequence. Repeatable.",
+    ),
 ]
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="The .onnx file.")]
 
@@ -137,9 +143,7 @@ def optimize(
 @app.command()
 def validate(
     first: Annotated[Path, typer.Argument(metavar="FIRST", help="The reference.")],
-    second: Annotated[
-        Path, typer.Argument(metavar="SECOND", help="The model compared with it.")
-    ],
+    second: Annotated[Path, typer.Argument(metavar="SECOND", help="The model compared with it.")],
     samples: SamplesPath = None,
     random_samples: RandomSamples = None,
     provider: Provider = "cpu",

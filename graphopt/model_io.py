@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import math
 import mmap
 import os
@@ -418,7 +419,8 @@ def _check_inline(tensor: onnx.TensorProto) -> None:
     given, needed = len(tensor.raw_data), _needed_bytes(tensor)
     if given != needed:
         raise ModelError(
-            f"tensor {tensor.name!r} has {given} bytes of data, and its type and shape need {needed}"
+            f"tensor {tensor.name!r} has {given} bytes of data, and its type and shape need "
+            f"{needed}"
         )
 
 
@@ -492,7 +494,7 @@ def chunks(tensor: ir.TensorProtocol) -> Iterator[memoryview]:
         return
     left = tensor.nbytes
     buffer = memoryview(bytearray(min(CHUNK_BYTES, left)))
-    with open(tensor.path, "rb", buffering=0) as file:
+    with _open_data(tensor) as file:
         file.seek(tensor.offset or 0)
         while left:
             got = file.readinto(buffer[: min(len(buffer), left)])
@@ -500,6 +502,16 @@ def chunks(tensor: ir.TensorProtocol) -> Iterator[memoryview]:
                 raise ModelError(f"the data file {tensor.path} ended while it was read")
             yield buffer[:got]
             left -= got
+
+
+def _open_data(tensor: ir.ExternalTensor) -> io.FileIO:
+    try:
+        return open(tensor.path, "rb", buffering=0)
+    except FileNotFoundError:
+        raise ModelError(
+            f"the data file {tensor.path}, with tensor {tensor.name!r}, is gone; it was there when "
+            "the model was loaded"
+        ) from None
 
 
 def digest(tensor: ir.TensorProtocol) -> bytes:
@@ -823,7 +835,7 @@ def _copy_in_kernel(file: IO[bytes], tensor: ir.ExternalTensor) -> bool:
         return False
     file.flush()
     start, done = file.tell(), 0
-    with open(tensor.path, "rb", buffering=0) as source:
+    with _open_data(tensor) as source:
         while done < tensor.nbytes:
             try:
                 moved = os.copy_file_range(

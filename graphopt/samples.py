@@ -13,7 +13,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +198,23 @@ def read_samples(
         for files in groups
     ]
     return _checked((reads, keep), inputs, carried, str(path))
+
+
+def first_names(
+    source: str | Path | Iterable[Sample],
+) -> tuple[frozenset[str], str | Path | Iterable[Sample]]:
+    """The input names in the first sample, and the source to read on from (an iterator moves).
+
+    Raises:
+        SampleError: the first sample cannot be read.
+    """
+    if not isinstance(source, str | Path):
+        rest = iter(source)
+        first = list(islice(rest, 1))
+        return frozenset(*first), chain(first, rest)
+    path = Path(source)
+    files = [path] if path.is_file() else sorted(path.glob("*.npz"))[:1] if path.is_dir() else []
+    return frozenset(n for f in files if f.suffix == ".npz" for n in _npz_shapes(f)), source
 
 
 def _folder(path: Path, state: bool) -> list[list[Path]]:

@@ -393,6 +393,12 @@ OUTPUTS = [
         "optimize {d}/m.onnx -o {d}/p",
         ("not a regular file",),
     ),
+    Case(
+        "out-is-not-utf-8",
+        linear,
+        "optimize {d}/m.onnx -o {d}/\udcff.onnx",
+        ("not UTF-8", "rename"),
+    ),
     Case("out-empty", linear, "optimize {d}/m.onnx -o ''", ("is a folder",)),
     Case("out-name-too-long", linear, f"optimize {{d}}/m.onnx -o {{d}}/{'o' * 255}", ("too long",)),
     Case("json-folder-missing", linear, f"optimize {RUN} --json {{d}}/no/r.json", ("no folder",)),
@@ -404,6 +410,7 @@ OUTPUTS = [
         f"optimize {RUN} --json {{d}}/out/o.onnx",
         ("o.onnx", "another path"),
     ),
+    Case("json-is-data-of-the-input", external(), f"optimize {RUN} --json {{d}}/w.bin", ("w.bin",)),
     Case(
         "json-of-inspect-is-the-input",
         linear,
@@ -487,7 +494,8 @@ SAMPLES = [
          f"optimize {RUN} --samples {{d}}/s.npz", ("s.npz", "cannot be read")),
     Case("samples-other-suffix", both(linear, file("s.csv", b"x,y\n1,2\n")),
          f"optimize {RUN} --samples {{d}}/s.csv", ("s.csv", "cannot be read")),
-    Case("samples-are-the-model", linear, f"optimize {RUN} --samples {{d}}/m.onnx", ("m.onnx", "cannot be read")),
+    Case("samples-are-the-model", linear, f"optimize {RUN} --samples {{d}}/m.onnx",
+         ("m.onnx", "cannot be read")),
     Case("samples-npy-for-two-inputs",
          both(text_model("agraph (float[n] x, float[n] z) => (float[n] y) { y = Add(x, z) }"),
               lambda d: np.save(d / "s.npy", ones(3))),
@@ -522,12 +530,12 @@ USAGE = [
     ("no-model", "optimize -o {d}/o.onnx", ("MODEL",)),
     ("option-misspelled", "optimize {d}/m.onnx -o {d}/o.onnx --sampels s", ("--sampels",)),
     ("command-misspelled", "optimise {d}/m.onnx", ("optimise",)),
-    ("random-samples-0", f"optimize {RUN} --random-samples 0", ("--random-samples", "0")),
-    ("random-samples-word", f"optimize {RUN} --random-samples few", ("--random-samples", "few")),
-    ("opset-out-of-range", f"optimize {RUN} --opset 99", ("--opset", "99")),
-    ("gate-samples-0", f"optimize {RUN} --gate-samples 0", ("--gate-samples", "0")),
-    ("threads-0", f"optimize {RUN} --threads 0", ("--threads", "0")),
-    ("benchmark-of-nothing", "benchmark", ("MODELS",)),
+    ("random-samples-0", f"optimize {RUN} --random-samples 0", ("--random-samples",)),
+    ("random-samples-word", f"optimize {RUN} --random-samples few", ("--random-samples",)),
+    ("opset-out-of-range", f"optimize {RUN} --opset 99", ("--opset", "25")),
+    ("gate-samples-0", f"optimize {RUN} --gate-samples 0", ("--gate-samples",)),
+    ("threads-0", f"optimize {RUN} --threads 0", ("--threads",)),
+    ("benchmark-of-nothing", "benchmark", ("MODEL",)),
 ]
 
 
@@ -734,7 +742,7 @@ agraph (bool c, float[2] x) => (float[2] y) <float[2] w = {1, 2}>
 {
     a = Neg(x)
     y = If(c) <
-        then_branch = g () => (float[2] t) { q = Constant<value = float[2] {3, 4}>() t = Add(a, q) },
+        then_branch = g () => (float[2] t) { q = Constant<value = float {3}>() t = Add(a, q) },
         else_branch = b () => (float[2] e) { e = Mul(a, w) }
     >
 }
@@ -742,25 +750,24 @@ agraph (bool c, float[2] x) => (float[2] y) <float[2] w = {1, 2}>
 
 
 def damaged(content: bytes, generator: np.random.Generator) -> bytes:
-    """The content with up to three bytes changed, removed or added."""
+    """The content with a few bytes changed, removed or added, once or twice."""
     result = bytearray(content)
-    for _ in range(generator.integers(1, 4)):
+    for _ in range(generator.integers(1, 3)):
         place = int(generator.integers(len(result)))
         length = int(generator.integers(0, 8))
         result[place : place + int(generator.integers(0, 8))] = generator.bytes(length)
     return bytes(result)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_a_damaged_model_is_refused_or_can_be_written_back(seed: int, tmp_path: Path) -> None:
-    generator = np.random.default_rng(seed)
+def test_a_damaged_model_is_refused_or_can_be_written_back(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
     content = proto(IF).SerializeToString()
     refused = 0
-    for _ in range(150):
+    for _ in range(600):
         try:
             model = graphopt.load(damaged(content, generator))
             graphopt.save(model, tmp_path / "m.onnx")
         except graphopt.ModelError:
             refused += 1
-    assert 0 < refused < 150
-    assert set(os.listdir(tmp_path)) <= {"m.onnx"}
+    assert 0 < refused < 600
+    assert os.listdir(tmp_path) == ["m.onnx"]

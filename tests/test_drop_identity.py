@@ -5,6 +5,7 @@ import onnx_ir as ir
 import pytest
 
 from graphopt.contract import Context, Effect
+from graphopt.skeleton import infer_shapes
 from graphopt.testing import (
     apply_pass,
     assert_equivalent,
@@ -18,16 +19,18 @@ SPECIAL = [0.0, -0.0, np.nan, np.inf, -np.inf, 1e-45, -1e-45, 3.4e38, -3.4e38, 1
 NEGATIVE_ZERO = np.array(-0.0, np.float32)
 
 
-def model_of(
-    node: str, shape: str = "2, 3", dtype: str = "float", **constants: np.ndarray
-) -> ir.Model:
-    """y = Neg(node(Neg(x))): the node reads and makes values that are free to be renamed."""
+def model_of(node: str, shape: str, **constants: np.ndarray) -> ir.Model:
+    """b = node(a) between two other nodes, so that both values are free to go."""
     inputs = "".join(f", {_type(array)} {name}" for name, array in constants.items())
-    return parse(
-        f"agraph ({dtype}[{shape}] x{inputs}) => ({dtype}[{shape}] y) {{"
-        f" a = Exp(x) {node} y = Log(b) }}",
+    model = parse(
+        f"agraph (float[{shape}] x{inputs}) => (float[] y) {{ a = Exp(x) {node} y = Log(b) }}",
         **constants,
     )
+    infer_shapes(model)
+    (before_last,) = model.graph[-1].inputs
+    assert before_last is not None
+    model.graph.outputs[0].shape = before_last.shape
+    return model
 
 
 def _type(array: np.ndarray) -> str:
@@ -115,7 +118,7 @@ def test_removes_what_passes_its_input_through(
         ("b = Transpose<perm=[1, 0]>(a)", "2, 2", {}),
         ("b = Reshape(a, s)", "N, M", {"s": ints(-1, 3)}),
         ("b = Reshape(a, s)", "2, 3", {"s": ints(3, 2)}),
-        ("b = Reshape(a, s)", "N, M, 2", {"s": ints(-1, 0, 2)[[1, 0, 2]]}),
+        ("b = Reshape(a, s)", "N, M, 2", {"s": ints(0, 2, -1)}),
         ("b = Reshape<allowzero=1>(a, s)", "0, 3", {"s": ints(3, 0)}),
         ("b = Flatten(a)", "N, M, 2", {}),
         ("b = Flatten<axis=0>(a)", "2, M", {}),
@@ -126,7 +129,7 @@ def test_removes_what_passes_its_input_through(
         ("b = Tile(a, s)", "2, 3", {"s": ints(1, 2)}),
         ("b = Pad(a, s)", "2, 3", {"s": ints(0, 1, 0, 0)}),
         ("b = Slice(a, s, e)", "N, M", {"s": ints(0), "e": ints(1000)}),
-        ("b = Slice(a, s, e, d, t)", "2, 3", {"s": ints(-1), "e": ints(-9), "d": ints(1), "t": ints(-1)}),
+        ("b = Slice(a, s, e, k, k)", "2, 3", {"s": ints(-1), "e": ints(-9), "k": ints(-1)}),
         ("b = Concat<axis=0>(a, x)", "2, 3", {}),
         ("b, c = Split<axis=0, num_outputs=2>(a)", "2, 3", {}),
         ("b = Resize(a, , k)", "2, 3", {"k": floats(1, 1.1)}),
@@ -149,27 +152,9 @@ def test_removes_what_passes_its_input_through(
 def test_leaves_alone_what_may_change_something(
     node: str, shape: str, constants: dict[str, np.ndarray]
 ) -> None:
-    shape_of_y = shape if "b = Dropout" in node or "Cast" in node else "?" * 0
-    text = (
-        f"agraph (float[{shape}] x{''.join(f', {_type(a)} {n}' for n, a in constants.items())})"
-        f" => (float{f'[{shape_of_y}]' if shape_of_y else ''} y) {{ a = Exp(x) {node} y = Log(b) }}"
-    )
-    model = parse(text, **constants)
-    if not shape_of_y:
-        model.graph.outputs[0].shape = None
-    before = [n.op_type for n in model.graph]
+    change = assert_unchanged(DropIdentity(), model_of(node, shape, **constants))
 
-    change = DropIdentity().apply(_inferred(model), Context(original=model))
-
-    assert [n.op_type for n in model.graph] == before
-    assert not change
-
-
-def _inferred(model: ir.Model) -> ir.Model:
-    from graphopt.skeleton import infer_shapes
-
-    infer_shapes(model)
-    return model
+    assert not change.counts
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,8 @@ def test_broadcast_operands_of_the_same_rank() -> None:
 
 def test_quantization_per_tensor_moves_and_per_axis_stays() -> None:
     text = """
-        agraph (float[2, 3] x) => (float[2, 3] y) <float%(shape)s s = %(scale)s, int8%(shape)s z = %(zero)s>
+        agraph (float[2, 3] x) => (float[2, 3] y)
+        <float%(shape)s s = %(scale)s, int8%(shape)s z = %(zero)s>
         {
             a = Transpose<perm=[1, 0]>(x)
             b = QuantizeLinear<axis=0>(a, s, z)

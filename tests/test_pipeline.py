@@ -307,7 +307,13 @@ def test_state_is_carried_through_a_roll_out() -> None:
         benchmark=False,
     )
 
+    guessed = graphopt.optimize(
+        parse(counter), passes=[Forget(), DropUnused()], samples=samples, benchmark=False
+    )
+
     assert [s.verdict for s in carried.steps] == ["rolled back", "kept"]
+    assert [s.verdict for s in guessed.steps] == ["rolled back", "kept"]
+    assert any("roll-outs in name order: --state stateN=state" in n for n in guessed.notes)
 
 
 def test_rounding_does_not_add_up_from_pass_to_pass() -> None:
