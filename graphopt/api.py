@@ -248,9 +248,10 @@ def benchmark(
     feed = subjects[0].feed(samples, random_samples, (), [])
     progress("measuring")
     with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
+        labels = _labels([str(s.source.path or "in memory") for s in subjects])
         files = [
-            (str(s.source.path or f"model {n}"), s.file(Path(folder) / f"{n}.onnx"))
-            for n, s in enumerate(subjects, 1)
+            (label, s.file(Path(folder) / f"{n}.onnx"))
+            for n, (label, s) in enumerate(zip(labels, subjects, strict=True))
         ]
         return time_models(
             files, samples=feed.samples, provider=provider, threads=threads, batch_size=batch_size
@@ -379,6 +380,12 @@ def _why_not_loaded(reason: str, model: ir.Model) -> str:
             "custom operators cannot be run here)"
         )
     return reason
+
+
+def _labels(names: Sequence[str]) -> list[str]:
+    """The names, told apart where one comes again: results are looked up by them."""
+    again = [names[:n].count(name) for n, name in enumerate(names)]
+    return [f"{name} ({n + 1})" if n else name for name, n in zip(names, again, strict=True)]
 
 
 def _budgets(max_error: str | float | Sequence[str] | None) -> tuple[Budget, ...]:

@@ -90,7 +90,7 @@ def plan(recipe_name: str | None, passes: str | Sequence[Pass] | None, opset: in
 def _with_opset(passes: tuple[Pass, ...], opset: int | None) -> tuple[Pass, ...]:
     if opset is None:
         return passes
-    (raising,) = parse_passes(f"raise-opset{{opset={opset}}}")
+    (raising,) = parse_passes(f"raise-opset{{opset={opset},grow=true}}")
     if any(p.name == raising.name for p in passes):
         return tuple(raising if p.name == raising.name else p for p in passes)
     return (raising, *passes)

@@ -383,4 +383,7 @@ def evaluate(
     model = onnx.helper.make_model(graph, opset_imports=imports, ir_version=10)
     session = Session(ir.from_proto(model), Reference.AS_WRITTEN)
     results = session.run(feeds)
+    for value in wanted:
+        if names[id(value)] not in results:
+            raise ModelError(f"{value.name} is no tensor")
     return [results[names[id(value)]] for value in wanted]

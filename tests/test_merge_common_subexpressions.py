@@ -122,15 +122,18 @@ def test_several_outputs_and_those_left_out() -> None:
 
 def test_output_that_the_first_leaves_out_keeps_the_second() -> None:
     model = parse(
-        "agraph (float[4] x) => (float[2] y) <int64[1] k = {2}>"
-        " { a, b = TopK(x, k) c, d = TopK(x, k) e = Cast<to=1>(d) f = Sub(a, c) y = Sub(f, e) }"
+        "agraph (float[1, 1, 4] x) => (float[1, 1, 3] y) {"
+        " a, b = MaxPool<kernel_shape=[2]>(x) c, d = MaxPool<kernel_shape=[2]>(x)"
+        " e = Cast<to=1>(d) f = Sub(a, c) y = Sub(f, e) }"
     )
     model.graph[0].outputs[1].name = ""
 
     change = apply_pass(MergeCommonSubexpressions(), model)
 
     assert not change
-    assert "leaves out an output" in change.skips[0].reason
+    assert [s.reason for s in change.skips] == [
+        "the node that computes the same leaves out an output that is read here"
+    ]
 
 
 def test_number_of_outputs_counts() -> None:
@@ -290,17 +293,15 @@ def test_random_graphs_keep_every_result(seed: int) -> None:
     assert not apply_pass(MergeCommonSubexpressions(), model)
 
 
-def test_time_is_near_linear_in_the_number_of_nodes() -> None:
-    """Ten thousand equal chains of three nodes would take minutes otherwise."""
-    nodes = [ir.node("Exp", [value := ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT))])]
+def test_ten_thousand_equal_chains() -> None:
+    value = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT))
+    nodes = [ir.node("Exp", [value])]
     for _ in range(10_000):
         nodes.append(ir.node("Neg", [value]))
         nodes.append(ir.node("Abs", nodes[-1].outputs))
-    total = ir.node("Sum", [n.outputs[0] for n in nodes])
-    graph = ir.Graph([value], total.outputs, nodes=[*nodes, total], opset_imports={"": 21})
+    graph = ir.Graph([value], nodes[0].outputs, nodes=nodes, opset_imports={"": 21})
+    model = ir.Model(graph, ir_version=10)
 
-    change = MergeCommonSubexpressions().apply(
-        model := ir.Model(graph, ir_version=10), Context(original=model)
-    )
+    change = MergeCommonSubexpressions().apply(model, Context(original=model))
 
     assert change.counts == {"Neg merged": 9_999, "Abs merged": 9_999}

@@ -253,3 +253,18 @@ def test_empty_tensors_and_special_values() -> None:
 
     samples = [{"x": special}, {"x": np.zeros((0, 3), np.float32)}]
     assert_equivalent(before, model, Effect.EXACT, samples)
+
+
+def test_time_is_near_linear_where_every_region_is_the_end_of_a_longer_one() -> None:
+    value = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([2, 3]))
+    nodes = []
+    for index in range(9_000):
+        operator = ("Transpose", "Relu", "Abs")[index % 3]
+        nodes.append(ir.node(operator, [nodes[-1].outputs[0] if nodes else value]))
+        nodes[-1].outputs[0].shape = ir.Shape([2, 3])
+    graph = ir.Graph([value], nodes[-1].outputs, nodes=nodes, opset_imports={"": 21})
+    model = ir.Model(graph, ir_version=10)
+
+    change = MergeTransposes().apply(model, Context(original=model))
+
+    assert change.counts == {"Transposes cancelled": 1_500}

@@ -69,8 +69,30 @@ def test_old_softmax_keeps_its_meaning() -> None:
     )
     before = model.clone()
 
-    apply_pass(RaiseOpset(), model)
+    change = apply_pass(RaiseOpset(), model)
+    assert not change
+    assert change.skips[0].reason == "opset 17 takes 3 nodes more (grow allows it)"
 
+    assert apply_pass(RaiseOpset(grow=True), model)
+    assert_equivalent(before, model)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "nodes"),
+    [("2, 5, 1, 1", 1, 1), ("N, 5", 1, 1), ("2, 5", -1, 1), ("2, 5, 1", -2, 1), ("2, 5, 3", 1, 4)],
+)
+def test_a_softmax_over_one_axis_stays_one_node(shape: str, axis: int, nodes: int) -> None:
+    model = parse(
+        f"""
+        <ir_version: 4, opset_import: ["" : 9]>
+        agraph (float[{shape}] x) => (float[{shape}] y) {{ y = Softmax <axis: int = {axis}> (x) }}
+        """
+    )
+    before = model.clone()
+
+    apply_pass(RaiseOpset(grow=True), model)
+
+    assert sum(n.op_type != "Constant" for n in model.graph) == nodes
     assert_equivalent(before, model)
 
 

@@ -243,9 +243,13 @@ def _sizes(value: ir.Value | None) -> tuple[int | None, ...] | None:
     return tuple(d if isinstance(d, int) else None for d in value.shape)
 
 
-def _inferred_sizes(value: ir.Value) -> tuple[int | None, ...] | None:
-    """The dimensions, but of an output of the graph not what the file only claims."""
-    return None if value.is_graph_output() else _sizes(value)
+def _inferred_sizes(node: ir.Node) -> tuple[int | None, ...] | None:
+    """What was inferred for the output of a node whose shape is computed.
+
+    Not what the file claims of an output, nor what follows from a shape that callers can override.
+    """
+    overridable = any(v is not None and v.is_initializer() for v in node.inputs[1:])
+    return None if overridable or node.outputs[0].is_graph_output() else _sizes(node.outputs[0])
 
 
 def _always(node: ir.Node, opset: int) -> bool:
@@ -298,7 +302,7 @@ def _reshapes_to_same(node: ir.Node, opset: int) -> bool:
         return False
     target = _integers(node, "shape", 1)
     if target is None:
-        return _agree(sizes, _inferred_sizes(node.outputs[0]))
+        return _agree(sizes, _inferred_sizes(node))
     copies = node.attributes.get_int("allowzero", 0) == 0
     named = [t in (-1, s) or (t == 0 and copies) for t, s in zip(target, sizes, strict=False)]
     # All but the -1 agree, so it can only stand for what is there.
@@ -356,7 +360,7 @@ def _expands_nothing(node: ir.Node, opset: int) -> bool:
         assert node.inputs[0] is not None
         return _broadcasts_into(target, node.inputs[0].shape)
     shape = static_shape(node.inputs[0])
-    return shape is not None and shape == _inferred_sizes(node.outputs[0])
+    return shape is not None and shape == _inferred_sizes(node)
 
 
 def _repeats_once(node: ir.Node, opset: int) -> bool:

@@ -147,7 +147,7 @@ def _sizes_after(run: list[ir.Node], before: Sizes) -> Sizes | None:
 def _after_reshape(node: ir.Node, sizes: Sizes, before: Sizes) -> Sizes | None:
     target = _target(node)
     if target is None:
-        return _stated_shape(node.outputs[0], before)
+        return _inferred_shape(node, before)
     copies = node.attributes.get_int("allowzero", 0) == 0
     result: list[Size] = []
     for position, size in enumerate(target):
@@ -167,9 +167,15 @@ def _target(node: ir.Node) -> tuple[int, ...] | None:
     return None if array is None else tuple(array.reshape(-1).tolist())
 
 
-def _stated_shape(value: ir.Value, before: Sizes) -> Sizes | None:
-    """What was inferred for a Reshape to a computed shape; outputs may claim anything."""
+def _inferred_shape(node: ir.Node, before: Sizes) -> Sizes | None:
+    """What was inferred for a Reshape to a computed shape.
+
+    Not what the file claims of an output, nor what follows from a shape that callers can override.
+    """
+    (value,) = node.outputs
     if value.shape is None or value.is_graph_output():
+        return None
+    if any(v is not None and v.is_initializer() for v in node.inputs[1:]):
         return None
     result: list[Size] = [d if isinstance(d, int) else None for d in value.shape]
     if result.count(None) == 1:

@@ -15,6 +15,9 @@ from graphopt.rewriting import can_replace, only_reader, replace_value, static_s
 FIRST_OPSET = 7
 """Before it, operators broadcast by attributes that name an axis."""
 
+LARGEST_REGION = 100
+"""How many nodes between Transposes are looked at. It keeps the time linear in long graphs."""
+
 Permutation = tuple[int, ...]
 
 
@@ -147,8 +150,8 @@ def _region_before(node: ir.Node) -> _Region | None:
             region.reads.append((reader, index))
             continue
         operands = _operands(maker)
-        # Each value has one reader, so no node is met twice, here or from another Transpose.
-        if not operands or only_reader(value) is None:
+        # Each value has one reader, so that no node is met twice.
+        if not operands or only_reader(value) is None or len(region.nodes) == LARGEST_REGION:
             return None
         region.nodes.append(maker)
         waiting.extend((maker, operand) for operand in operands)

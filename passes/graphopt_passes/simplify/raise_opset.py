@@ -10,8 +10,11 @@ import onnx_ir as ir
 from onnx import version_converter
 
 from graphopt.contract import Bounds, Change, Context, Effect, Pass
-from graphopt.operators import ONNX_DOMAINS, all_graphs
+from graphopt.operators import ONNX_DOMAINS, all_graphs, node_count
 from graphopt.skeleton import skeleton
+
+SOFTMAX_OPSET = 13
+SOFTMAXES = ("Softmax", "LogSoftmax", "Hardmax")
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,15 @@ class RaiseOpset(Pass):
 
     Attributes:
         opset: the version to reach; a model that has it or a later one stays as it is.
+        grow: convert also where that takes more nodes than before, as for old softmaxes over
+            several axes.
     """
 
     name: ClassVar[str] = "raise-opset"
     effect: ClassVar[Effect] = Effect.ROUNDING
 
     opset: Annotated[int, Bounds(7, 25)] = 17
+    grow: bool = False
 
     def refuse(self, model: ir.Model, context: Context) -> str | None:
         """Functions carry opsets of their own and must be inlined first."""
@@ -43,14 +49,54 @@ class RaiseOpset(Pass):
         before = _opset(model)
         if before >= self.opset:
             return change
+        light = skeleton(model)
+        softmaxes = _hide_softmaxes(model, light) if before < SOFTMAX_OPSET <= self.opset else {}
         try:
-            converted = version_converter.convert_version(skeleton(model), self.opset)
+            converted = version_converter.convert_version(light, self.opset)
         except (RuntimeError, version_converter.ConvertError) as error:
             change.skip("the model", f"onnx cannot convert it: {_first_line(error)}")
+            return change
+        _restore_softmaxes(converted, softmaxes)
+        added = node_count(ir.from_proto(converted)) - node_count(model)
+        if added > 0 and not self.grow:
+            change.skip(
+                "the model", f"opset {self.opset} takes {added} nodes more (grow allows it)"
+            )
             return change
         _adopt(model, converted)
         change.count(f"opset raised from {before} to {self.opset}")
         return change
+
+
+def _hide_softmaxes(model: ir.Model, light: onnx.ModelProto) -> dict[str, tuple[str, int]]:
+    """Put Sigmoid, which never changes, in the place of softmaxes that need no conversion.
+
+    Before opset 13 a softmax went over its axis and all that follow, as one. onnx's converter
+    writes that as Shape, Flatten, Softmax and Reshape, although nothing changes where all sizes
+    after the axis are 1.
+
+    Returns:
+        Operator and axis of those softmaxes, by the name of their output.
+    """
+    shapes = {v.name: v.shape for n in model.graph for v in n.inputs if v is not None}
+    hidden = {}
+    for node in light.graph.node:
+        shape = shapes.get(node.input[0]) if node.input else None
+        if node.op_type not in SOFTMAXES or node.domain not in ONNX_DOMAINS or shape is None:
+            continue
+        axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
+        if -len(shape) <= axis < len(shape) and all(d == 1 for d in list(shape)[axis:][1:]):
+            hidden[node.output[0]] = (node.op_type, axis)
+            node.op_type = "Sigmoid"
+            del node.attribute[:]
+    return hidden
+
+
+def _restore_softmaxes(proto: onnx.ModelProto, hidden: dict[str, tuple[str, int]]) -> None:
+    for node in proto.graph.node:
+        if node.output and node.output[0] in hidden:
+            node.op_type, axis = hidden[node.output[0]]
+            node.attribute.append(onnx.helper.make_attribute("axis", axis))
 
 
 def _opset(model: ir.Model) -> int:
