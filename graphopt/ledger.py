@@ -13,7 +13,7 @@ import onnx_ir as ir
 from graphopt import model_io
 from graphopt.benchmark import BenchmarkReport
 from graphopt.contract import Effect, Skip
-from graphopt.operators import ONNX_DOMAINS, node_count
+from graphopt.operators import node_count, opset_of
 from graphopt.recipes import Plan
 from graphopt.runtime import Reference, Session
 from graphopt.validation import OutputError
@@ -72,9 +72,8 @@ class Size:
 
 def size_of(model: ir.Model, stored_bytes: int | None = None) -> Size:
     """The size of a model; the bytes are computed when they are not given."""
-    opset = next((model.opset_imports[d] for d in ONNX_DOMAINS if d in model.opset_imports), 0)
     size = model_io.stored_bytes(model) if stored_bytes is None else stored_bytes
-    return Size(node_count(model), size, opset)
+    return Size(node_count(model), size, opset_of(model))
 
 
 PROVENANCE = ("graphopt.version", "graphopt.pipeline", "graphopt.input_sha256")

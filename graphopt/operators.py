@@ -20,6 +20,11 @@ RANDOM = frozenset(
 )
 
 
+def opset_of(model: ir.Model) -> int:
+    """The version of the standard operators that the model uses; 0 when it states none."""
+    return model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
+
+
 def is_onnx(node: ir.Node, *op_types: str) -> bool:
     """The node is one of these operators of the standard domain."""
     return node.domain in ONNX_DOMAINS and node.op_type in op_types
@@ -31,7 +36,7 @@ def is_random(node: ir.Node) -> bool:
     Operators outside the standard domain are taken at their name: those that onnxruntime adds
     begin with "Random" or are dropouts.
     """
-    if node.op_type in RANDOM or node.op_type.startswith("Random"):
+    if node.op_type in RANDOM or node.op_type.startswith(("Random", "Sampling")):
         return True
     if "Dropout" in node.op_type:
         return not dropout_is_off(node)

@@ -95,7 +95,10 @@ def stubbed(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, ir.TensorProtoc
 
 
 def without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy whose large or external initializers of the main graph are inputs instead."""
+    """A copy whose large or external initializers of the main graph are inputs instead.
+
+    So are those that a caller may override: what follows from their values does not always hold.
+    """
     light = onnx.ModelProto()
     for field, content in proto.ListFields():
         if field.name != "graph":
@@ -105,9 +108,11 @@ def without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
             _copy_field(light.graph, field, content)
     inputs = {i.name for i in proto.graph.input}
     for tensor in proto.graph.initializer:
+        if tensor.name in inputs:
+            continue
         if tensor.data_location != onnx.TensorProto.EXTERNAL and tensor.ByteSize() <= LARGE_BYTES:
             light.graph.initializer.add().CopyFrom(tensor)
-        elif tensor.name not in inputs:
+        else:
             light.graph.input.append(
                 onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
             )

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.contract import Change, Context, Effect, Pass, Sample
+from graphopt.operators import opset_of
 from graphopt.runtime import Reference, Session
 from graphopt.samples import random_samples
 from graphopt.skeleton import infer_shapes, why_invalid
@@ -111,7 +112,7 @@ def canonical(model: ir.Model) -> str:
     names: dict[ir.Value, str] = {}
     for value in (*model.graph.inputs, *model.graph.outputs):
         names[value] = value.name or ""
-    lines = [f"opset {model.opset_imports.get('', model.opset_imports.get('ai.onnx', 0))}"]
+    lines = [f"opset {opset_of(model)}"]
     lines += _graph_lines(model.graph, names, "")
     for function in model.functions.values():
         lines += [f"function {function.domain}.{function.name}"]

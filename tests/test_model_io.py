@@ -291,6 +291,18 @@ def test_unsorted_nodes_are_sorted_and_told(nested: bool, tmp_path: Path) -> Non
     np.testing.assert_allclose(result, [-1, -np.exp(-1)], rtol=1e-6)
 
 
+def test_unsorted_nodes_are_sorted_where_the_checker_stumbles_over_something_else() -> None:
+    proto = parse("agraph (float[2] x) => (float[2] y) { y = Neg(a)  a = Neg(x) }")
+    proto.graph.value_info.add(name="a")
+
+    source = model_io.open_model(proto)
+
+    assert [node.outputs[0].name for node in source.model.graph] == ["a", "y"]
+    assert source.notes == ("nodes were not in topological order; they are now",)
+    assert source.invalid is not None
+    assert "value_info" in source.invalid
+
+
 def old_model() -> onnx.ModelProto:
     """IR version 3, where every initializer had to be an input."""
     proto = parse("agraph (float[2] x, float[2] w) => (float[2] y) { y = Add(x, w) }")

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 MEGABYTE = 1 << 20
-GROWTH_MAXIMUM = 60 * MEGABYTE
+GROWTH_MAXIMUM = 40 * MEGABYTE
 
 MODEL_64_MB: LlamaSize = {
     "layers": 3,

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.contract import Change
-from graphopt.operators import all_graphs, is_onnx
+from graphopt.operators import all_graphs, is_onnx, opset_of
 from graphopt.packing import is_constant, is_packed
 from graphopt.rewriting import (
     Names,
@@ -125,11 +125,6 @@ def fold_readers(
             graph.remove(node, safe=True)
             change.count(what)
     return change
-
-
-def opset_of(model: ir.Model) -> int:
-    """The version of the standard operators that the model uses; 0 when it states none."""
-    return model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
 
 
 def linear_operand(node: ir.Node, *op_types: str) -> ir.Value | None:

@@ -8,9 +8,9 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from graphopt.contract import Change, Context, Effect, Pass
-from graphopt.operators import all_graphs, is_onnx
+from graphopt.operators import all_graphs, is_onnx, opset_of
 from graphopt.rewriting import constant_tensor, only_reader, small_array
-from graphopt_passes.fuse.affine import Misfit, opset_of
+from graphopt_passes.fuse.affine import Misfit
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 
 from graphopt.contract import Change, Context, Effect, Pass
-from graphopt.operators import ONNX_DOMAINS, all_graphs
+from graphopt.operators import ONNX_DOMAINS, all_graphs, opset_of
 
 _SPATIAL = frozenset(
     {"AveragePool", "Conv", "ConvInteger", "ConvTranspose", "LpPool", "MaxPool", "QLinearConv"}
@@ -33,13 +33,11 @@ class DropDefaults(Pass):
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Drop what is equal to its default."""
         change = Change()
-        versions = [model.opset_imports[d] for d in ONNX_DOMAINS if d in model.opset_imports]
-        if not versions:
-            return change
+        opset = opset_of(model)
         for graph in all_graphs(model):
             for node in graph:
                 if node.domain in ONNX_DOMAINS:
-                    _drop(node, versions[0], change)
+                    _drop(node, opset, change)
         return change
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.contract import Change, Context, Effect, Pass
-from graphopt.operators import all_graphs, dropout_is_off, is_onnx
+from graphopt.operators import all_graphs, dropout_is_off, is_onnx, opset_of
 from graphopt.rewriting import can_replace, replace_value, small_array, static_shape
 
 FIRST_OPSET = 7
@@ -38,7 +38,7 @@ class DropIdentity(Pass):
 
     def refuse(self, model: ir.Model, context: Context) -> str | None:
         """Opsets below 7 give the same operators other meanings."""
-        opset = _opset_of(model)
+        opset = opset_of(model)
         if opset >= FIRST_OPSET:
             return None
         return f"opset {opset} is older than {FIRST_OPSET}; raise it first"
@@ -46,15 +46,11 @@ class DropIdentity(Pass):
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Remove every such node, from the inputs onwards."""
         change = Change()
-        opset = _opset_of(model)
+        opset = opset_of(model)
         for graph in all_graphs(model):
             for node in graph:
                 _drop(node, opset, change)
         return change
-
-
-def _opset_of(model: ir.Model) -> int:
-    return model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
 
 
 def _drop(node: ir.Node, opset: int, change: Change) -> None:

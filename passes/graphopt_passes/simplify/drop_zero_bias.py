@@ -8,7 +8,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from graphopt.contract import Change, Context, Effect, Pass
-from graphopt.operators import ONNX_DOMAINS, all_graphs, is_onnx
+from graphopt.operators import all_graphs, is_onnx, opset_of
 from graphopt.rewriting import constant_tensor
 
 BIAS = 2
@@ -31,7 +31,7 @@ class DropZeroBias(Pass):
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Disconnect every bias that is zero for certain."""
         change = Change()
-        opset = next((model.opset_imports[d] for d in ONNX_DOMAINS if d in model.opset_imports), 0)
+        opset = opset_of(model)
         optional = ["Conv", "ConvTranspose"]
         if opset >= GEMM_WITHOUT_BIAS_OPSET:
             optional.append("Gemm")

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.contract import Change, Context, Effect, Pass
-from graphopt.operators import all_graphs, is_onnx
+from graphopt.operators import all_graphs, is_onnx, opset_of
 from graphopt.rewriting import Names, add_initializer, can_replace, replace_value, small_array
 
 FIRST_OPSET = 5
@@ -50,7 +50,7 @@ class MergeReshapes(Pass):
 
     def refuse(self, model: ir.Model, context: Context) -> str | None:
         """Where the shape of Reshape cannot be an initializer."""
-        if (opset := _opset_of(model)) < FIRST_OPSET:
+        if (opset := opset_of(model)) < FIRST_OPSET:
             return f"opset {opset} is older than {FIRST_OPSET}; raise it first"
         if model.ir_version < FIRST_IR_VERSION:
             return f"IR version {model.ir_version} has no constant initializers; raise it first"
@@ -59,17 +59,13 @@ class MergeReshapes(Pass):
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Merge every run into its last node."""
         change = Change()
-        names, opset = Names(model), _opset_of(model)
+        names, opset = Names(model), opset_of(model)
         for graph in all_graphs(model):
             # Backwards, so that a run is seen as a whole and becomes one node at once.
             for node in reversed(graph):
                 while node.graph is graph and _merge_into(node, opset, names, change):
                     pass
         return change
-
-
-def _opset_of(model: ir.Model) -> int:
-    return model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
 
 
 def _merge_into(node: ir.Node, opset: int, names: Names, change: Change) -> bool:

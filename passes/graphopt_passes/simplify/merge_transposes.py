@@ -9,7 +9,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from graphopt.contract import Change, Context, Effect, Pass
-from graphopt.operators import all_graphs, is_onnx
+from graphopt.operators import all_graphs, is_onnx, opset_of
 from graphopt.rewriting import can_replace, only_reader, replace_value, static_shape
 
 FIRST_OPSET = 7
@@ -39,7 +39,7 @@ class MergeTransposes(Pass):
 
     def refuse(self, model: ir.Model, context: Context) -> str | None:
         """Opsets below 7 broadcast along axes that an attribute names."""
-        opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
+        opset = opset_of(model)
         if opset >= FIRST_OPSET:
             return None
         return f"opset {opset} is older than {FIRST_OPSET}; raise it first"

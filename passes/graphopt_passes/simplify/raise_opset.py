@@ -10,7 +10,7 @@ import onnx_ir as ir
 from onnx import version_converter
 
 from graphopt.contract import Bounds, Change, Context, Effect, Pass
-from graphopt.operators import ONNX_DOMAINS, all_graphs, node_count
+from graphopt.operators import ONNX_DOMAINS, all_graphs, node_count, opset_of
 from graphopt.skeleton import skeleton
 
 SOFTMAX_OPSET = 13
@@ -39,14 +39,14 @@ class RaiseOpset(Pass):
 
     def refuse(self, model: ir.Model, context: Context) -> str | None:
         """Functions carry opsets of their own and must be inlined first."""
-        if model.functions and _opset(model) < self.opset:
+        if model.functions and opset_of(model) < self.opset:
             return "the model has functions; run inline-functions before"
         return None
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Convert, and give the converted graph the old weights."""
         change = Change()
-        before = _opset(model)
+        before = opset_of(model)
         if before >= self.opset:
             return change
         light = skeleton(model)
@@ -97,10 +97,6 @@ def _restore_softmaxes(proto: onnx.ModelProto, hidden: dict[str, tuple[str, int]
         if node.output and node.output[0] in hidden:
             node.op_type, axis = hidden[node.output[0]]
             node.attribute.append(onnx.helper.make_attribute("axis", axis))
-
-
-def _opset(model: ir.Model) -> int:
-    return next((model.opset_imports[d] for d in ONNX_DOMAINS if d in model.opset_imports), 0)
 
 
 def _first_line(error: Exception) -> str:
