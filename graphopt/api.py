@@ -101,6 +101,7 @@ def optimize(
     _check_budgets(budgets, subject.source.model)
     notes = list(subject.source.notes)
     working = subject.source.model.clone()
+    model_io.allow_new_initializers(working)
     if not keep_overridable:
         notes += _freeze(working)
     feed = None
@@ -313,15 +314,21 @@ class _Subject:
 
     def _draw(self, count: int) -> Samples:
         session = Session(self.given, provider=self.provider)
+        reason = ""
 
         def accepts(sample: Sample) -> bool:
+            nonlocal reason
             try:
                 session.run(sample)
-            except SampleError:
+            except SampleError as error:
+                reason = str(error)
                 return False
             return True
 
-        drawn = sampling.random_samples(self.source.model, count, accepts)
+        try:
+            drawn = sampling.random_samples(self.source.model, count, accepts)
+        except SampleError as error:
+            raise SampleError(f"{error}: {reason}" if reason else str(error)) from None
         read = sampling.read_samples(drawn, sampling.signature(self.source.model))
         return replace(read, random=True)
 

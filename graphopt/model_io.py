@@ -217,6 +217,10 @@ def _source(
         notes.append("training_info was dropped")
     dense = sum(_densify(scope) for scope in _proto_scopes(proto))
     _check_names(proto.graph)
+    if _free_negative_dims(proto.graph):
+        notes.append("dimensions of inputs or outputs that were negative are free now")
+    if _state_opset_of_microsoft(proto):
+        notes.append("opset 1 of com.microsoft was used but not stated; it is now")
     if dense:
         notes.append(f"{dense} sparse tensors are stored dense")
     size += sum(f.stat().st_size for f in _check_external_data(proto, path))
@@ -291,6 +295,29 @@ def _is_sorted(graph: onnx.GraphProto, outer: tuple[set[str], ...] = ()) -> bool
         if not all(_is_sorted(inner, scopes) for inner in _inner_graphs(node)):
             return False
         known.update(node.output)
+    return True
+
+
+def _free_negative_dims(graph: onnx.GraphProto) -> bool:
+    """Exporters mean by -1 what onnxruntime takes it for: any size; whether there was one."""
+    dims = [
+        dim
+        for value in (*graph.input, *graph.output)
+        for dim in value.type.tensor_type.shape.dim
+        if dim.dim_value < 0
+    ]
+    for dim in dims:
+        dim.Clear()
+    return bool(dims)
+
+
+def _state_opset_of_microsoft(proto: onnx.ModelProto) -> bool:
+    """Only onnxruntime does without the statement; the checker and shape inference do not."""
+    domain = "com.microsoft"
+    used = any(node.domain == domain for scope in _proto_scopes(proto) for node in scope.node)
+    if not used or any(opset.domain == domain for opset in proto.opset_import):
+        return False
+    proto.opset_import.add(domain=domain, version=1)
     return True
 
 
@@ -932,6 +959,11 @@ def _lock(folder: Path) -> int:
 # ------------------------------------------------------------------ inputs with a default
 
 
+def allow_new_initializers(model: ir.Model) -> None:
+    """Before IR version 4 every initializer had to be an input; raise an older model to it."""
+    model.ir_version = max(model.ir_version, 4)
+
+
 def freeze_overridable_inputs(model: ir.Model) -> list[str]:
     """Make constants of the initializers that are also inputs; their names.
 
@@ -942,7 +974,5 @@ def freeze_overridable_inputs(model: ir.Model) -> list[str]:
     frozen = [v for v in graph.inputs if v.is_initializer()]
     for value in frozen:
         graph.inputs.remove(value)
-    # Before IR version 4 every initializer had to be an input.
-    if frozen:
-        model.ir_version = max(model.ir_version, 4)
+    allow_new_initializers(model)
     return [v.name or "" for v in frozen]

@@ -12,10 +12,13 @@ from graphopt.contract import Change, Context, Effect, Pass
 from graphopt.errors import CheckFailed, GraphoptError
 from graphopt.gate import Gate
 from graphopt.ledger import Size, Step, Verdict, size_of
+from graphopt.operators import all_graphs
 from graphopt.recipes import Plan
 from graphopt.skeleton import infer_shapes
 
 logger = logging.getLogger("graphopt")
+
+_GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 ROUNDS_MAXIMUM = 20
 """A plan that repeats ends after so many rounds even where passes keep undoing one another."""
@@ -40,6 +43,8 @@ class Pipeline:
     context: Context
     strict: bool = False
     steps: list[Step] = field(default_factory=list)
+    _spare: ir.Model | None = None
+    _model_traits: list[object] = field(default_factory=list)
 
     def run(self, plan: Plan) -> None:
         """Run all passes, in order, once or until none of them finds anything.
@@ -88,9 +93,15 @@ class Pipeline:
             max_error=self.gate.budget_text(one) if one.effect is Effect.LOSSY else None,
         )
 
+    def _clone(self) -> ir.Model:
+        """A clone of the model, the last one again where the pass that had it left it alone."""
+        if self._spare is None or _traits(self._spare) != self._model_traits:
+            self._spare, self._model_traits = self.model.clone(), _traits(self.model)
+        return self._spare
+
     def _try(self, one: Pass) -> tuple[Change, Verdict, str | None]:
         """Apply the pass to a clone, which becomes the model only when the gate lets it."""
-        candidate = self.model.clone()
+        candidate = self._clone()
         change = Change()
         try:
             refusal = one.refuse(candidate, self.context)
@@ -108,5 +119,34 @@ class Pipeline:
         if reason is not None:
             return change, "rolled back", reason
         infer_shapes(candidate)
-        self.model, self.size = candidate, size_of(candidate)
+        self.model, self.size, self._spare = candidate, size_of(candidate), None
         return change, "kept", None
+
+
+def _traits(model: ir.Model) -> list[object]:
+    """All that a pass can change of a model, as far as it is cheap to compare with a clone's.
+
+    Clones share tensors and attributes, so these are told apart by identity.
+    """
+    traits: list[object] = [list(model.functions), dict(model.opset_imports), model.ir_version]
+    for graph in all_graphs(model):
+        traits += [(v.name, str(v.type), str(v.shape)) for v in (*graph.inputs, *graph.outputs)]
+        traits += [(v.name, id(v.const_value)) for v in graph.initializers.values()]
+        traits += map(_node_traits, graph)
+    return traits
+
+
+def _node_traits(node: ir.Node) -> tuple[object, ...]:
+    return (
+        node.name,
+        node.domain,
+        node.op_type,
+        [v.name if v is not None else None for v in node.inputs],
+        [v.name for v in node.outputs],
+        [
+            (name, None if attribute.type in _GRAPHS else id(attribute))
+            for name, attribute in node.attributes.items()
+        ],
+        node.doc_string,
+        list(node.metadata_props.items()),
+    )
