@@ -20,7 +20,8 @@ from graphopt.errors import (
     SpecError,
 )
 from graphopt.ledger import Run, Step
-from graphopt.model_io import load, save
+from graphopt.loading import load
+from graphopt.saving import save
 
 __all__ = [
     "Change",

@@ -3,37 +3,29 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx_ir as ir
 
-from graphopt import model_io, runtime
+from graphopt import loading
 from graphopt import samples as sampling
 from graphopt.benchmark import BenchmarkReport
 from graphopt.benchmark import benchmark as time_models
-from graphopt.contract import Context, Effect, Pass, Sample
+from graphopt.contract import Context, Effect, Pass
 from graphopt.errors import ModelError, SampleError, SpecError, did_you_mean
 from graphopt.gate import Gate, interface_of
 from graphopt.inspection import Inspection, inspect_model
 from graphopt.ledger import Run, Size, Step, size_of, stamp
-from graphopt.model_io import ModelLike, Source
-from graphopt.operators import all_graphs, is_random
+from graphopt.loading import ModelLike
 from graphopt.pipeline import Pipeline
 from graphopt.recipes import Plan, plan
 from graphopt.recording import Feed, compare, record
 from graphopt.requirements import Requirement, parse_requirements
 from graphopt.runtime import Reference, Session
-from graphopt.samples import Samples
-from graphopt.state import guess_state
+from graphopt.subject import Progress, SamplesLike, State, Subject, open_subject
 from graphopt.validation import Budget, OutputError, parse_budget, why_over
-
-RANDOM_SAMPLES_DEFAULT = 4
-
-SamplesLike = str | Path | Iterable[Sample]
-State = Sequence[tuple[str, str]]
-Progress = Callable[[str], None]
 
 
 def _quiet(_: str) -> None:
@@ -96,31 +88,27 @@ def optimize(
     budgets = _budgets(max_error)
     chosen = plan(recipe, passes, opset)
     _check_samples_given(chosen, samples, random_samples)
-    runs = validate or benchmark
-    subject = _open(model, provider, runs, drop_training_info, progress)
+    subject = open_subject(model, provider, validate or benchmark, drop_training_info, progress)
     _check_budgets(budgets, subject.source.model)
-    notes = list(subject.source.notes)
     working = subject.source.model.clone()
-    model_io.allow_new_initializers(working)
+    loading.allow_new_initializers(working)
     if not keep_overridable:
-        notes += _freeze(working)
-    feed = None
-    if runs or samples is not None or random_samples is not None:
-        feed = subject.feed(samples, random_samples, state, notes)
-    calibration, judged = feed.split(gate_samples) if feed is not None else (None, None)
-    if judged is not None and judged is calibration:
-        notes.append(f"{len(judged.samples)} samples serve both passes and gate: too few to split")
+        subject.freeze(working)
+    calibration, judged = None, None
+    if validate or benchmark or samples is not None or random_samples is not None:
+        feed = subject.feed(samples, random_samples, state)
+        calibration, judged = subject.split(feed, gate_samples)
     gate = Gate(
         interface=interface_of(working),
         given=subject.given,
-        feed=judged if validate and not _is_random(working, notes) else None,
+        feed=judged if validate and not subject.is_random() else None,
         loads=validate,
         checks=subject.source.invalid is None,
         provider=provider,
         budgets=budgets,
     )
     if not validate:
-        notes.append("not validated: passes were not judged by the outputs of the model")
+        subject.notes.append("not validated: passes were not judged by the outputs of the model")
     context = Context(
         original=subject.source.model,
         samples=calibration.samples if calibration is not None else (),
@@ -131,8 +119,7 @@ def optimize(
     pipeline = Pipeline(working, original, gate, context, strict)
     pipeline.run(chosen)
     progress("comparing with the original")
-    digest = subject.source.sha256()
-    stamp(pipeline.model, chosen, digest)
+    stamp(pipeline.model, chosen, subject.source)
     optimized = size_of(pipeline.model)
     numerics = gate.numerics(pipeline.model)
     report = None
@@ -148,12 +135,11 @@ def optimize(
         optimized=optimized,
         numerics=numerics,
         benchmark=report,
-        notes=(*notes, *_caveats(pipeline.steps, judged)),
+        notes=(*subject.notes, *_caveats(pipeline.steps, judged)),
         failures=_failures(requirements, pipeline.steps, original, optimized, numerics, report),
-        input_sha256=digest,
         provider=provider,
         validated=validate,
-        source_path=subject.source.path,
+        source=subject.source,
     )
 
 
@@ -199,12 +185,11 @@ def validate(
         GraphoptError: a model does not load, or a sample does not fit.
     """
     budgets = _budgets(max_error)
-    reference = _open(first, provider, True, False, progress)
-    compared = _open(second, provider, True, False, progress)
+    reference = open_subject(first, provider, True, False, progress)
+    compared = open_subject(second, provider, True, False, progress)
     _check_budgets(budgets, reference.source.model)
     _check_inputs(reference, compared)
-    notes: list[str] = []
-    feed = reference.feed(samples, random_samples, state, notes)
+    feed = reference.feed(samples, random_samples, state)
     numerics = {}
     for how in Reference:
         progress(f"running both {how.value}")
@@ -214,7 +199,7 @@ def validate(
     failure = None
     if budgets:
         failure = why_over(Effect.LOSSY, numerics[Reference.AS_DEPLOYED.value], budgets)
-    return Validation(numerics, failure, tuple(notes))
+    return Validation(numerics, failure, (*reference.notes, *compared.notes))
 
 
 def benchmark(
@@ -241,12 +226,12 @@ def benchmark(
     Raises:
         GraphoptError: a model does not load, or a sample does not fit.
     """
-    subjects = [_open(m, provider, True, False, progress) for m in models]
+    subjects = [open_subject(m, provider, True, False, progress) for m in models]
     if not subjects:
         raise ModelError("there is no model to time; give one or more")
     for other in subjects[1:]:
         _check_inputs(subjects[0], other)
-    feed = subjects[0].feed(samples, random_samples, (), [])
+    feed = subjects[0].feed(samples, random_samples, ())
     progress("measuring")
     with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
         labels = _labels([str(s.source.path or "in memory") for s in subjects])
@@ -266,7 +251,7 @@ def inspect(model: ModelLike, *, progress: Progress = _quiet) -> tuple[Inspectio
         GraphoptError: the model cannot be read.
     """
     progress("looking at the model")
-    found = inspect_model(model_io.load(model, drop_training_info=True))
+    found = inspect_model(loading.load(model, drop_training_info=True))
     progress("trying basic")
     tried = optimize(
         model, recipe="basic", validate=False, benchmark=False, drop_training_info=True
@@ -275,118 +260,6 @@ def inspect(model: ModelLike, *, progress: Progress = _quiet) -> tuple[Inspectio
 
 
 # ------------------------------------------------------------------ what the verbs share
-
-
-@dataclass(frozen=True)
-class _Subject:
-    """A model as it was given, ready to be run.
-
-    Attributes:
-        source: as loaded.
-        given: what onnxruntime is to load: the file itself where there is one.
-        provider: "cpu" or "cuda".
-    """
-
-    source: Source
-    given: ir.Model | Path
-    provider: str
-
-    def feed(
-        self,
-        samples: SamplesLike | None,
-        random_samples: int | None,
-        state: State,
-        notes: list[str],
-    ) -> Feed:
-        """The samples that were asked for, checked against the model."""
-        if samples is not None and random_samples is not None:
-            raise SampleError("give samples or a number of random samples, not both")
-        inputs = sampling.signature(self.source.model)
-        _check_state(self.source.model, state)
-        if samples is not None:
-            if not state:
-                state, samples = _guessed_state(self.source.model, samples, notes)
-            return Feed(sampling.read_samples(samples, inputs, state), inputs, tuple(state))
-        count = random_samples if random_samples is not None else RANDOM_SAMPLES_DEFAULT
-        if random_samples is None:
-            notes.append(f"no samples were given: judged on {count} random ones")
-        return Feed(self._draw(count), inputs, tuple(state))
-
-    def _draw(self, count: int) -> Samples:
-        session = Session(self.given, provider=self.provider)
-        reason = ""
-
-        def accepts(sample: Sample) -> bool:
-            nonlocal reason
-            try:
-                session.run(sample)
-            except SampleError as error:
-                reason = str(error)
-                return False
-            return True
-
-        try:
-            drawn = sampling.random_samples(self.source.model, count, accepts)
-        except SampleError as error:
-            raise SampleError(f"{error}: {reason}" if reason else str(error)) from None
-        read = sampling.read_samples(drawn, sampling.signature(self.source.model))
-        return replace(read, random=True)
-
-    def file(self, path: Path) -> Path:
-        """The file of the model; one is written at `path` when it was given in memory."""
-        if isinstance(self.given, Path):
-            return self.given
-        model_io.save(self.given, path)
-        return path
-
-    def measure(self, result: ir.Model, samples: Samples, threads: int) -> BenchmarkReport:
-        """Time the model against a result, both from files, as a user would load them."""
-        with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
-            before = self.file(Path(folder) / "original.onnx")
-            after = Path(folder) / "optimized.onnx"
-            model_io.save(result, after)
-            models = [("original", before), ("optimized", after)]
-            return time_models(models, samples=samples, provider=self.provider, threads=threads)
-
-
-def _open(
-    model: ModelLike, provider: str, runs: bool, drop_training_info: bool, progress: Progress
-) -> _Subject:
-    """Load a model; where it is going to be run, let onnxruntime load it as given first."""
-    if runs:
-        runtime.check_provider(provider)
-    progress("loading")
-    source = model_io.open_model(model, drop_training_info=drop_training_info)
-    given = source.path or source.model.clone()
-    if not runs:
-        if source.invalid is not None:
-            raise ModelError(source.invalid)
-        return _Subject(source, given, provider)
-    try:
-        Session(given, Reference.AS_DEPLOYED, provider=provider)
-    except ModelError as error:
-        reason = _why_not_loaded(str(error), source.model)
-        raise ModelError(f"onnxruntime does not load the model as given: {reason}") from None
-    if source.invalid is not None:
-        note = (
-            f"the onnx checker rejects the model as given ({source.invalid}), but onnxruntime "
-            "loads it: the checker is left out of the gate"
-        )
-        source = replace(source, notes=(*source.notes, note))
-    return _Subject(source, given, provider)
-
-
-def _why_not_loaded(reason: str, model: ir.Model) -> str:
-    """Onnxruntime's reason without the path, which the user knows, and what it leaves unsaid."""
-    if reason.startswith("Load model from"):
-        reason = reason.partition(" failed:")[2] or reason
-    if "is not a registered function/op" in reason:
-        domains = {node.domain for graph in all_graphs(model) for node in graph} - {""}
-        reason += (
-            f" (the model uses operators of {', '.join(sorted(domains))}; those of a library of "
-            "custom operators cannot be run here)"
-        )
-    return reason
 
 
 def _labels(names: Sequence[str]) -> list[str]:
@@ -411,41 +284,6 @@ def _check_samples_given(
         raise SampleError(f"{needy[0]} needs samples; give --samples, or --random-samples N")
 
 
-def _check_state(model: ir.Model, state: State) -> None:
-    outputs = {o.name or "": o for o in model.graph.outputs}
-    inputs = {i.name or "": i for i in model.graph.inputs}
-    for output, name in state:
-        what = f"state {output}={name}"
-        if output not in outputs:
-            near = did_you_mean(output, outputs)
-            raise SampleError(f"{what}: the model has no output {output!r}{near}")
-        if name not in inputs:
-            near = did_you_mean(name, inputs)
-            raise SampleError(f"{what}: the model has no input {name!r}{near}")
-        made, taken = outputs[output], inputs[name]
-        if made.type != taken.type:
-            raise SampleError(
-                f"{what}: the output is a {made.type} and the input a {taken.type}; state needs "
-                "one type"
-            )
-        if not _may_equal(made.shape, taken.shape):
-            raise SampleError(
-                f"{what}: the output has shape {made.shape} and the input {taken.shape}; state "
-                "needs one shape"
-            )
-    if len({name for _, name in state}) < len(state):
-        raise SampleError("an input can take its state from one output only; one is given twice")
-
-
-def _may_equal(first: ir.Shape | None, second: ir.Shape | None) -> bool:
-    """No dimension of the two is known to be different."""
-    if first is None or second is None:
-        return True
-    known = [(a, b) for a, b in zip(first, second, strict=False)]
-    unequal = any(a != b for a, b in known if isinstance(a, int) and isinstance(b, int))
-    return len(first) == len(second) and not unequal
-
-
 def _check_budgets(budgets: Sequence[Budget], model: ir.Model) -> None:
     names = [o.name or "" for o in model.graph.outputs]
     for budget in budgets:
@@ -457,7 +295,7 @@ def _check_budgets(budgets: Sequence[Budget], model: ir.Model) -> None:
             raise SpecError(f"budget {budget}: the model has no output {budget.output!r}{near}")
 
 
-def _check_inputs(first: _Subject, other: _Subject) -> None:
+def _check_inputs(first: Subject, other: Subject) -> None:
     """Raise ModelError when samples of the first model cannot serve the other too."""
     have = {i.name for i in sampling.signature(first.source.model)}
     missing = [
@@ -469,43 +307,6 @@ def _check_inputs(first: _Subject, other: _Subject) -> None:
             f"{named} has an input {missing[0]!r}, and the first model has only "
             f"{', '.join(map(repr, sorted(have)))}: the models must take the same inputs"
         )
-
-
-def _guessed_state(
-    model: ir.Model, samples: SamplesLike, notes: list[str]
-) -> tuple[State, SamplesLike]:
-    """State that the samples leave out, if its names tell where it comes from."""
-    guess = guess_state(model)
-    if not guess:
-        return (), samples
-    names, samples = sampling.first_names(samples)
-    options = " ".join(f"--state {output}={name}" for output, name in guess)
-    if all(name in names for _, name in guess):
-        notes.append(f"the model looks stateful; to judge it by roll-outs, give {options}")
-        return (), samples
-    notes.append(f"the samples leave state out, so they are roll-outs in name order: {options}")
-    return guess, samples
-
-
-def _freeze(model: ir.Model) -> list[str]:
-    frozen = model_io.freeze_overridable_inputs(model)
-    if not frozen:
-        return []
-    return [
-        f"{len(frozen)} initializers that were also inputs are constants now "
-        "(--keep-overridable leaves them open)"
-    ]
-
-
-def _is_random(model: ir.Model, notes: list[str]) -> bool:
-    graphs = [*all_graphs(model), *(f.graph for f in model.functions.values())]
-    found = sorted({n.op_type for graph in graphs for n in graph if is_random(n)})
-    if found:
-        notes.append(
-            f"the model is random ({', '.join(found)}): judged on structure alone, its outputs "
-            "were not compared"
-        )
-    return bool(found)
 
 
 def _caveats(steps: Sequence[Step], judged: Feed | None) -> list[str]:

@@ -23,7 +23,7 @@ import onnx
 from graphopt import runtime
 from graphopt.contract import Sample
 from graphopt.errors import GraphoptError, SampleError
-from graphopt.model_io import open_model
+from graphopt.loading import open_model
 from graphopt.runtime import Session
 from graphopt.samples import complete, signature, write_npz
 

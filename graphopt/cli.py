@@ -21,7 +21,7 @@ from rich.logging import RichHandler
 
 import graphopt
 from graphopt import demo as demonstration
-from graphopt import model_io, report
+from graphopt import report, saving
 from graphopt.errors import CheckFailed, GraphoptError, SpecError
 from graphopt.recipes import recipe as recipe_of
 from graphopt.recipes import recipe_names
@@ -108,7 +108,7 @@ def optimize(
     json: Json = None,
 ) -> None:
     """Optimize MODEL: run passes, keep what the samples prove harmless, measure the result."""
-    model_io.check_target(output, source=model)
+    saving.check_target(output, source=model)
     _check_json(json, [model], [output, samples])
     pairs = _states(state)
     with _progress() as progress:
@@ -246,7 +246,7 @@ def _check_json(
     """Before any work is done: where the JSON goes, it destroys nothing."""
     if json not in (None, "-"):
         files = [path for path in others if path is not None]
-        model_io.check_text_target(Path(json), models, files)
+        saving.check_text_target(Path(json), models, files)
 
 
 def _states(texts: list[str] | None) -> list[tuple[str, str]]:
@@ -275,7 +275,7 @@ def _show(content: Any, json: str | None, plain: Mapping[str, Any]) -> None:
         sys.stdout.write(report.to_text(plain))
         return
     if json is not None:
-        model_io.write_text(Path(json), report.to_text(plain))
+        saving.write_text(Path(json), report.to_text(plain))
     width = None if sys.stdout.isatty() else WIDE
     # Names in a model may look like the markup of rich.
     report.print_to(Console(width=width, markup=False, emoji=False), content)

@@ -11,9 +11,9 @@ import numpy as np
 
 from graphopt.api import optimize
 from graphopt.ledger import Run
-from graphopt.model_io import check_target
 from graphopt.runtime import Session
 from graphopt.samples import read_samples, signature
+from graphopt.saving import check_target
 
 MODELS_PACKAGE = "graphopt_models"
 

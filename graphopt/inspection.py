@@ -6,17 +6,15 @@ that resident memory stays at a few megabytes whatever the size of the model.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.errors import ModelError
+from graphopt.content import chunks, equal_groups
 from graphopt.operators import ONNX_DOMAINS, all_graphs, is_onnx, is_random, node_count
 from graphopt.state import guess_state
 
@@ -219,49 +217,6 @@ def _by_dtype(tensors: Iterable[tuple[str, ir.TensorProtocol]]) -> tuple[Weights
 # ------------------------------------------------------------------ content
 
 
-def chunks(tensor: ir.TensorProtocol) -> Iterator[np.ndarray]:
-    """The bytes of a tensor as it is stored, as flat uint8 arrays of at most `CHUNK_BYTES`.
-
-    A chunk is valid until the next one is asked for. Types narrower than a byte stay packed.
-
-    Raises:
-        ModelError: the external data cannot be read, or is too short.
-    """
-    if isinstance(tensor, ir.ExternalTensor):
-        yield from _file_chunks(tensor)
-        return
-    if tensor.dtype == ir.DataType.STRING:
-        raw = repr(tensor.numpy().tolist()).encode()
-        flat = np.frombuffer(raw, np.uint8)
-    elif tensor.dtype.itemsize < 1:
-        flat = np.frombuffer(tensor.tobytes(), np.uint8)
-    else:
-        flat = np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)
-    for start in range(0, flat.size, CHUNK_BYTES):
-        yield flat[start : start + CHUNK_BYTES]
-
-
-def _file_chunks(tensor: ir.ExternalTensor) -> Iterator[np.ndarray]:
-    buffer = np.empty(min(CHUNK_BYTES, tensor.nbytes), np.uint8)
-    left = tensor.nbytes
-    try:
-        with open(tensor.path, "rb") as file:
-            file.seek(tensor.offset or 0)
-            while left:
-                chunk = buffer[: min(left, buffer.size)]
-                if file.readinto(chunk.data) != chunk.size:
-                    raise ModelError(
-                        f"the data file {tensor.path} is too short for tensor {tensor.name!r}: "
-                        f"{left} bytes are missing; copy the file again"
-                    )
-                left -= chunk.size
-                yield chunk
-    except OSError as error:
-        raise ModelError(
-            f"cannot read the data of tensor {tensor.name!r} from {tensor.path}: {error.strerror}"
-        ) from None
-
-
 def find_duplicates(
     tensors: Iterable[tuple[str, ir.TensorProtocol]],
 ) -> tuple[Duplicates, ...]:
@@ -272,31 +227,13 @@ def find_duplicates(
     Raises:
         ModelError: the external data cannot be read.
     """
-    alike: dict[Any, list[tuple[str, ir.TensorProtocol]]] = defaultdict(list)
-    for name, tensor in tensors:
-        alike[tensor.dtype, _dims(tensor), tensor.nbytes].append((name, tensor))
     found = []
-    for group in alike.values():
-        for same in _by_content(group):
-            stored = len({_place(tensor) for _, tensor in same})
-            saved_bytes = (stored - 1) * same[0][1].nbytes
-            if saved_bytes:
-                found.append(Duplicates(tuple(name for name, _ in same), saved_bytes))
+    for same in equal_groups(tensors, lambda item: item[1]):
+        stored = len({_place(tensor) for _, tensor in same})
+        saved_bytes = (stored - 1) * same[0][1].nbytes
+        if saved_bytes:
+            found.append(Duplicates(tuple(name for name, _ in same), saved_bytes))
     return tuple(sorted(found, key=lambda d: (-d.saved_bytes, d.names)))
-
-
-def _by_content(
-    group: list[tuple[str, ir.TensorProtocol]],
-) -> Iterable[list[tuple[str, ir.TensorProtocol]]]:
-    if len({_place(tensor) for _, tensor in group}) < 2:
-        return []
-    same: dict[bytes, list[tuple[str, ir.TensorProtocol]]] = defaultdict(list)
-    for name, tensor in group:
-        state = hashlib.sha256()
-        for chunk in chunks(tensor):
-            state.update(chunk.data)
-        same[state.digest()].append((name, tensor))
-    return same.values()
 
 
 def _place(tensor: ir.TensorProtocol) -> tuple[object, ...]:

@@ -10,9 +10,10 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from graphopt import model_io
+from graphopt import saving
 from graphopt.benchmark import BenchmarkReport
 from graphopt.contract import Effect, Skip
+from graphopt.loading import Source
 from graphopt.operators import node_count, opset_of
 from graphopt.recipes import Plan
 from graphopt.runtime import Reference, Session
@@ -72,18 +73,26 @@ class Size:
 
 def size_of(model: ir.Model, stored_bytes: int | None = None) -> Size:
     """The size of a model; the bytes are computed when they are not given."""
-    size = model_io.stored_bytes(model) if stored_bytes is None else stored_bytes
+    size = saving.stored_bytes(model) if stored_bytes is None else stored_bytes
     return Size(node_count(model), size, opset_of(model))
 
 
-PROVENANCE = ("graphopt.version", "graphopt.pipeline", "graphopt.input_sha256")
+VERSION_KEY = "graphopt.version"
+PIPELINE_KEY = "graphopt.pipeline"
+INPUT_KEY = "graphopt.input_sha256"
 """Keys in a model's `metadata_props` that say where it comes from."""
 
 
-def stamp(model: ir.Model, plan: Plan, input_sha256: str) -> None:
-    """Write into the model where it comes from."""
-    values = (version("graphopt"), plan.recipe or str(plan), input_sha256)
-    model.metadata_props.update(zip(PROVENANCE, values, strict=True))
+def stamp(model: ir.Model, plan: Plan, source: Source) -> None:
+    """Write into the model where it comes from.
+
+    Where the hash of the input takes reading external data, `Run.save` adds it: the data is read
+    there anyway.
+    """
+    model.metadata_props[VERSION_KEY] = version("graphopt")
+    model.metadata_props[PIPELINE_KEY] = plan.recipe or str(plan)
+    if not source.has_external_data():
+        model.metadata_props[INPUT_KEY] = source.sha256()
 
 
 @dataclass(frozen=True)
@@ -91,7 +100,7 @@ class Run:
     """The result of `graphopt.optimize`: the model and the evidence.
 
     Attributes:
-        model: the optimized model, with its provenance in `metadata_props` (see `PROVENANCE`).
+        model: the optimized model, with its provenance in `metadata_props` (see `stamp`).
         plan: what was asked for.
         steps: the ledger.
         original: size of the model as given.
@@ -101,10 +110,9 @@ class Run:
         benchmark: latency, load time and memory of both; None when not asked for.
         notes: what else a user should know.
         failures: requirements that do not hold, and a lossy plan that kept nothing.
-        input_sha256: hash of the input.
         provider: "cpu" or "cuda".
         validated: the model was run; False when the user asked not to.
-        source_path: where the input is, or None when it was given in memory.
+        source: the input.
     """
 
     model: ir.Model
@@ -116,13 +124,17 @@ class Run:
     benchmark: BenchmarkReport | None
     notes: tuple[str, ...]
     failures: tuple[str, ...]
-    input_sha256: str
     provider: str
     validated: bool
-    source_path: Path | None = None
+    source: Source
+
+    @property
+    def input_sha256(self) -> str:
+        """Hash of the input; see `Source.sha256`."""
+        return self.source.sha256()
 
     def save(self, path: str | Path, *, external_data: bool | None = None) -> Run:
-        """Write the optimized model; see `graphopt.model_io.save`.
+        """Write the optimized model; see `graphopt.saving.save`.
 
         The written file is loaded into onnxruntime before it replaces what was there, unless the
         run was told not to validate.
@@ -134,11 +146,12 @@ class Run:
             ModelError: the path is that of the input, cannot be written, or the written file does
                 not load.
         """
-        model_io.check_target(Path(path), source=self.source_path)
-        written_bytes = model_io.save(
+        saving.check_target(Path(path), source=self.source.path)
+        written_bytes = saving.save(
             self.model,
             path,
             external_data=external_data,
+            metadata=lambda: {INPUT_KEY: self.input_sha256},
             verify=self._load if self.validated else None,
         )
         return replace(self, optimized=replace(self.optimized, stored_bytes=written_bytes))

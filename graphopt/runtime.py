@@ -142,9 +142,11 @@ class Session:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         self.provider = provider
         self._kept: list[Any] = []
-        source: str | bytes = str(model)
+        source: str | bytes
         if isinstance(model, ir.Model):
             source = self._share_weights(model, reference, options)
+        else:
+            source = str(model)
         try:
             self.inner = ort.InferenceSession(source, options, providers=[PROVIDERS[provider]])
         except Exception as error:  # onnxruntime raises a dozen unrelated classes

@@ -8,6 +8,7 @@ ever sees.
 from __future__ import annotations
 
 import hashlib
+import math
 import tempfile
 import zipfile
 import zlib
@@ -27,6 +28,7 @@ from graphopt.operators import is_onnx
 GATE_SHARE = 0.2
 GATE_MINIMUM = 4
 GATE_MAXIMUM = 64
+RANDOM_LIMIT_BYTES = 1 << 30
 SHARED_BELOW = 8
 """With fewer samples than this, all serve both for calibration and for the gate."""
 
@@ -503,6 +505,10 @@ def _unzip(path: Path, name: str, scratch: Path) -> Path:
 def _unreadable(path: Path, error: Exception) -> SampleError:
     if "Python objects" in str(error) or "Object arrays" in str(error):
         return SampleError(f"{path}: holds Python objects; save arrays of numbers")
+    if path.suffix not in (".npz", ".npy"):
+        return SampleError(
+            f"{path}: cannot be read as samples; they are .npz or .npy files, or a folder of them"
+        )
     return SampleError(f"{path}: cannot be read as {path.suffix} ({error})")
 
 
@@ -539,6 +545,7 @@ def random_samples(
     inputs = [i for i in signature(model) if i.required]
     limits = {v.name: _index_limit(v) for v in model.graph.inputs if v.name is not None}
     samples: list[Sample] = []
+    _check_size(inputs)
     for index in range(count):
         generator = np.random.default_rng((seed, index))
         for attempt in range(len(_SIZES)):
@@ -553,6 +560,17 @@ def random_samples(
                 f"({', '.join(f'{i.name}: {i}' for i in inputs)})"
             )
     return samples
+
+
+def _check_size(inputs: Sequence[Input]) -> None:
+    for expected in inputs:
+        dims = [d if isinstance(d, int) else 1 for d in expected.shape or ()]
+        size_bytes = math.prod(dims) * expected.dtype.itemsize
+        if size_bytes > RANDOM_LIMIT_BYTES:
+            raise SampleError(
+                f"a random sample of input {expected.name!r} ({expected}) would take "
+                f"{size_bytes} bytes; give real samples"
+            )
 
 
 def _draw(

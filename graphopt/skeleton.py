@@ -7,6 +7,7 @@ typed inputs. Its size, and the time to make it, do not depend on the size of th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,8 @@ import onnx
 import onnx_ir as ir
 
 from graphopt.operators import ONNX_DOMAINS, all_graphs
+
+logger = logging.getLogger("graphopt")
 
 LARGE_BYTES = 1024
 """Tensors above this size are left out of a skeleton; shape arithmetic is far smaller."""
@@ -155,7 +158,13 @@ def infer_shapes(model: ir.Model) -> None:
     """
     light = skeleton(model)
     _forget_shapes(light.graph)
-    inferred = onnx.shape_inference.infer_shapes(light, data_prop=True)
+    try:
+        inferred = onnx.shape_inference.infer_shapes(light, data_prop=True)
+    except onnx.shape_inference.InferenceError as error:
+        # Damaged models that onnxruntime may load all the same; passes leave alone what has no
+        # shape.
+        logger.debug("shapes cannot be inferred: %s", error)
+        inferred = light
     _take_shapes(model.graph, inferred.graph)
 
 

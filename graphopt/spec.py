@@ -126,7 +126,8 @@ class _Reader:
         if self.take("{") and not self.take("}"):
             self.option(cls, values)
             while not self.take("}"):
-                self.need(",")
+                if not self.take(","):
+                    raise self.wrong("expected ',' or '}' after an option")
                 self.option(cls, values)
         for option in options_of(cls).values():
             if option.default is dataclasses.MISSING and option.field not in values:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import onnx_ir as ir
+
+from graphopt.errors import SampleError, did_you_mean
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 
@@ -75,3 +78,39 @@ def _stem(
     if len(words) > 1 and words[-1] in marks | endings:
         return words[:-1]
     return words
+
+
+def check_state(model: ir.Model, state: Sequence[tuple[str, str]]) -> None:
+    """Raise SampleError when pairs of output and input cannot carry state in the model."""
+    outputs = {o.name or "": o for o in model.graph.outputs}
+    inputs = {i.name or "": i for i in model.graph.inputs}
+    for output, name in state:
+        what = f"state {output}={name}"
+        if output not in outputs:
+            near = did_you_mean(output, outputs)
+            raise SampleError(f"{what}: the model has no output {output!r}{near}")
+        if name not in inputs:
+            near = did_you_mean(name, inputs)
+            raise SampleError(f"{what}: the model has no input {name!r}{near}")
+        made, taken = outputs[output], inputs[name]
+        if made.type != taken.type:
+            raise SampleError(
+                f"{what}: the output is a {made.type} and the input a {taken.type}; state needs "
+                "one type"
+            )
+        if not _may_equal(made.shape, taken.shape):
+            raise SampleError(
+                f"{what}: the output has shape {made.shape} and the input {taken.shape}; state "
+                "needs one shape"
+            )
+    if len({name for _, name in state}) < len(state):
+        raise SampleError("an input can take its state from one output only; one is given twice")
+
+
+def _may_equal(first: ir.Shape | None, second: ir.Shape | None) -> bool:
+    """No dimension of the two is known to be different."""
+    if first is None or second is None:
+        return True
+    known = [(a, b) for a, b in zip(first, second, strict=False)]
+    unequal = any(a != b for a, b in known if isinstance(a, int) and isinstance(b, int))
+    return len(first) == len(second) and not unequal

@@ -432,7 +432,7 @@ TEXTS = [
     Case("option-twice", linear,
          "optimize {d}/m.onnx -o {d}/o --passes raise-opset{opset=18,opset=19}", ("twice",)),
     Case("brace-unclosed", linear, "optimize {d}/m.onnx -o {d}/o --passes raise-opset{opset=18",
-         ("expected ','", "'raise-opset{opset=18' >>> ''")),
+         ("expected ',' or '}'", "'raise-opset{opset=18' >>> ''")),
     Case("passes-empty", linear, "optimize {d}/m.onnx -o {d}/o --passes ''",
          ("expected the name of a pass",)),
     Case("passes-end-in-a-comma", linear, "optimize {d}/m.onnx -o {d}/o --passes drop-unused,",

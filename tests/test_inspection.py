@@ -210,11 +210,11 @@ def test_missing_and_short_external_data_is_an_error(tmp_path: Path) -> None:
     model = _saved(tmp_path)
     data = tmp_path / "m.data"
     data.write_bytes(data.read_bytes()[:70])
-    with pytest.raises(ModelError, match=r"m\.data is too short for tensor '\w': \d+ bytes are"):
+    with pytest.raises(ModelError, match=r"m\.data ended while tensor '\w' was read"):
         inspect_model(model)
 
     data.unlink()
-    with pytest.raises(ModelError, match=r"cannot read the data of tensor '.' from .*No such file"):
+    with pytest.raises(ModelError, match=r"m\.data, with tensor '\w', is gone"):
         inspect_model(model)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt import load
-from graphopt.model_io import save, stored_bytes
+from graphopt.saving import save, stored_bytes
 from graphopt.testing import apply_pass, assert_equivalent, assert_rewrites, assert_unchanged, parse
 from graphopt_passes.share.merge_duplicates import MergeDuplicates
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from graphopt import model_io
+from graphopt import loading
 from graphopt_models.llama import TINY, LlamaSize, write_llama
 
 pytestmark = pytest.mark.skipif(
@@ -72,7 +72,7 @@ def check_growth(folder: Path, size: LlamaSize, least_bytes: int) -> None:
     peak = peak_bytes(folder / "m.onnx", folder / "out.onnx")
 
     assert peak - base < GROWTH_MAXIMUM
-    kept = model_io.open_model(folder / "out.onnx")
+    kept = loading.open_model(folder / "out.onnx")
     assert kept.stored_bytes >= written
 
 

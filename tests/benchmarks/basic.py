@@ -17,7 +17,7 @@ from pathlib import Path
 
 import graphopt
 from graphopt.benchmark import benchmark
-from graphopt.model_io import open_model
+from graphopt.loading import open_model
 from graphopt.samples import Samples, read_samples, signature
 
 

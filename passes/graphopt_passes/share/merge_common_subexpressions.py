@@ -10,8 +10,8 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.content import digest
 from graphopt.contract import Change, Context, Effect, Pass
-from graphopt.model_io import digest
 from graphopt.operators import is_onnx, is_random, subgraphs
 from graphopt.rewriting import can_replace, replace_value
 

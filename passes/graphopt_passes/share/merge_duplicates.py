@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import onnx_ir as ir
 
+from graphopt.content import equal_groups
 from graphopt.contract import Change, Context, Effect, Pass
-from graphopt.model_io import digest
 from graphopt.operators import all_graphs
 from graphopt.rewriting import Names, add_initializer
-
-PROBE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -33,7 +29,7 @@ class MergeDuplicates(Pass):
         """Keep one of each group of equal initializers."""
         change = Change()
         names = Names(model)
-        for group in _equal(_initializers(model)):
+        for group in equal_groups(_initializers(model), _tensor):
             _merge(model, group, names, change)
         return change
 
@@ -48,43 +44,9 @@ def _initializers(model: ir.Model) -> list[ir.Value]:
     ]
 
 
-def _equal(values: list[ir.Value]) -> Iterator[list[ir.Value]]:
-    """Groups of two and more with equal content, told apart by ever more expensive keys."""
-    groups = [values]
-    for key in (_kind, _probe, _content):
-        groups = [part for group in groups for part in _split(group, key)]
-    yield from groups
-
-
-def _split(values: list[ir.Value], key: object) -> Iterator[list[ir.Value]]:
-    parts: dict[Hashable, list[ir.Value]] = defaultdict(list)
-    for value in values:
-        assert callable(key) and value.const_value is not None
-        parts[key(value.const_value)].append(value)
-    yield from (part for part in parts.values() if len(part) > 1)
-
-
-def _kind(tensor: ir.TensorProtocol) -> Hashable:
-    return tensor.dtype, tuple(tensor.shape.numpy())
-
-
-def _probe(tensor: ir.TensorProtocol) -> Hashable:
-    """A few bytes from the beginning, middle and end of a tensor in external data."""
-    if not isinstance(tensor, ir.ExternalTensor) or tensor.nbytes <= 3 * PROBE_BYTES:
-        return None
-    start = tensor.offset or 0
-    with open(tensor.path, "rb") as file:
-        pieces = []
-        for offset in (0, tensor.nbytes // 2, tensor.nbytes - PROBE_BYTES):
-            file.seek(start + offset)
-            pieces.append(file.read(PROBE_BYTES))
-    return tuple(pieces)
-
-
-def _content(tensor: ir.TensorProtocol) -> Hashable:
-    if tensor.dtype == ir.DataType.STRING:
-        return tuple(tensor.numpy().reshape(-1).tolist())
-    return digest(tensor)
+def _tensor(value: ir.Value) -> ir.TensorProtocol:
+    assert value.const_value is not None
+    return value.const_value
 
 
 def _merge(model: ir.Model, group: list[ir.Value], names: Names, change: Change) -> None:

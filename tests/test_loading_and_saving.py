@@ -19,7 +19,7 @@ import pytest
 
 import graphopt
 import graphopt_models
-from graphopt import model_io
+from graphopt import loading, saving
 from graphopt.skeleton import infer_shapes
 
 ort = pytest.importorskip("onnxruntime")
@@ -101,7 +101,7 @@ def saved(model: ir.Model, path: Path, external_data: bool | None = None) -> onn
 def test_external_data_in_several_files_at_offsets_is_read_where_it_lies(tmp_path: Path) -> None:
     path = write_external(tmp_path)
 
-    source = model_io.open_model(path)
+    source = loading.open_model(path)
 
     for tensor in two_layers().graph.initializer:
         expected = onnx.numpy_helper.to_array(tensor)
@@ -226,7 +226,7 @@ def test_sparse_initializers_are_made_dense_and_told(indices: np.ndarray) -> Non
     proto = parse("agraph (float[2, 3] x) => (float[2, 3] y) { y = Add(x, s) }")
     proto.graph.sparse_initializer.add().CopyFrom(sparse("s", indices))
 
-    source = model_io.open_model(proto)
+    source = loading.open_model(proto)
 
     np.testing.assert_array_equal(initializer(source.model, "s"), [[0, 5, 0], [0, 7, 0]])
     assert source.notes == ("1 sparse tensors are stored dense",)
@@ -251,7 +251,7 @@ def test_sparse_constants_are_made_dense_in_functions_too(tmp_path: Path) -> Non
         attribute = onnx.helper.make_attribute("sparse_value", sparse("", FLAT))
         node.attribute.append(attribute)
 
-    source = model_io.open_model(proto)
+    source = loading.open_model(proto)
     graphopt.save(source.model, tmp_path / "m.onnx")
 
     (result,) = outputs(tmp_path / "m.onnx", np.zeros((2, 3), np.float32))
@@ -265,7 +265,7 @@ def test_training_info_is_dropped_on_request_only() -> None:
 
     with pytest.raises(graphopt.ModelError, match="--drop-training-info"):
         graphopt.load(proto)
-    source = model_io.open_model(proto, drop_training_info=True)
+    source = loading.open_model(proto, drop_training_info=True)
 
     assert source.notes == ("training_info was dropped",)
     assert len(proto.training_info) == 1
@@ -282,7 +282,7 @@ def test_unsorted_nodes_are_sorted_and_told(nested: bool, tmp_path: Path) -> Non
             " else_branch = h () => (float[2] e) { e = Neg(x) } > }"
         )
 
-    source = model_io.open_model(parse(text))
+    source = loading.open_model(parse(text))
     graphopt.save(source.model, tmp_path / "m.onnx")
 
     assert source.notes == ("nodes were not in topological order; they are now",)
@@ -295,7 +295,7 @@ def test_unsorted_nodes_are_sorted_where_the_checker_stumbles_over_something_els
     proto = parse("agraph (float[2] x) => (float[2] y) { y = Neg(a)  a = Neg(x) }")
     proto.graph.value_info.add(name="a")
 
-    source = model_io.open_model(proto)
+    source = loading.open_model(proto)
 
     assert [node.outputs[0].name for node in source.model.graph] == ["a", "y"]
     assert source.notes == ("nodes were not in topological order; they are now",)
@@ -306,7 +306,7 @@ def test_dimensions_of_minus_one_are_free() -> None:
     proto = parse(RELU)
     proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = -1
 
-    source = model_io.open_model(proto)
+    source = loading.open_model(proto)
 
     assert source.notes == ("dimensions of inputs or outputs that were negative are free now",)
     shape = source.model.graph.inputs[0].shape
@@ -317,7 +317,7 @@ def test_dimensions_of_minus_one_are_free() -> None:
 def test_the_opset_of_microsoft_is_stated_where_it_is_missing() -> None:
     proto = parse("agraph (float[2] x) => (float[2] y) { y = com.microsoft.Gelu(x) }")
 
-    source = model_io.open_model(proto)
+    source = loading.open_model(proto)
     run = graphopt.optimize(proto, passes="drop-unused", benchmark=False)
 
     assert source.model.opset_imports == {"": 18, "com.microsoft": 1}
@@ -356,7 +356,7 @@ def test_an_old_model_with_initializers_as_inputs_survives_as_it_is(tmp_path: Pa
 def test_initializers_that_are_inputs_become_constants_on_request(tmp_path: Path) -> None:
     model = graphopt.load(old_model())
 
-    frozen = model_io.freeze_overridable_inputs(model)
+    frozen = loading.freeze_overridable_inputs(model)
 
     assert frozen == ["w"]
     proto = saved(model, tmp_path / "m.onnx")
@@ -365,7 +365,7 @@ def test_initializers_that_are_inputs_become_constants_on_request(tmp_path: Path
     onnx.checker.check_model(proto)
     (result,) = outputs(tmp_path / "m.onnx", np.array([1, 1], np.float32))
     np.testing.assert_array_equal(result, [2, 3])
-    assert model_io.freeze_overridable_inputs(model) == []
+    assert loading.freeze_overridable_inputs(model) == []
 
 
 def test_the_argument_is_not_modified(tmp_path: Path) -> None:
@@ -378,7 +378,7 @@ def test_the_argument_is_not_modified(tmp_path: Path) -> None:
 
     for model in (proto, before, given):
         loaded = graphopt.load(model, drop_training_info=True)
-        model_io.freeze_overridable_inputs(loaded)
+        loading.freeze_overridable_inputs(loaded)
         infer_shapes(loaded)
         loaded.graph.name = "changed"
         graphopt.save(loaded, tmp_path / "m.onnx", external_data=True)
@@ -416,20 +416,20 @@ def test_the_hash_of_a_single_file_is_that_of_its_bytes(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(content)
 
     expected = hashlib.sha256(content).hexdigest()
-    assert model_io.open_model(tmp_path / "m.onnx").sha256() == expected
-    assert model_io.open_model(content).sha256() == expected
+    assert loading.open_model(tmp_path / "m.onnx").sha256() == expected
+    assert loading.open_model(content).sha256() == expected
 
 
 def test_the_hash_covers_external_data(tmp_path: Path) -> None:
     path = write_external(tmp_path)
-    first = model_io.open_model(path).sha256()
-    assert model_io.open_model(path).sha256() == first
+    first = loading.open_model(path).sha256()
+    assert loading.open_model(path).sha256() == first
 
     with open(tmp_path / "m.onnx.part1", "r+b") as data:
         data.seek(4096)
         data.write(b"\x01")
 
-    assert model_io.open_model(path).sha256() != first
+    assert loading.open_model(path).sha256() != first
 
 
 # ------------------------------------------------------------------ what a save keeps
@@ -553,7 +553,7 @@ def test_onnxruntime_loads_what_is_saved(external_data: bool, tmp_path: Path) ->
     proto = two_layers()
     path = tmp_path / "m.onnx"
 
-    size = model_io.save(graphopt.load(proto), path, external_data=external_data)
+    size = saving.save(graphopt.load(proto), path, external_data=external_data)
 
     expected = outputs(proto.SerializeToString(), rows())
     np.testing.assert_array_equal(outputs(path, rows()), expected)
@@ -590,26 +590,26 @@ def test_a_model_that_is_loaded_and_saved_again_keeps_its_bytes(
 def test_stored_bytes_is_the_size_of_the_file(width: int, tmp_path: Path) -> None:
     model = graphopt.load(two_layers(width=width))
 
-    size = model_io.save(model, tmp_path / "m.onnx")
+    size = saving.save(model, tmp_path / "m.onnx")
 
     assert size == (tmp_path / "m.onnx").stat().st_size
-    assert model_io.stored_bytes(model) == size
+    assert saving.stored_bytes(model) == size
 
 
 def test_stored_bytes_of_the_digits_model_is_the_size_of_its_saved_file(tmp_path: Path) -> None:
     model = graphopt.load(graphopt_models.DIGITS_CNN)
 
-    model_io.save(model, tmp_path / "m.onnx")
+    saving.save(model, tmp_path / "m.onnx")
 
-    assert model_io.stored_bytes(model) == (tmp_path / "m.onnx").stat().st_size
+    assert saving.stored_bytes(model) == (tmp_path / "m.onnx").stat().st_size
 
 
 def test_stored_bytes_with_external_data_is_nearly_the_size_of_the_files(tmp_path: Path) -> None:
     model = graphopt.load(write_external(tmp_path))
 
-    size = model_io.save(model, tmp_path / "o.onnx")
+    size = saving.save(model, tmp_path / "o.onnx")
 
-    assert abs(model_io.stored_bytes(model) - size) < 200
+    assert abs(saving.stored_bytes(model) - size) < 200
 
 
 def test_the_data_file_is_named_by_its_content(tmp_path: Path) -> None:
@@ -680,7 +680,7 @@ def test_a_model_that_fails_its_check_does_not_replace_the_old_one(
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
 
     with pytest.raises(graphopt.ModelError, match="does not load"):
-        model_io.save(
+        saving.save(
             graphopt.load(two_layers(seed)), path, external_data=external_data, verify=refuse
         )
 
@@ -693,9 +693,7 @@ def test_the_check_is_given_a_file_that_loads(tmp_path: Path) -> None:
     def check(path: Path) -> None:
         seen.append(outputs(path, rows())[0])
 
-    model_io.save(
-        graphopt.load(two_layers()), tmp_path / "m.onnx", external_data=True, verify=check
-    )
+    saving.save(graphopt.load(two_layers()), tmp_path / "m.onnx", external_data=True, verify=check)
 
     np.testing.assert_array_equal(seen, outputs(two_layers().SerializeToString(), rows()))
 
@@ -797,7 +795,7 @@ def test_saves_to_one_target_at_a_time_leave_one_whole_model(tmp_path: Path) -> 
 def test_a_graph_whose_weights_are_too_large_goes_external(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_io, "INLINE_LIMIT_BYTES", 30_000)
+    monkeypatch.setattr(saving, "INLINE_LIMIT_BYTES", 30_000)
 
     graphopt.save(graphopt.load(two_layers(width=61)), tmp_path / "small.onnx")
     graphopt.save(graphopt.load(two_layers(width=62)), tmp_path / "large.onnx")

@@ -1,0 +1,148 @@
+"""The content of tensors: read in chunks, hashed, compared. Memory stays a few MB."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.errors import ModelError
+
+CHUNK_BYTES = 4 << 20
+PROBE_BYTES = 4096
+
+_DIGEST = "graphopt.sha256"
+
+T = TypeVar("T")
+
+
+def chunks(tensor: ir.TensorProtocol) -> Iterator[np.ndarray]:
+    """The bytes of a tensor as it is stored, little-endian, as flat uint8 arrays of a few MB.
+
+    A chunk is valid until the next one is asked for. Types narrower than a byte stay packed.
+    External data is read from its file, not through a mapping, whose pages would stay resident.
+
+    Raises:
+        ModelError: the external data is gone, cannot be read, or is too short.
+    """
+    if isinstance(tensor, ir.ExternalTensor):
+        yield from _file_chunks(tensor)
+        return
+    if tensor.dtype == ir.DataType.STRING:
+        flat = np.frombuffer(repr(tensor.numpy().tolist()).encode(), np.uint8)
+    elif tensor.dtype.itemsize < 1:
+        flat = np.frombuffer(tensor.tobytes(), np.uint8)
+    else:
+        flat = np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)
+    for start in range(0, flat.size, CHUNK_BYTES):
+        yield flat[start : start + CHUNK_BYTES]
+
+
+def _file_chunks(tensor: ir.ExternalTensor) -> Iterator[np.ndarray]:
+    left = tensor.nbytes
+    buffer = np.empty(min(CHUNK_BYTES, left), np.uint8)
+    with open_data(tensor) as file:
+        file.seek(tensor.offset or 0)
+        while left:
+            got = file.readinto(buffer[:left].data)
+            if not got:
+                raise ModelError(
+                    f"the data file {tensor.path} ended while tensor {tensor.name!r} was read: "
+                    f"{left} bytes are missing"
+                )
+            yield buffer[:got]
+            left -= got
+
+
+def open_data(tensor: ir.ExternalTensor) -> io.FileIO:
+    """The file of a tensor in external data, unbuffered, at its beginning.
+
+    Raises:
+        ModelError: it cannot be opened.
+    """
+    try:
+        return open(tensor.path, "rb", buffering=0)
+    except FileNotFoundError:
+        raise ModelError(
+            f"the data file {tensor.path}, with tensor {tensor.name!r}, is gone; it was there when "
+            "the model was loaded"
+        ) from None
+    except OSError as error:
+        raise ModelError(
+            f"cannot read the data of tensor {tensor.name!r} from {tensor.path}: {error.strerror}"
+        ) from None
+
+
+def digest(tensor: ir.TensorProtocol) -> bytes:
+    """SHA-256 of the bytes of a tensor; remembered for tensors in external data."""
+    external = isinstance(tensor, ir.ExternalTensor)
+    if external and _DIGEST in tensor.meta:
+        known: bytes = tensor.meta[_DIGEST]
+        return known
+    state = hashlib.sha256()
+    for chunk in chunks(tensor):
+        state.update(chunk.data)
+    if external:
+        tensor.meta[_DIGEST] = state.digest()
+    return state.digest()
+
+
+def digests(tensors: Sequence[ir.TensorProtocol]) -> Iterator[bytes]:
+    """The digests in order, computed by two threads: hashing releases the interpreter lock."""
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        yield from pool.map(digest, tensors)
+
+
+def equal_groups(
+    items: Iterable[T], tensor_of: Callable[[T], ir.TensorProtocol]
+) -> Iterator[list[T]]:
+    """Groups of two and more whose tensors have the same element type, shape and bytes.
+
+    They are told apart by ever more expensive keys: type and shape, a few bytes of large tensors
+    in external data, and only where those agree a hash of the content.
+
+    Args:
+        items: in the order in which a group will have them.
+        tensor_of: gives the tensor of an item.
+
+    Raises:
+        ModelError: external data cannot be read.
+    """
+    groups = [list(items)]
+    for key in (_kind, _probe, digest):
+        groups = [part for group in groups for part in _split(group, tensor_of, key)]
+    yield from groups
+
+
+def _split(
+    items: list[T],
+    tensor_of: Callable[[T], ir.TensorProtocol],
+    key: Callable[[ir.TensorProtocol], Hashable],
+) -> Iterator[list[T]]:
+    parts: dict[Hashable, list[T]] = defaultdict(list)
+    for item in items:
+        parts[key(tensor_of(item))].append(item)
+    yield from (part for part in parts.values() if len(part) > 1)
+
+
+def _kind(tensor: ir.TensorProtocol) -> Hashable:
+    return tensor.dtype, tuple(tensor.shape.numpy())
+
+
+def _probe(tensor: ir.TensorProtocol) -> Hashable:
+    """A few bytes from the beginning, middle and end of a tensor in external data."""
+    if not isinstance(tensor, ir.ExternalTensor) or tensor.nbytes <= 3 * PROBE_BYTES:
+        return None
+    start = tensor.offset or 0
+    with open_data(tensor) as file:
+        pieces = []
+        for offset in (0, tensor.nbytes // 2, tensor.nbytes - PROBE_BYTES):
+            file.seek(start + offset)
+            pieces.append(file.read(PROBE_BYTES))
+    return tuple(pieces)
