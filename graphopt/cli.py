@@ -276,9 +276,8 @@ def _show(content: Any, json: str | None, plain: Mapping[str, Any]) -> None:
         return
     if json is not None:
         saving.write_text(Path(json), report.to_text(plain))
-    width = None if sys.stdout.isatty() else WIDE
-    # Names in a model may look like the markup of rich.
-    report.print_to(Console(width=width, markup=False, emoji=False), content)
+    terminal = sys.stdout.isatty()
+    sys.stdout.write(report.to_terminal_text(content, None if terminal else WIDE, terminal))
 
 
 def _drop_stdout() -> None:

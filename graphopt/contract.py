@@ -21,6 +21,7 @@ The rules:
 - Inputs, outputs, their order, names, element types and ranks stay.
 - A pass holds no state between calls; the options are all it has.
 - What it looked at and left alone, it says: `change.skip(node, "why")`.
+- An initializer that loses its last reader to a rewrite is removed by the pipeline.
 - Packed weights (`graphopt.packing.is_packed`) stay packed.
 """
 

@@ -110,6 +110,7 @@ class Pipeline:
             change = one.apply(candidate, self.context)
             if not change:
                 return change, "unchanged", None
+            _drop_orphans(self.model, candidate)
             reason = self.gate.why_rejected(candidate, one)
         except GraphoptError as error:
             reason = str(error)
@@ -121,6 +122,16 @@ class Pipeline:
         infer_shapes(candidate)
         self.model, self.size, self._spare = candidate, size_of(candidate), None
         return change, "kept", None
+
+
+def _drop_orphans(before: ir.Model, after: ir.Model) -> None:
+    """Remove the initializers that lost their last reader: what a pass replaced is not stored."""
+    read = {v.name for g in all_graphs(before) for v in g.initializers.values() if v.uses()}
+    for graph in all_graphs(after):
+        for name, value in list(graph.initializers.items()):
+            needed = value.uses() or value.is_graph_output() or value.is_graph_input()
+            if name in read and not needed:
+                del graph.initializers[name]
 
 
 def _traits(model: ir.Model) -> list[object]:

@@ -27,6 +27,9 @@ from graphopt.validation import OutputError
 
 SCHEMA_VERSION = 1
 
+SHOWN_DUPLICATES = 8
+SHOWN_NAMES = 3
+
 _PACKAGES = ("graphopt", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "numpy")
 _MARKS = {"kept": "kept", "unchanged": "-", "rolled back": "ROLLED BACK", "refused": "refused"}
 _STYLES = {"kept": "green", "unchanged": "dim", "rolled back": "red", "refused": "yellow"}
@@ -331,8 +334,12 @@ def render_inspection(found: Inspection, tried: Run) -> RenderableType:
         )
     for weight in found.largest:
         facts.add_row("large", f"{_port_text(weight)}, {weight.bytes:,} bytes")
-    for group in found.duplicates:
-        facts.add_row("duplicates", f"{', '.join(group.names)}: {group.saved_bytes:,} bytes")
+    for group in found.duplicates[:SHOWN_DUPLICATES]:
+        names = ", ".join(group.names[:SHOWN_NAMES])
+        more = f" and {len(group.names) - SHOWN_NAMES} more" * (len(group.names) > SHOWN_NAMES)
+        facts.add_row("duplicates", f"{names}{more}: {group.saved_bytes:,} bytes")
+    if len(found.duplicates) > SHOWN_DUPLICATES:
+        facts.add_row("", f"and {len(found.duplicates) - SHOWN_DUPLICATES} groups more (--json)")
     if found.zero_share is not None:
         facts.add_row("zeros", f"{found.zero_share:.1%} of the floating-point weights")
     for output, name in found.state:
@@ -411,6 +418,16 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def print_to(console: Console, content: RenderableType) -> None:
-    """Print results; in a pipe the width is what the content needs."""
-    console.print(content, soft_wrap=False)
+def to_terminal_text(content: RenderableType, width: int | None, colors: bool) -> str:
+    """Results as a terminal shows them.
+
+    Args:
+        content: to be shown.
+        width: in columns; None takes that of the terminal.
+        colors: write the codes of a terminal's colours.
+    """
+    # Names in a model may look like the markup of rich.
+    console = Console(width=width, markup=False, emoji=False, force_terminal=colors)
+    with console.capture() as captured:
+        console.print(content)
+    return "\n".join(line.rstrip() for line in captured.get().split("\n"))

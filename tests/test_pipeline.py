@@ -183,6 +183,25 @@ def test_a_change_that_is_not_reported_is_not_kept() -> None:
     assert [n.op_type for n in run.model.graph] == ["Mul", "Relu"]
 
 
+def test_what_a_pass_replaced_is_not_stored() -> None:
+    weight = np.random.default_rng(0).standard_normal((64, 8, 3, 3), np.float32)
+    given = parse(
+        """
+        agraph (float[1, 8, 5, 5] x, float[64, 8, 3, 3] w) => (float[1, 64, 3, 3] y)
+        <float two = {2.0}, float[1] idle = {1.0}> { c = Conv(x, w)  y = Mul(c, two) }
+        """,
+        w=weight,
+    )
+
+    run = graphopt.optimize(given, passes="fuse-scale", benchmark=False)
+
+    assert run.steps[0].kept
+    assert run.steps[0].bytes_after <= run.steps[0].bytes_before
+    # What nothing read before is for drop-unused to remove.
+    assert [v for v in run.model.graph.initializers if v == "idle"] == ["idle"]
+    assert len(run.model.graph.initializers) == 2
+
+
 def test_a_lossy_pass_is_judged_by_its_own_budget_and_by_the_users() -> None:
     own = graphopt.optimize(model(), passes=[RoundWeights()], benchmark=False)
     users = graphopt.optimize(model(), passes=[RoundWeights()], max_error="0.001", benchmark=False)
