@@ -31,8 +31,8 @@ SHOWN_DUPLICATES = 8
 SHOWN_NAMES = 3
 
 _PACKAGES = ("graphopt", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "numpy")
-_MARKS = {"kept": "kept", "unchanged": "-", "rolled back": "ROLLED BACK", "refused": "refused"}
-_STYLES = {"kept": "green", "unchanged": "dim", "rolled back": "red", "refused": "yellow"}
+_MARKS = {"kept": "kept", "rolled back": "ROLLED BACK", "refused": "refused"}
+_STYLES = {"kept": "green", "rolled back": "red", "refused": "yellow"}
 
 
 def versions() -> dict[str, str]:
@@ -216,21 +216,28 @@ def _sizes(original: Size, optimized: Size) -> Text:
     )
 
 
-def _ledger(steps: Sequence[Step]) -> Table:
+def _ledger(steps: Sequence[Step]) -> RenderableType:
     table = _table("pass", "effect", "what it did", ">nodes", ">bytes", ">seconds", "verdict")
-    for step in steps:
-        name = step.spec if step.round == 1 else f"{step.spec} (round {step.round})"
-        did = ", ".join(f"{count} × {what}" for what, count in step.changes.items())
-        table.add_row(
-            name,
-            step.effect.name,
-            did if step.reason is None else f"{did + ': ' if did else ''}{step.reason}",
-            f"{step.nodes_after - step.nodes_before:+d}" if step.kept else "",
-            f"{step.bytes_after - step.bytes_before:+,d}" if step.kept else "",
-            f"{step.seconds:.2f}",
-            Text(_MARKS[step.verdict], style=_STYLES[step.verdict]),
-        )
-    return table
+    acted = [step for step in steps if step.verdict != "unchanged"]
+    for step in acted:
+        table.add_row(*_ledger_row(step))
+    idle = [step.spec for step in steps if step.verdict == "unchanged"]
+    rest = Text(f"nothing to do: {', '.join(idle)}", style="dim")
+    return Group(*([table] if acted else []), *([rest] if idle else []))
+
+
+def _ledger_row(step: Step) -> list[str | Text]:
+    name = step.spec if step.round == 1 else f"{step.spec} (round {step.round})"
+    did = ", ".join(f"{count} × {what}" for what, count in step.changes.items())
+    return [
+        name,
+        step.effect.name,
+        did if step.reason is None else f"{did + ': ' if did else ''}{step.reason}",
+        f"{step.nodes_after - step.nodes_before:+d}" if step.kept else "",
+        f"{step.bytes_after - step.bytes_before:+,d}" if step.kept else "",
+        f"{step.seconds:.2f}",
+        Text(_MARKS[step.verdict], style=_STYLES[step.verdict]),
+    ]
 
 
 def render_numerics(numerics: Mapping[str, Sequence[OutputError]]) -> Table:
