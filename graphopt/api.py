@@ -17,7 +17,7 @@ from graphopt.contract import Context, Effect, Pass
 from graphopt.errors import ModelError, SampleError, SpecError, did_you_mean
 from graphopt.gate import Gate, interface_of
 from graphopt.inspection import Inspection, inspect_model
-from graphopt.ledger import Run, Size, Step, size_of, stamp
+from graphopt.ledger import Run, Step, size_of, stamp
 from graphopt.loading import ModelLike
 from graphopt.pipeline import Pipeline
 from graphopt.recipes import Plan, plan
@@ -118,29 +118,32 @@ def optimize(
     original = size_of(subject.source.model, subject.source.stored_bytes)
     pipeline = Pipeline(working, original, gate, context, strict)
     pipeline.run(chosen)
-    progress("comparing with the original")
     stamp(pipeline.model, chosen, subject.source)
-    optimized = size_of(pipeline.model)
-    numerics = gate.numerics(pipeline.model)
-    report = None
-    if benchmark and judged is not None:
-        progress("measuring")
-        report = subject.measure(pipeline.model, judged.samples, threads)
-        optimized = replace(optimized, stored_bytes=report.rows[-1].stored_bytes)
-    return Run(
+    progress("comparing with the original")
+    run = Run(
         model=pipeline.model,
         plan=chosen,
         steps=tuple(pipeline.steps),
         original=original,
-        optimized=optimized,
-        numerics=numerics,
-        benchmark=report,
+        optimized=size_of(pipeline.model),
+        numerics=gate.numerics(pipeline.model),
+        benchmark=None,
         notes=(*subject.notes, *_caveats(pipeline.steps, judged)),
-        failures=_failures(requirements, pipeline.steps, original, optimized, numerics, report),
+        failures=(),
         provider=provider,
         validated=validate,
         source=subject.source,
     )
+    if benchmark and judged is not None:
+        progress("measuring")
+        run = _with_benchmark(run, subject.measure(run.model, judged.samples, threads))
+    return replace(run, failures=_failures(requirements, run))
+
+
+def _with_benchmark(run: Run, report: BenchmarkReport) -> Run:
+    measured_bytes = report.rows[-1].stored_bytes
+    optimized = replace(run.optimized, stored_bytes=measured_bytes)
+    return replace(run, benchmark=report, optimized=optimized)
 
 
 @dataclass(frozen=True)
@@ -316,22 +319,16 @@ def _caveats(steps: Sequence[Step], judged: Feed | None) -> list[str]:
     return []
 
 
-def _failures(
-    requirements: Sequence[Requirement],
-    steps: Sequence[Step],
-    original: Size,
-    optimized: Size,
-    numerics: Mapping[str, tuple[OutputError, ...]],
-    report: BenchmarkReport | None,
-) -> tuple[str, ...]:
+def _failures(requirements: Sequence[Requirement], run: Run) -> tuple[str, ...]:
+    original, optimized = run.original, run.optimized
     figures: dict[str, float | None] = {
         "size": optimized.stored_bytes / original.stored_bytes,
         "nodes": optimized.nodes / original.nodes if original.nodes else None,
-        "latency": report.rows[-1].ratio if report is not None else None,
-        "error": max((o.rel_l2 for o in numerics.get("as deployed", ())), default=None),
+        "latency": run.benchmark.rows[-1].ratio if run.benchmark is not None else None,
+        "error": max((o.rel_l2 for o in run.numerics.get("as deployed", ())), default=None),
     }
     reasons = [r.why_failed(figures) for r in requirements]
-    lossy = [s for s in steps if s.effect is Effect.LOSSY]
+    lossy = [s for s in run.steps if s.effect is Effect.LOSSY]
     if lossy and not any(s.kept for s in lossy):
         reasons.append("none of the lossy passes was kept")
     return tuple(r for r in reasons if r is not None)

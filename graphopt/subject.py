@@ -17,6 +17,7 @@ from graphopt.contract import Sample
 from graphopt.errors import ModelError, SampleError
 from graphopt.loading import ModelLike, Source
 from graphopt.operators import all_graphs, is_random
+from graphopt.random_samples import random_samples
 from graphopt.recording import Feed
 from graphopt.runtime import Reference, Session
 from graphopt.samples import Samples
@@ -123,7 +124,7 @@ class Subject:
             return True
 
         try:
-            drawn = sampling.random_samples(self.source.model, count, accepts)
+            drawn = random_samples(self.source.model, count, accepts)
         except SampleError as error:
             raise SampleError(f"{error}: {reason}" if reason else str(error)) from None
         read = sampling.read_samples(drawn, sampling.signature(self.source.model))

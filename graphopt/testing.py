@@ -11,8 +11,8 @@ import onnx_ir as ir
 
 from graphopt.contract import Change, Context, Effect, Pass, Sample
 from graphopt.operators import opset_of
+from graphopt.random_samples import random_samples
 from graphopt.runtime import Reference, Session
-from graphopt.samples import random_samples
 from graphopt.skeleton import infer_shapes, why_invalid
 from graphopt.validation import Comparison, why_over
 

@@ -13,12 +13,12 @@ import pytest
 
 from graphopt.contract import Sample
 from graphopt.errors import SampleError
+from graphopt.random_samples import random_samples
 from graphopt.samples import (
     Input,
     Samples,
     check_sample,
     digest,
-    random_samples,
     read_npz,
     read_samples,
     signature,

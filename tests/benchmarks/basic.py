@@ -50,7 +50,7 @@ def timing_samples(subject: Subject, run: graphopt.Run) -> Samples:
     inputs = signature(open_model(subject.model).model)
     if subject.samples is not None:
         return read_samples(subject.samples, inputs).first(8)
-    from graphopt.samples import random_samples
+    from graphopt.random_samples import random_samples
 
     return read_samples(random_samples(run.model, 4), signature(run.model))
 
