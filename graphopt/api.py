@@ -97,7 +97,9 @@ def optimize(
     calibration, judged = None, None
     if validate or benchmark or samples is not None or random_samples is not None:
         feed = subject.feed(samples, random_samples, state)
-        calibration, judged = subject.split(feed, gate_samples)
+        calibration, judged = subject.split(
+            feed, gate_samples, any(p.needs_samples for p in chosen.passes)
+        )
     gate = Gate(
         interface=interface_of(working),
         given=subject.given,
@@ -107,7 +109,9 @@ def optimize(
         provider=provider,
         budgets=budgets,
     )
-    if not validate:
+    if validate:
+        subject.tell_of_bodies()
+    else:
         subject.notes.append("not validated: passes were not judged by the outputs of the model")
     context = Context(
         original=subject.source.model,
@@ -128,7 +132,7 @@ def optimize(
         optimized=size_of(pipeline.model),
         numerics=gate.numerics(pipeline.model),
         benchmark=None,
-        notes=(*subject.notes, *_caveats(pipeline.steps, judged)),
+        notes=(*subject.notes, *gate.notes, *_caveats(pipeline.steps, judged)),
         failures=(),
         provider=provider,
         validated=validate,

@@ -95,28 +95,43 @@ def _needed_bytes(tensor: onnx.TensorProto) -> int:
     return (math.prod(tensor.dims) * bits + 7) // 8
 
 
-def anchor_external_tensors(model: ir.Model, folder: Path) -> None:
+def anchor_external_tensors(model: ir.Model, folder: Path | None = None) -> None:
     """Let external tensors know where they are, whatever the working directory becomes.
 
-    The location is made absolute, and the containment that onnx-ir would check again at each
-    access has been checked by `_data_file`.
+    The location is made absolute. Containment, which onnx-ir would check again at each access, has
+    been checked by `check_external_data` for models from a file.
+
+    Args:
+        model: its tensors are replaced, not changed.
+        folder: of the graph file; by default what each tensor says itself.
+
+    Raises:
+        ModelError: a data file is not there, or too short.
     """
-    root = folder.absolute()
     for graph in _graphs_and_functions(model):
         for value in graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):
-                value.const_value = _anchored(value.const_value, root)
+                value.const_value = _anchored(value.const_value, folder)
         for node in graph:
             for name, attribute in node.attributes.items():
                 if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
                     tensor = attribute.as_tensor()
                     if isinstance(tensor, ir.ExternalTensor):
-                        node.attributes[name] = ir.AttrTensor(name, _anchored(tensor, root))
+                        node.attributes[name] = ir.AttrTensor(name, _anchored(tensor, folder))
 
 
-def _anchored(tensor: ir.ExternalTensor, root: Path) -> ir.ExternalTensor:
+def _anchored(tensor: ir.ExternalTensor, folder: Path | None) -> ir.ExternalTensor:
+    path = (Path(tensor.base_dir) if folder is None else folder).absolute() / tensor.location
+    if not path.is_file():
+        raise ModelError(f"the data of tensor {tensor.name!r} is at {path}: no such file")
+    end, size = (tensor.offset or 0) + tensor.nbytes, path.stat().st_size
+    if end > size:
+        raise ModelError(
+            f"the data file {path} is too short: tensor {tensor.name!r} ends at byte {end}, and "
+            f"the file has {size}"
+        )
     return ir.ExternalTensor(
-        root / tensor.location,
+        path,
         tensor.offset or 0,
         tensor.length or tensor.nbytes,
         tensor.dtype,

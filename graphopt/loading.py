@@ -21,6 +21,7 @@ from graphopt.errors import ModelError
 from graphopt.external_data import anchor_external_tensors, check_external_data, external_tensors
 from graphopt.operators import ONNX_DOMAINS
 from graphopt.protos import describe_node, inner_graphs, scopes
+from graphopt.rewriting import unshadow
 from graphopt.skeleton import stubbed, why_invalid
 
 ModelLike = str | Path | bytes | onnx.ModelProto | ir.Model
@@ -86,12 +87,14 @@ def open_model(model: ModelLike, *, drop_training_info: bool = False) -> Source:
             `training_info` and `drop_training_info` is not set.
     """
     if isinstance(model, ir.Model):
-        proto, tensors = stubbed(model)
+        clone = model.clone()
+        anchor_external_tensors(clone)
+        proto, tensors = stubbed(clone)
         size = proto.ByteSize() + sum(t.nbytes for t in tensors.values())
         digest = hashlib.sha256(proto.SerializeToString())
         for raw in digests(list(tensors.values())):
             digest.update(raw)
-        return Source(model.clone(), None, size, digest.hexdigest(), (), why_invalid(proto))
+        return Source(clone, None, size, digest.hexdigest(), _unshadowed(clone), why_invalid(proto))
     if isinstance(model, str | Path):
         path = Path(model)
         data = _read_file(path)
@@ -217,7 +220,15 @@ def _source(
         invalid = why_invalid(model)
     if invalid is not None:
         _check_handled(model, invalid)
+    notes += _unshadowed(model)
     return Source(model, path, size, digest, tuple(notes), invalid)
+
+
+def _unshadowed(model: ir.Model) -> tuple[str, ...]:
+    renamed = unshadow(model)
+    if not renamed:
+        return ()
+    return (f"{renamed} values in bodies hid an outer value of the same name and were renamed",)
 
 
 def _check_handled(model: ir.Model, invalid: str) -> None:

@@ -76,9 +76,25 @@ def all_graphs(model: ir.Model) -> Iterator[ir.Graph]:
 
 
 def node_count(model: ir.Model) -> int:
-    """Nodes in the graph, its subgraphs and the model's functions; Constant nodes do not count."""
-    graphs = [*all_graphs(model), *(f.graph for f in model.functions.values())]
-    return sum(not is_onnx(node, "Constant") for graph in graphs for node in graph)
+    """Nodes in the graph and its subgraphs; Constant nodes do not count.
+
+    A call of a model-local function counts as the nodes of the function, which is what runs.
+    """
+    return _count_nodes(model.graph, model, {})
+
+
+def _count_nodes(graph: ir.Graph, model: ir.Model, known: dict[ir.OperatorIdentifier, int]) -> int:
+    total = 0
+    for node in graph:
+        key = node.op_identifier()
+        if key in model.functions:
+            if key not in known:
+                known[key] = _count_nodes(model.functions[key].graph, model, known)
+            total += known[key]
+        else:
+            total += not is_onnx(node, "Constant")
+        total += sum(_count_nodes(inner, model, known) for inner in subgraphs(node))
+    return total
 
 
 def uses_outer_values(node: ir.Node) -> bool:

@@ -288,7 +288,7 @@ def render_benchmark(report: BenchmarkReport) -> RenderableType:
         ">bytes",
     )
     for row in report.rows:
-        rate = f"{row.throughput_per_s:,.0f}" if row.throughput_per_s is not None else ""
+        rate = f"{row.throughput_per_s:,.0f}" if row.throughput_per_s is not None else "fixed batch"
         table.add_row(
             row.model,
             f"{row.p50_ms:.3f}",
@@ -307,8 +307,9 @@ def describe_conditions(report: BenchmarkReport) -> str:
     """Where and how a benchmark was taken, in a line."""
     rounds = min(row.rounds for row in report.rows)
     threads = f"{report.threads} thread" + ("s" if report.threads > 1 else "")
+    batch = "" if report.batch_size is None else f"per second at batch {report.batch_size}, "
     return (
-        f"{report.provider}, {threads}, {rounds} interleaved rounds, onnxruntime "
+        f"{report.provider}, {threads}, {batch}{rounds} interleaved rounds, onnxruntime "
         f"{report.onnxruntime}, {report.cpu}"
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.operators import all_graphs, is_onnx
+from graphopt.operators import all_graphs, is_onnx, subgraphs
 from graphopt.packing import is_constant
 
 SMALL_ELEMENTS = 1024
@@ -83,9 +83,40 @@ class Names:
         return name
 
 
+def unshadow(model: ir.Model) -> int:
+    """Rename what hides an outer value inside a body of If, Loop or Scan; how much there was.
+
+    In memory a node refers to values, on disk to names. A rewrite that lets a body read another
+    outer value would be read back as a reading of the inner value of that name.
+    """
+    names = Names(model)
+    waiting = [(model.graph, frozenset[str]())]
+    renamed = 0
+    while waiting:
+        graph, outer = waiting.pop()
+        inner = [*graph.inputs, *graph.initializers.values()]
+        inner += [output for node in graph for output in node.outputs]
+        for value in dict.fromkeys(inner):
+            if value.name and value.name in outer:
+                value.name = names.new(value.name)
+                renamed += 1
+        visible = outer | {value.name for value in inner if value.name}
+        waiting += [(body, visible) for node in graph for body in subgraphs(node)]
+    return renamed
+
+
+def tensor_of(array: np.ndarray, name: str, dtype: ir.DataType | None = None) -> ir.TensorProtocol:
+    """A tensor of an array; of objects, a tensor of strings."""
+    if array.dtype != object:
+        return ir.tensor(array, dtype=dtype, name=name)
+    texts = array.reshape(-1).tolist()
+    encoded = [text if isinstance(text, bytes) else str(text).encode() for text in texts]
+    return ir.StringTensor(encoded, shape=ir.Shape(array.shape), name=name)
+
+
 def add_initializer(graph: ir.Graph, array: np.ndarray | ir.TensorProtocol, name: str) -> ir.Value:
     """A new initializer of the graph. The name must be new (see `Names`)."""
-    tensor = ir.tensor(array, name=name) if isinstance(array, np.ndarray) else array
+    tensor = tensor_of(array, name) if isinstance(array, np.ndarray) else array
     value = ir.Value(
         name=name,
         type=ir.TensorType(tensor.dtype),

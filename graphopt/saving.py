@@ -25,6 +25,7 @@ from google.protobuf.message import DecodeError
 
 from graphopt.content import chunks, digest, open_data
 from graphopt.errors import ModelError
+from graphopt.external_data import external_tensors
 from graphopt.loading import PROTO_LIMIT_BYTES, check_encodable
 from graphopt.operators import all_graphs
 from graphopt.protos import nested_graphs, tensors_of
@@ -54,7 +55,7 @@ def save(
 
     Args:
         model: not modified.
-        path: of the graph file. Its folder must exist.
+        path: of the graph file; where it is a link, of what it leads to. Its folder must exist.
         external_data: put weights into a data file of their own; by default where the model's
             weights are in external data already or would not fit into one proto.
         metadata: called once the weights are written, for entries of the graph's metadata_props.
@@ -70,6 +71,9 @@ def save(
     """
     path = Path(path)
     check_target(path)
+    if path.is_symlink():
+        path = path.resolve()
+    _check_not_its_data(path, model)
     proto, tensors = _for_disk(model)
     if external_data is None:
         external_data = _goes_external(tensors)
@@ -151,6 +155,12 @@ def _check_not_the_input(path: Path, source: Path) -> None:
                 f"weights of the input {source} are in {file}, which writing {path} would replace "
                 "or remove; give another output path"
             )
+
+
+def _check_not_its_data(path: Path, model: ir.Model) -> None:
+    files = {Path(tensor.path) for tensor in external_tensors(model)}
+    if path.exists() and any(file.exists() and path.samefile(file) for file in files):
+        raise ModelError(f"weights of the model itself are in {path}; give another output path")
 
 
 def _has_data_in(source: Path, file: Path) -> bool:

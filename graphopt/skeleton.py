@@ -16,6 +16,7 @@ import onnx
 import onnx_ir as ir
 
 from graphopt.operators import ONNX_DOMAINS, all_graphs
+from graphopt.protos import nested_graphs
 
 logger = logging.getLogger("graphopt")
 
@@ -90,8 +91,8 @@ def stubbed(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, ir.TensorProtoc
         name: value.const_value
         for name, value in model.graph.initializers.items()
         if value.const_value is not None
-        and value.const_value.nbytes > LARGE_BYTES
         and value.const_value.dtype != ir.DataType.STRING
+        and value.const_value.nbytes > LARGE_BYTES
     }
     with _stubs(model, tensors), _inlined(model):
         return ir.to_proto(model), tensors
@@ -141,6 +142,11 @@ def skeleton(model: ir.Model) -> onnx.ModelProto:
 def why_invalid(model: ir.Model | onnx.ModelProto) -> str | None:
     """What the onnx checker has against the model, in its words; None when it accepts it."""
     light = without_weights(model) if isinstance(model, onnx.ModelProto) else skeleton(model)
+    for graph in nested_graphs(light.graph):
+        for value in (*graph.input, *graph.output):
+            # The checker wants a shape, and onnxruntime does not. What it says is not looked at.
+            if value.type.HasField("tensor_type"):
+                value.type.tensor_type.shape.SetInParent()
     try:
         onnx.checker.check_model(light)
     except (onnx.checker.ValidationError, ValueError) as error:

@@ -80,12 +80,21 @@ class Subject:
         )
         return guess, samples
 
-    def split(self, feed: Feed, gate_samples: int | None) -> tuple[Feed, Feed]:
-        """Samples for the passes, and samples for the gate."""
+    def split(self, feed: Feed, gate_samples: int | None, passes_look: bool) -> tuple[Feed, Feed]:
+        """Samples for the passes, and samples for the gate.
+
+        Args:
+            feed: all samples.
+            gate_samples: how many are for the gate alone; see `Samples.split`.
+            passes_look: a pass is going to look at samples, so that it matters if both share them.
+        """
         calibration, judged = feed.split(gate_samples)
-        if judged is calibration:
+        if judged is calibration and passes_look:
+            count = len(judged.samples.sequences)
+            what = "sequence" if feed.state else "sample"
             self.notes.append(
-                f"{len(judged.samples)} samples serve both passes and gate: too few to split"
+                f"{count} {what}{'s' if count > 1 else ''} for both passes and gate: too few to "
+                "split"
             )
         return calibration, judged
 
@@ -109,6 +118,15 @@ class Subject:
                 "were not compared"
             )
         return bool(found)
+
+    def tell_of_bodies(self) -> None:
+        """Note what samples cannot show of a model with bodies."""
+        count = sum(1 for _ in all_graphs(self.source.model)) - 1
+        if count:
+            self.notes.append(
+                f"the model has {count} bodies of If, Loop or Scan; one that no sample executes is "
+                "judged on structure alone"
+            )
 
     def _draw(self, count: int) -> Samples:
         session = Session(self.given, provider=self.provider)

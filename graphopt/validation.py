@@ -38,7 +38,7 @@ class OutputError:
         count: elements compared.
         identical: every element has the same bits.
         max_abs: the largest absolute difference.
-        mean_abs: the mean absolute difference.
+        mean_abs: the mean absolute difference, of finite elements.
         max_magnitude: the largest finite magnitude in the first model's output.
         rel_l2: norm of the difference over norm of the first output; infinite when only the
             latter is 0.
@@ -70,7 +70,7 @@ class _Sums:
     def __init__(self, name: str, dtype: np.dtype[Any]) -> None:
         self.name = name
         self.dtype = dtype
-        self.count = 0
+        self.count = self.finite = 0
         self.identical = True
         self.max_abs = self.sum_abs = self.max_magnitude = 0.0
         self.square_difference = self.square_first = self.square_second = self.product = 0.0
@@ -119,6 +119,7 @@ class _Sums:
             a, b = a[finite], b[finite]
         if not a.size:
             return
+        self.finite += a.size
         difference = np.abs(a - b)
         self.max_abs = max(self.max_abs, float(difference.max()))
         self.max_magnitude = max(self.max_magnitude, float(np.abs(a).max()))
@@ -138,7 +139,7 @@ class _Sums:
             count=self.count,
             identical=self.identical,
             max_abs=self.max_abs,
-            mean_abs=self.sum_abs / self.count if self.count else 0.0,
+            mean_abs=self.sum_abs / self.finite if self.finite else 0.0,
             max_magnitude=self.max_magnitude,
             rel_l2=rel_l2,
             sqnr_db=_decibels(rel_l2),

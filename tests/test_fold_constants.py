@@ -233,3 +233,18 @@ def test_what_onnxruntime_cannot_compute_stays() -> None:
     apply_pass(DropUnused(), model)
 
     assert_equivalent(before, model)
+
+
+def test_strings_fold() -> None:
+    model = parse(
+        """
+        agraph (int64[1] i) => (string[1] y)
+        <string[2] a = {"one", "two"}, string[1] b = {"three"}>
+        { c = Concat <axis: int = 0> (a, b)  y = Gather(c, i) }
+        """
+    )
+    before = model.clone()
+
+    assert apply_pass(FoldConstants(), model)
+    assert [n.op_type for n in model.graph] == ["Gather"]
+    assert_equivalent(before, model)

@@ -20,6 +20,7 @@ import pytest
 import graphopt
 import graphopt_models
 from graphopt import loading, saving
+from graphopt.runtime import Session
 from graphopt.skeleton import infer_shapes
 
 ort = pytest.importorskip("onnxruntime")
@@ -802,3 +803,42 @@ def test_a_graph_whose_weights_are_too_large_goes_external(
 
     assert len(list(tmp_path.glob("small*"))) == 1
     assert len(list(tmp_path.glob("large*"))) == 2
+
+
+def test_the_data_of_the_model_itself_is_not_overwritten(tmp_path: Path) -> None:
+    graphopt.save(graphopt.load(two_layers(width=61)), tmp_path / "a.onnx", external_data=True)
+    (data,) = tmp_path.glob("*.data")
+    given = ir.load(tmp_path / "a.onnx")
+
+    for model in (given, graphopt.load(tmp_path / "a.onnx")):
+        with pytest.raises(graphopt.ModelError, match="weights of the model itself are in"):
+            graphopt.save(model, data)
+    with pytest.raises(graphopt.ModelError, match="weights of the model itself are in"):
+        graphopt.optimize(given, benchmark=False).save(data)
+
+
+def test_an_ir_model_with_damaged_external_data_is_an_error(tmp_path: Path) -> None:
+    graphopt.save(graphopt.load(two_layers(width=61)), tmp_path / "a.onnx", external_data=True)
+    (data,) = tmp_path.glob("*.data")
+    given = ir.load(tmp_path / "a.onnx")
+    data.write_bytes(data.read_bytes()[:-100])
+
+    with pytest.raises(graphopt.ModelError, match="is too short"):
+        graphopt.optimize(given, benchmark=False)
+
+    data.unlink()
+    with pytest.raises(graphopt.ModelError, match="no such file"):
+        graphopt.optimize(given, benchmark=False)
+
+
+def test_a_link_is_followed(tmp_path: Path) -> None:
+    model = graphopt.load(two_layers(width=61))
+    (tmp_path / "real").mkdir()
+    link = tmp_path / "link.onnx"
+    link.symlink_to(tmp_path / "real" / "m.onnx")
+
+    graphopt.save(model, link, external_data=True)
+
+    assert link.is_symlink()
+    assert len(list((tmp_path / "real").glob("m.onnx*"))) == 2
+    Session(link.resolve())

@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 import pytest
+from generated import generate, runs_as_written
 
 import graphopt
 from graphopt import Change, CheckFailed, Context, Effect, Pass
@@ -356,6 +357,20 @@ def test_rounding_does_not_add_up_from_pass_to_pass() -> None:
 
     assert [s.verdict for s in run.steps] == ["kept", "rolled back", "rolled back"]
     assert "counted from the original" in str(run.steps[1].reason)
+
+
+def test_what_onnxruntime_runs_only_as_deployed_is_judged_as_deployed() -> None:
+    """With optimizations off, onnxruntime frees a value that only a branch and a reshape read."""
+    branch = generate(1608)
+    samples = [{"x": np.random.default_rng(0).standard_normal((2, 4, 6, 6), np.float32)}]
+    if runs_as_written(branch, samples[0]):
+        pytest.skip("this onnxruntime runs it")
+
+    run = graphopt.optimize(branch, samples=samples, benchmark=False)
+
+    assert any("does not run the model as written" in note for note in run.notes)
+    assert list(run.numerics) == ["as deployed"]
+    assert [s for s in run.steps if s.verdict == "rolled back"] == []
 
 
 def test_provenance_is_written_and_two_runs_are_identical() -> None:

@@ -96,6 +96,26 @@ def test_a_softmax_over_one_axis_stays_one_node(shape: str, axis: int, nodes: in
     assert_equivalent(before, model)
 
 
+@pytest.mark.parametrize("mode", ["nearest", "linear"])
+@pytest.mark.parametrize("scale", [2.0, 2.5, 1.5])
+@pytest.mark.parametrize(("operator", "opset"), [("Upsample", 9), ("Resize", 10)])
+def test_an_old_resize_keeps_its_coordinates(
+    operator: str, opset: int, scale: float, mode: str
+) -> None:
+    model = parse(
+        f"""
+        <ir_version: 5, opset_import: ["" : {opset}]>
+        agraph (float[1, 1, 4, 4] x, float[4] s) => (float[1, 1, H, W] y)
+        {{ y = {operator} <mode: string = "{mode}"> (x, s) }}
+        """,
+        s=np.float32([1, 1, scale, scale]),
+    )
+    before = model.clone()
+
+    assert apply_pass(RaiseOpset(), model)
+    assert_equivalent(before, model)
+
+
 def test_leaves_a_newer_model_and_never_lowers() -> None:
     assert_unchanged(RaiseOpset(), "agraph (float[2] x) => (float[2] y) { y = Neg(x) }")
     assert_rewrites(

@@ -13,7 +13,7 @@ from graphopt.contract import Bounds, Change, Context, Effect, Pass
 from graphopt.errors import GraphoptError
 from graphopt.operators import ONNX_DOMAINS, all_graphs, is_onnx, is_random, subgraphs
 from graphopt.packing import is_constant, is_packed
-from graphopt.rewriting import add_initializer, constant_tensor, static_shape
+from graphopt.rewriting import add_initializer, constant_tensor, static_shape, tensor_of
 from graphopt.runtime import evaluate
 
 INITIALIZER_OVERHEAD_BYTES = 24
@@ -114,6 +114,8 @@ def _why_not(node: ir.Node, inputs: Iterable[ir.Value], max_bytes: int) -> str |
 
 def _bytes(value: ir.Value) -> int | None:
     tensor = constant_tensor(value)
+    if tensor is not None and tensor.dtype == ir.DataType.STRING:
+        return sum(map(len, tensor.numpy().reshape(-1).tolist()))
     if tensor is not None:
         return tensor.nbytes
     shape = static_shape(value)
@@ -153,6 +155,9 @@ def _fold(graph: ir.Graph, region: list[ir.Node], model: ir.Model, change: Chang
     folded = dict.fromkeys(region)
     while folded:
         results = [o for n in folded for o in n.outputs if _is_read_outside(o, folded)]
+        if not results:
+            # Nothing reads it: that is for drop-unused.
+            return
         sizes = {v: _bytes(v) for v in results}
         arrays = None
         if None in sizes.values():
@@ -162,7 +167,8 @@ def _fold(graph: ir.Graph, region: list[ir.Node], model: ir.Model, change: Chang
             sizes = {v: a.nbytes for v, a in arrays.items()}
         added = sum((sizes[v] or 0) + _label_bytes(v) for v in results)
         if added <= _removed_bytes(folded, node_bytes):
-            arrays = arrays or _evaluate(region, results, model, change)
+            if arrays is None:
+                arrays = _evaluate(region, results, model, change)
             if arrays is not None:
                 _replace(graph, list(folded), arrays)
                 change.count("node folded", len(folded))
@@ -207,7 +213,7 @@ def _replace(graph: ir.Graph, nodes: list[ir.Node], arrays: dict[ir.Value, np.nd
         assert name is not None
         # The initializer takes the name; the old value lets go of it first.
         value.name = None
-        tensor = ir.tensor(array, dtype=value.dtype, name=name)
+        tensor = tensor_of(array, name, value.dtype)
         value.replace_all_uses_with(add_initializer(graph, tensor, name))
     for node in reversed(nodes):
         graph.remove(node, safe=True)

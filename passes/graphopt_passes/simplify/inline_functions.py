@@ -9,13 +9,15 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
 from graphopt.contract import Change, Context, Effect, Pass
+from graphopt.rewriting import unshadow
 
 
 @dataclass(frozen=True)
 class InlineFunctions(Pass):
     """Put the bodies of model-local functions where they are called.
 
-    onnxruntime does the same at load. In the graph their nodes can be folded, fused and shared.
+    onnxruntime does the same at load. In the graph their nodes can be folded, fused and shared. A
+    function that is called often takes more bytes in the file so.
     """
 
     name: ClassVar[str] = "inline-functions"
@@ -28,4 +30,6 @@ class InlineFunctions(Pass):
             return change
         change.count("function inlined", len(model.functions))
         InlinePass()(model)
+        # A body in a function may use a name that the caller has.
+        unshadow(model)
         return change

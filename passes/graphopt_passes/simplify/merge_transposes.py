@@ -48,10 +48,19 @@ class MergeTransposes(Pass):
         """Merge every Transpose with those before it, from the inputs onwards."""
         change = Change()
         for graph in all_graphs(model):
-            for node in graph:
-                if is_onnx(node, "Transpose"):
-                    _merge_into(node, change)
+            _merge_in(graph, change)
         return change
+
+
+def _merge_in(graph: ir.Graph, change: Change) -> None:
+    """Until nothing is left to merge: a Transpose that went may have kept others apart."""
+    skipped_before, merged = len(change.skips), -1
+    while merged != change.counts.total():
+        merged = change.counts.total()
+        del change.skips[skipped_before:]
+        for node in graph:
+            if is_onnx(node, "Transpose"):
+                _merge_into(node, change)
 
 
 def _merge_into(node: ir.Node, change: Change) -> None:

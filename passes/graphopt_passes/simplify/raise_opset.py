@@ -11,10 +11,14 @@ from onnx import version_converter
 
 from graphopt.contract import Bounds, Change, Context, Effect, Pass
 from graphopt.operators import ONNX_DOMAINS, all_graphs, node_count, opset_of
+from graphopt.protos import nested_graphs
 from graphopt.skeleton import skeleton
 
 SOFTMAX_OPSET = 13
 SOFTMAXES = ("Softmax", "LogSoftmax", "Hardmax")
+RESIZE_OPSET = 11
+OLD_RESIZE = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+"""What Resize and Upsample did before opset 11 brought these attributes, with other defaults."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class RaiseOpset(Pass):
             change.skip("the model", f"onnx cannot convert it: {_first_line(error)}")
             return change
         _restore_softmaxes(converted, softmaxes)
+        if before < RESIZE_OPSET <= self.opset:
+            _keep_old_resizes(converted.graph)
         added = node_count(ir.from_proto(converted)) - node_count(model)
         if added > 0 and not self.grow:
             change.skip(
@@ -97,6 +103,18 @@ def _restore_softmaxes(proto: onnx.ModelProto, hidden: dict[str, tuple[str, int]
         if node.output and node.output[0] in hidden:
             node.op_type, axis = hidden[node.output[0]]
             node.attribute.append(onnx.helper.make_attribute("axis", axis))
+
+
+def _keep_old_resizes(graph: onnx.GraphProto) -> None:
+    """Say what onnx's converter leaves unsaid, so that linear interpolation stays what it was."""
+    for inner in nested_graphs(graph):
+        for node in inner.node:
+            if node.op_type != "Resize" or node.domain not in ONNX_DOMAINS:
+                continue
+            stated = {attribute.name for attribute in node.attribute}
+            for name, value in OLD_RESIZE.items():
+                if name not in stated:
+                    node.attribute.append(onnx.helper.make_attribute(name, value))
 
 
 def _first_line(error: Exception) -> str:
