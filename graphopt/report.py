@@ -62,7 +62,7 @@ def run_to_json(run: Run) -> dict[str, Any]:
         "optimized": asdict(run.optimized),
         "steps": [_step_to_json(s) for s in run.steps],
         "numerics": numerics_to_json(run.numerics),
-        "benchmark": benchmark_to_json(run.benchmark) if run.benchmark is not None else None,
+        **_measured_to_json(run.benchmark),
         "notes": list(run.notes),
         "failures": list(run.failures),
         "versions": versions(),
@@ -108,9 +108,15 @@ def numerics_to_json(
 
 def benchmark_to_json(report: BenchmarkReport) -> dict[str, Any]:
     """A benchmark as plain data: the figures of each model by its label, and the conditions."""
+    return {"schema_version": SCHEMA_VERSION, **_measured_to_json(report), "versions": versions()}
+
+
+def _measured_to_json(report: BenchmarkReport | None) -> dict[str, Any]:
+    if report is None:
+        return {"benchmark": None, "conditions": None}
     content: dict[str, Any] = plain(asdict(report))
     rows = {row.pop("model"): row for row in content.pop("rows")}
-    return {"schema_version": SCHEMA_VERSION, "models": rows, "conditions": content}
+    return {"benchmark": rows, "conditions": content}
 
 
 def validation_to_json(found: Validation) -> dict[str, Any]:
