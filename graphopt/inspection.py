@@ -108,7 +108,8 @@ class Inspection:
         outputs: in order.
         opsets: version by domain.
         ir_version: of the file format.
-        nodes: in the graph, its subgraphs and functions; Constant nodes do not count.
+        nodes: in the graph and its subgraphs, with the nodes of functions in the place of their
+            calls; Constant nodes do not count.
         operators: how many nodes of each, `domain.Op` outside the standard domain, most first.
         functions: `domain.name` of the model's functions.
         subgraphs: how many graphs are nested in the main one.

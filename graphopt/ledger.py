@@ -33,7 +33,7 @@ class Step:
         reason: why it was rolled back or refused, else None.
         changes: how often each kind of rewrite was done, also when it was rolled back.
         skips: what it left alone, and why.
-        nodes_before: nodes of the model, subgraphs and functions included, Constant nodes not.
+        nodes_before: nodes of the model; see `graphopt.operators.node_count`.
         nodes_after: the same after the step.
         bytes_before: bytes that the model takes on disk.
         bytes_after: the same after the step.

@@ -19,6 +19,7 @@ from graphopt.registry import parse_passes, pass_class, pass_names
 from graphopt.runtime import Reference, Session
 from graphopt.skeleton import infer_shapes, why_invalid
 from graphopt.testing import assert_equivalent, canonical
+from graphopt.validation import Comparison, why_over
 
 LOSSLESS = [n for n in pass_names() if pass_class(n).effect is not Effect.LOSSY]
 QUICK, MANY = range(40), range(40, 2040)
@@ -41,6 +42,14 @@ def applied(one: Pass, model: ir.Model) -> Change:
     return one.apply(model, Context(original=model))
 
 
+def assert_equal_as_deployed(before: ir.Model, after: ir.Model, text: str) -> None:
+    first, second = Session(before), Session(after)
+    comparison = Comparison()
+    for sample in samples():
+        comparison.add(first.run(sample), second.run(sample))
+    assert why_over(Effect.ROUNDING, comparison.outputs()) is None, text
+
+
 def check_law(one: Pass, seed: int) -> bool:
     """Whether the pass changed the model of the seed; asserts all laws."""
     model = generate(seed)
@@ -54,7 +63,10 @@ def check_law(one: Pass, seed: int) -> bool:
         return False
     assert why_invalid(model) is None, f"{why_invalid(model)}, {text}"
     assert why_other_interface(interface_of(before), interface_of(model)) is None, text
-    assert_equivalent(before, model, one.effect, samples(one.effect))
+    if runs_as_written(model, samples()[0]):
+        assert_equivalent(before, model, one.effect, samples(one.effect))
+    else:
+        assert_equal_as_deployed(before, model, text)
     again = applied(one, model)
     assert not again, f"a second time {dict(again.counts)}, {text}"
     return True
