@@ -90,6 +90,7 @@ def optimize(
     _check_samples_given(chosen, samples, random_samples)
     subject = open_subject(model, provider, validate or benchmark, drop_training_info, progress)
     _check_budgets(budgets, subject.source.model)
+    subject.source.hash_ahead()
     working = subject.source.model.clone()
     loading.allow_new_initializers(working)
     if not keep_overridable:

@@ -6,6 +6,7 @@ import hashlib
 import io
 import mmap
 import os
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,10 +17,10 @@ import onnx_ir as ir
 
 from graphopt.errors import ModelError
 
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 8 << 20
 PROBE_BYTES = 4096
 
-_DIGEST = "graphopt.sha256"
+_DIGEST, _LOCK = "graphopt.sha256", "graphopt.lock"
 
 T = TypeVar("T")
 
@@ -85,16 +86,26 @@ def open_data(tensor: ir.ExternalTensor) -> io.FileIO:
 
 
 def digest(tensor: ir.TensorProtocol) -> bytes:
-    """SHA-256 of the bytes of a tensor; remembered for tensors in external data."""
-    external = isinstance(tensor, ir.ExternalTensor)
-    if external and _DIGEST in tensor.meta:
+    """SHA-256 of the bytes of a tensor; remembered for tensors that `remember` was called for."""
+    if _LOCK not in tensor.meta:
+        return _hash(tensor)
+    # Who comes while another thread is hashing waits for its result.
+    with tensor.meta[_LOCK]:
+        if _DIGEST not in tensor.meta:
+            tensor.meta[_DIGEST] = _hash(tensor)
         known: bytes = tensor.meta[_DIGEST]
         return known
+
+
+def remember(tensor: ir.TensorProtocol) -> None:
+    """Let the digest of a tensor be computed once. For data that nobody changes meanwhile."""
+    tensor.meta[_LOCK] = threading.Lock()
+
+
+def _hash(tensor: ir.TensorProtocol) -> bytes:
     state = hashlib.sha256()
     for chunk in chunks(tensor):
         state.update(chunk.data)
-    if external:
-        tensor.meta[_DIGEST] = state.digest()
     return state.digest()
 
 

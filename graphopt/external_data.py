@@ -11,6 +11,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
+from graphopt.content import remember
 from graphopt.errors import ModelError
 from graphopt.operators import all_graphs
 from graphopt.protos import tensors_of
@@ -130,7 +131,7 @@ def _anchored(tensor: ir.ExternalTensor, folder: Path | None) -> ir.ExternalTens
             f"the data file {path} is too short: tensor {tensor.name!r} ends at byte {end}, and "
             f"the file has {size}"
         )
-    return ir.ExternalTensor(
+    anchored = ir.ExternalTensor(
         path,
         tensor.offset or 0,
         tensor.length or tensor.nbytes,
@@ -138,6 +139,8 @@ def _anchored(tensor: ir.ExternalTensor, folder: Path | None) -> ir.ExternalTens
         shape=tensor.shape,
         name=tensor.name,
     )
+    remember(anchored)
+    return anchored
 
 
 def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:

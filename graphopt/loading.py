@@ -6,8 +6,10 @@ What is wrong with a model is said here, in a message that names the cause, befo
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
-from graphopt.content import digests
+from graphopt.content import digest, digests
 from graphopt.errors import ModelError
 from graphopt.external_data import anchor_external_tensors, check_external_data, external_tensors
 from graphopt.operators import ONNX_DOMAINS
@@ -56,6 +58,16 @@ class Source:
         """Some of its weights are in files beside the graph."""
         return any(True for _ in external_tensors(self.model))
 
+    def hash_ahead(self) -> None:
+        """Begin to hash external data in a thread of its own, for `sha256` and for saving."""
+        if self.has_external_data():
+            threading.Thread(target=self._hash_quietly, daemon=True).start()
+
+    def _hash_quietly(self) -> None:
+        # An error comes again, to somebody, when the hash is asked for.
+        with contextlib.suppress(ModelError):
+            self.sha256()
+
     def sha256(self) -> str:
         """Hash of the input: of the file; with external data, of the file's and tensors' hashes.
 
@@ -65,8 +77,8 @@ class Source:
         if not tensors:
             return self.graph_sha256
         state = hashlib.sha256(self.graph_sha256.encode())
-        for digest in digests(tensors):
-            state.update(digest)
+        for tensor in tensors:
+            state.update(digest(tensor))
         return state.hexdigest()
 
 
@@ -91,10 +103,11 @@ def open_model(model: ModelLike, *, drop_training_info: bool = False) -> Source:
         anchor_external_tensors(clone)
         proto, tensors = stubbed(clone)
         size = proto.ByteSize() + sum(t.nbytes for t in tensors.values())
-        digest = hashlib.sha256(proto.SerializeToString())
+        state = hashlib.sha256(proto.SerializeToString())
         for raw in digests(list(tensors.values())):
-            digest.update(raw)
-        return Source(clone, None, size, digest.hexdigest(), _unshadowed(clone), why_invalid(proto))
+            state.update(raw)
+        notes = _unshadowed(clone)
+        return Source(clone, None, size, state.hexdigest(), notes, why_invalid(proto))
     if isinstance(model, str | Path):
         path = Path(model)
         data = _read_file(path)

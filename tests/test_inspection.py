@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from graphopt.content import CHUNK_BYTES
 from graphopt.errors import ModelError
 from graphopt.inspection import Duplicates, Port, Weight, Weights, chunks, inspect_model
 from graphopt.state import guess_state
@@ -197,7 +198,7 @@ def test_chunks_are_the_bytes_of_the_tensor(tmp_path: Path) -> None:
             sizes.append(chunk.size)
             raw += chunk.tobytes()
         assert raw == array.tobytes()
-        assert max(sizes) <= 4 << 20
+        assert max(sizes) <= CHUNK_BYTES
 
 
 def test_chunks_of_half_bytes_and_nothing() -> None:
