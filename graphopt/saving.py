@@ -23,7 +23,8 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
-from graphopt.content import chunks, digest, open_data
+from graphopt.content import digest
+from graphopt.data_file import DataFile
 from graphopt.errors import ModelError
 from graphopt.external_data import external_tensors
 from graphopt.loading import PROTO_LIMIT_BYTES, check_encodable
@@ -35,10 +36,6 @@ INLINE_LIMIT_BYTES = 3 << 29
 """Weights above this (1.5 GiB) go to external data: a proto of 2 GiB cannot be read back."""
 NAME_LIMIT_BYTES = 200
 """File names have 255 bytes in most systems; data and temporary files add to that of the graph."""
-ALIGNMENT_BYTES = 64
-PAGE_BYTES = 4096
-LARGE_BYTES = 1 << 20
-"""From this size on, a tensor is copied page by page."""
 LAST_PATH = "\U0010ffff"
 """Sorts after every path of a file."""
 
@@ -248,10 +245,7 @@ class _Scratch:
         stubs = [s for s in proto.graph.initializer if s.name in tensors]
         stubs.sort(key=lambda stub: _place(tensors[stub.name]))
         temporary = self._temporary("data")
-        with (
-            open(temporary, "wb") as file,
-            ThreadPoolExecutor(max_workers=1) as hasher,
-        ):
+        with DataFile(temporary) as file, ThreadPoolExecutor(max_workers=1) as hasher:
             # The hash is computed beside the copying; whichever is slower sets the pace.
             digests = [hasher.submit(digest, tensors[s.name]) for s in stubs]
             state = hashlib.sha256()
@@ -259,21 +253,20 @@ class _Scratch:
             for stub in stubs:
                 tensor = tensors[stub.name]
                 region = (*_place(tensor), tensor.nbytes)
-                offset = written[region] if region in written else _write_tensor(file, tensor)
+                offset = written[region] if region in written else file.append(tensor)
                 if isinstance(tensor, ir.ExternalTensor):
                     written[region] = offset
                 state.update(f"{offset}\0".encode())
                 _point_at(stub, offset, tensor.nbytes)
             for future in digests:
                 state.update(future.result())
-            _sync(file)
-            size = file.tell()
+            file.sync()
         self.data = self.path.with_name(f"{self.path.name}.{state.hexdigest()[:12]}.data")
         self.data_is_new = not self.data.exists()
         os.replace(temporary, self.data)
         for stub in stubs:
             stub.external_data.add(key="location", value=self.data.name)
-        return size
+        return file.size_bytes
 
     def write_graph(self, proto: onnx.ModelProto, verify: Callable[[Path], None] | None) -> int:
         """Write the graph, let it be verified, and commit; its size in bytes."""
@@ -298,61 +291,6 @@ def _place(tensor: ir.TensorProtocol) -> tuple[str, int]:
     if isinstance(tensor, ir.ExternalTensor):
         return str(tensor.path), tensor.offset or 0
     return LAST_PATH, 0
-
-
-def _write_tensor(file: IO[bytes], tensor: ir.TensorProtocol) -> int:
-    """Append the tensor's bytes; the offset at which they start."""
-    offset = _next_offset(file.tell(), tensor)
-    file.write(bytes(offset - file.tell()))
-    if not (isinstance(tensor, ir.ExternalTensor) and _copy_in_kernel(file, tensor)):
-        for chunk in chunks(tensor):
-            file.write(chunk.data)
-    return offset
-
-
-def _next_offset(position: int, tensor: ir.TensorProtocol) -> int:
-    """The first offset from a position on at which to write the tensor.
-
-    Whole pages are copied twice as fast as parts of two, so a large tensor keeps its place within
-    a page. Tensors are written in the order of their old offsets, so this never takes them beyond
-    those, and the new file is no longer than the old one.
-    """
-    if not isinstance(tensor, ir.ExternalTensor):
-        return position + -position % ALIGNMENT_BYTES
-    unit = PAGE_BYTES if tensor.nbytes >= LARGE_BYTES else ALIGNMENT_BYTES
-    return position + ((tensor.offset or 0) - position) % unit
-
-
-def _copy_in_kernel(file: IO[bytes], tensor: ir.ExternalTensor) -> bool:
-    """Copy without passing the bytes through this process; False where the system cannot."""
-    if not hasattr(os, "copy_file_range"):
-        return False
-    file.flush()
-    start, done = file.tell(), 0
-    with open_data(tensor) as source:
-        while done < tensor.nbytes:
-            try:
-                moved = os.copy_file_range(
-                    source.fileno(),
-                    file.fileno(),
-                    tensor.nbytes - done,
-                    (tensor.offset or 0) + done,
-                    start + done,
-                )
-            except OSError as error:
-                if done == 0 and error.errno in (
-                    errno.EXDEV,
-                    errno.EINVAL,
-                    errno.ENOSYS,
-                    errno.EOPNOTSUPP,
-                ):
-                    return False
-                raise
-            if moved == 0:
-                raise ModelError(f"the data file {tensor.path} ended while it was read")
-            done += moved
-    file.seek(start + done)
-    return True
 
 
 def _point_at(stub: onnx.TensorProto, offset: int, length: int) -> None:

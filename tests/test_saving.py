@@ -22,15 +22,15 @@ KILLS = 50
 LINES_MAXIMUM = 50
 
 # Saves on command, each in a fork of its own, and kills it after some seconds or at some line of
-# graphopt/loading.py. It never loads onnxruntime, whose threads would not survive the fork.
+# saving.py and data_file.py. It never loads onnxruntime, whose threads would not survive the fork.
 SERVER = """
     import json, os, signal, sys, time
     import graphopt
-    from graphopt import saving
+    from graphopt import data_file, saving
 
     def traced(count, last):
         def trace(frame, event, argument):
-            if frame.f_code.co_filename != saving.__file__:
+            if frame.f_code.co_filename not in (saving.__file__, data_file.__file__):
                 return None
             if event == "line":
                 count[0] += 1
