@@ -91,29 +91,15 @@ def optimize(
     subject = open_subject(model, provider, validate or benchmark, drop_training_info, progress)
     _check_budgets(budgets, subject.source.model)
     subject.source.hash_ahead()
-    working = subject.source.model.clone()
-    loading.allow_new_initializers(working)
-    if not keep_overridable:
-        subject.freeze(working)
-    calibration, judged = None, None
-    if validate or benchmark or samples is not None or random_samples is not None:
+    runs = validate or benchmark
+    if runs or samples is not None or random_samples is not None:
         feed = subject.feed(samples, random_samples, state)
-        calibration, judged = subject.split(
-            feed, gate_samples, any(p.needs_samples for p in chosen.passes)
-        )
-    gate = Gate(
-        interface=interface_of(working),
-        given=subject.given,
-        feed=judged if validate and not subject.is_random() else None,
-        loads=validate,
-        checks=subject.source.invalid is None,
-        provider=provider,
-        budgets=budgets,
-    )
-    if validate:
-        subject.tell_of_bodies()
+        passes_look = any(p.needs_samples for p in chosen.passes)
+        calibration, judged = subject.split(feed, gate_samples, passes_look)
     else:
-        subject.notes.append("not validated: passes were not judged by the outputs of the model")
+        calibration, judged = None, None
+    working = subject.working_copy(keep_overridable)
+    gate = _gate(subject, working, judged, validate, budgets)
     context = Context(
         original=subject.source.model,
         samples=calibration.samples if calibration is not None else (),
@@ -143,6 +129,28 @@ def optimize(
         progress("measuring")
         run = _with_benchmark(run, subject.measure(run.model, judged.samples, threads))
     return replace(run, failures=_failures(requirements, run))
+
+
+def _gate(
+    subject: Subject,
+    working: ir.Model,
+    judged: Feed | None,
+    validate: bool,
+    budgets: tuple[Budget, ...],
+) -> Gate:
+    if validate:
+        subject.tell_of_bodies()
+    else:
+        subject.notes.append("not validated: passes were not judged by the outputs of the model")
+    return Gate(
+        interface=interface_of(working),
+        given=subject.given,
+        feed=judged if validate and not subject.is_random() else None,
+        loads=validate,
+        checks=subject.source.invalid is None,
+        provider=subject.provider,
+        budgets=budgets,
+    )
 
 
 def _with_benchmark(run: Run, report: BenchmarkReport) -> Run:

@@ -98,14 +98,22 @@ class Subject:
             )
         return calibration, judged
 
-    def freeze(self, working: ir.Model) -> None:
-        """Make constants of the inputs of a clone that have a default."""
-        frozen = loading.freeze_overridable_inputs(working)
+    def working_copy(self, keep_overridable: bool) -> ir.Model:
+        """A clone for the passes to start from.
+
+        Args:
+            keep_overridable: leave inputs that have a default open to callers; otherwise they are
+                constants in the clone.
+        """
+        working = self.source.model.clone()
+        loading.allow_new_initializers(working)
+        frozen = () if keep_overridable else loading.freeze_overridable_inputs(working)
         if frozen:
             self.notes.append(
                 f"{len(frozen)} initializers that were also inputs are constants now "
                 "(--keep-overridable leaves them open)"
             )
+        return working
 
     def is_random(self) -> bool:
         """Two runs on the same inputs may differ, so that outputs say nothing."""
