@@ -19,7 +19,7 @@ from graphopt_passes.simplify.merge_transposes import MergeTransposes
 KINDS = list(itertools.permutations(range(3)))
 
 
-@pytest.mark.parametrize(("first", "second"), itertools.product(KINDS, KINDS))
+@pytest.mark.parametrize(("first", "second"), list(itertools.product(KINDS, KINDS)))
 def test_two_become_one_or_none(first: tuple[int, ...], second: tuple[int, ...]) -> None:
     model = parse(
         "agraph (float[2, 3, 4] x) => (float[A, B, C] z) {"
