@@ -482,13 +482,20 @@ def test_leaves_what_float16_cannot_hold(gamma: float, beta: float, reason: str)
     model = convolution(
         text,
         w=normal(1, 6, 4, 3, 3, dtype=np.float16),
-        b=normal(2, 6, dtype=np.float16),
+        b=ones.astype(np.float16),
         gamma=ones * np.float32(gamma),
         beta=ones * np.float32(beta),
         mean=ones,
         var=ones / 100,
     )
     assert reasons(model) == [reason]
+
+
+def test_folds_channels_that_training_has_let_decay() -> None:
+    """Their weights are subnormal then; what they say is in the shift."""
+    decayed = parameters(6)
+    decayed["gamma"][:3] = np.float32([1e-41, 3e-42, 2e-40])
+    assert_folds(convolution(gamma=decayed["gamma"]), "Conv")
 
 
 def test_is_idempotent() -> None:

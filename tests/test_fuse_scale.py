@@ -322,6 +322,16 @@ def test_leaves_what_float16_cannot_hold(number: float, reason: str) -> None:
     assert reasons(layer("Gemm", k=np.array(number), kind="float16")) == [reason]
 
 
+@pytest.mark.parametrize("operator", list(LAYERS))
+def test_leaves_what_would_lose_one_channel_among_large_ones(operator: str) -> None:
+    """Over the whole layer the loss could not be seen, and a later node may be all about it."""
+    numbers = np.ones(6)
+    numbers[1] = 1e-6
+    k = numbers.reshape(6, *[1] * (2 if operator.startswith("Conv") else 0))
+    model = layer(operator, k=k, kind="float16")
+    assert reasons(model) == ["the folded weight is too small for FLOAT16"]
+
+
 def test_leaves_integers() -> None:
     model = parse(
         "agraph (int32[3,4] x, int32[4,6] w, int32[6] k) => (int32[3,6] y)"

@@ -97,18 +97,94 @@ def test_a_softmax_over_one_axis_stays_one_node(shape: str, axis: int, nodes: in
 
 
 @pytest.mark.parametrize("mode", ["nearest", "linear"])
-@pytest.mark.parametrize("scale", [2.0, 2.5, 1.5])
-@pytest.mark.parametrize(("operator", "opset"), [("Upsample", 9), ("Resize", 10)])
+@pytest.mark.parametrize(
+    ("operator", "opset", "scale"),
+    [(*old, scale) for old in (("Upsample", 9), ("Resize", 10)) for scale in (2.0, 2.5, 1.5)]
+    + [("Resize", 10, 0.6), ("Resize", 10, 0.25)],
+)
 def test_an_old_resize_keeps_its_coordinates(
     operator: str, opset: int, scale: float, mode: str
 ) -> None:
     model = parse(
         f"""
         <ir_version: 5, opset_import: ["" : {opset}]>
-        agraph (float[1, 1, 4, 4] x, float[4] s) => (float[1, 1, H, W] y)
+        agraph (float[1, 1, 5, 5] x, float[4] s) => (float[1, 1, H, W] y)
         {{ y = {operator} <mode: string = "{mode}"> (x, s) }}
         """,
         s=np.float32([1, 1, scale, scale]),
+    )
+    before = model.clone()
+
+    assert apply_pass(RaiseOpset(), model)
+    assert_equivalent(before, model)
+
+
+@pytest.mark.parametrize(
+    ("scales", "reason"),
+    [
+        ((2, 0.5), "nearest Resizes go up and down, which takes two roundings"),
+        (None, "the scales of a nearest Resize are not constant: its rounding depends on them"),
+    ],
+)
+def test_a_resize_that_newer_opsets_do_not_have_stays(
+    scales: tuple[float, float] | None, reason: str
+) -> None:
+    model = parse(
+        """
+        <ir_version: 5, opset_import: ["" : 10]>
+        agraph (float[1, 1, 5, 5] x, float[4] s) => (float[1, 1, H, W] y)
+        { y = Resize <mode: string = "nearest"> (x, s) }
+        """,
+        **({} if scales is None else {"s": np.float32([1, 1, *scales])}),
+    )
+
+    change = apply_pass(RaiseOpset(), model)
+
+    assert not change
+    assert [s.reason for s in change.skips] == [reason]
+
+
+IN_A_BODY = """
+<ir_version: 4, opset_import: ["" : 11]>
+agraph (bool c, float[{shape}] x) => (float[{shape}] y)
+{{
+    y = If (c) <
+        then_branch = t () => (float[{shape}] a) {{ a = Neg (x) }},
+        else_branch = e () => (float[{shape}] b) {{ {inner} }}
+    >
+}}
+"""
+
+
+@pytest.mark.parametrize("place", ["main", "body"])
+def test_a_hardmax_over_several_axes_stays(place: str) -> None:
+    """onnx's converter leaves it as it is, with another meaning."""
+    text = (
+        '<ir_version: 4, opset_import: ["" : 11]>'
+        "agraph (float[2, 3, 4] x) => (float[2, 3, 4] y) { y = Hardmax (x) }"
+    )
+    if place == "body":
+        text = IN_A_BODY.format(shape="2, 3, 4", inner="b = Hardmax (x)")
+
+    change = apply_pass(RaiseOpset(grow=True), parse(text))
+
+    assert not change
+    assert change.skips[0].reason == "onnx cannot convert a Hardmax over several axes"
+
+
+@pytest.mark.parametrize("operator", ["Softmax", "LogSoftmax"])
+def test_an_old_softmax_in_a_body_keeps_its_meaning(operator: str) -> None:
+    model = parse(IN_A_BODY.format(shape="2, 3, 4", inner=f"b = {operator} (x)"))
+    before = model.clone()
+
+    assert apply_pass(RaiseOpset(grow=True), model)
+    assert_equivalent(before, model)
+
+
+def test_a_hardmax_over_one_axis_is_raised() -> None:
+    model = parse(
+        '<ir_version: 4, opset_import: ["" : 11]>'
+        "agraph (float[2, 3] x) => (float[2, 3] y) { y = Hardmax (x) }"
     )
     before = model.clone()
 
@@ -144,22 +220,27 @@ def test_refuses_a_model_with_functions() -> None:
 
 
 def test_what_onnx_cannot_convert_stays_with_a_reason() -> None:
+    """onnx's converter fails on a softmax that a body reads."""
     model = parse(
         """
-        <ir_version: 4, opset_import: ["" : 8]>
-        agraph (float[1, 1, 2, 2] x) => (float[1, 1, 4, 4] y)
-        { y = Upsample <mode: string = "cubic", scales: floats = [1.0, 1.0, 2.0, 2.0]> (x) }
+        <ir_version: 4, opset_import: ["" : 11]>
+        agraph (bool c, float[2, 3] x) => (float[2, 3] y)
+        {
+            s = Softmax <axis: int = 0> (x)
+            y = If (c) <
+                then_branch = t () => (float[2, 3] a) { a = Neg (s) },
+                else_branch = e () => (float[2, 3] b) { b = Abs (s) }
+            >
+        }
         """
     )
     before = ir.to_proto(model).SerializeToString()
 
     change = RaiseOpset().apply(model, Context(original=model))
 
-    if not change:
-        assert ir.to_proto(model).SerializeToString() == before
-        assert change.skips[0].reason.startswith("onnx cannot convert it: ")
-    else:
-        assert model.opset_imports[""] == 17
+    assert not change
+    assert ir.to_proto(model).SerializeToString() == before
+    assert change.skips[0].reason.startswith("onnx cannot convert it: ")
 
 
 def test_option_is_bounded() -> None:

@@ -44,6 +44,13 @@ PRECISION = {
 }
 """The element types of weights, and how far one is from the next number. Rounding costs half."""
 
+DEAD = 2.0**-64
+"""A channel that is smaller than the largest by more than that says nothing: training lets the
+weights of channels that it does not need decay, down to where numbers end."""
+
+SLAB_BYTES = 8 << 20
+"""Weights are scaled in pieces of this size, in float64."""
+
 LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 WEIGHT, BIAS = 1, 2
@@ -161,6 +168,15 @@ def constant_array(value: ir.Value | None, what: str) -> Array:
     Raises:
         Misfit: it is none, or packed.
     """
+    return constant_values(value, what).astype(np.float64)
+
+
+def constant_values(value: ir.Value | None, what: str) -> np.ndarray:
+    """A constant of floating point, as it is stored. Not to be modified.
+
+    Raises:
+        Misfit: it is none, or packed.
+    """
     if is_packed(value):
         raise Misfit(f"{what} is packed")
     tensor = constant_tensor(value)
@@ -170,7 +186,7 @@ def constant_array(value: ir.Value | None, what: str) -> Array:
         raise Misfit(f"{what} is {reason}")
     if tensor.dtype not in PRECISION:
         raise Misfit(f"{what} is of type {tensor.dtype.name}")
-    return tensor.numpy().astype(np.float64)
+    return tensor.numpy()
 
 
 def per_channel(array: Array, linear: Linear, what: str) -> Array:
@@ -290,8 +306,10 @@ def _fold(linear: Linear, affine: Affine, names: Names) -> None:
         Misfit: it must not be; nothing was changed then.
     """
     dtype = _element_type(linear.node)
-    weight = None if affine.scale is None else _scaled_weight(linear, affine.scale, dtype)
     bias = _new_bias(linear, affine, dtype)
+    weight = None
+    if affine.scale is not None:
+        weight = _scaled_weight(linear, affine.scale, bias, dtype)
     if weight is not None:
         _set_input(linear.node, WEIGHT, weight, names)
     if bias is None:
@@ -312,23 +330,54 @@ def _element_type(node: ir.Node) -> ir.DataType:
     return dtype
 
 
-def _scaled_weight(linear: Linear, scale: Array, dtype: ir.DataType) -> np.ndarray:
-    """W * scale, in the weight's own shape."""
+def _scaled_weight(
+    linear: Linear, scale: Array, bias: np.ndarray | None, dtype: ir.DataType
+) -> np.ndarray:
+    """W * scale, in the weight's own shape; the new bias tells what is small beside it."""
     value = _input(linear.node, WEIGHT)
-    weight = constant_array(value, "the weight")
+    weight = constant_values(value, "the weight")
     assert value is not None
     if len(value.uses()) > 1 or value.is_graph_output():
         raise Misfit("the weight is shared, folding would store it twice")
-    with np.errstate(over="ignore", invalid="ignore"):
-        scaled = weight.reshape(linear.split) * scale.reshape(linear.aligned)
-        rounded = scaled.astype(dtype.numpy())
-        error = rounded.astype(np.float64) - scaled
-        loss, size = np.linalg.norm(error), np.linalg.norm(scaled)
-    _check_finite(rounded.reshape(weight.shape), np.isfinite(weight), "weight", dtype)
+    scaled, loss, size = _product_in_slabs(
+        weight.reshape(linear.split), scale.reshape(linear.aligned), dtype
+    )
+    level = np.maximum(size, DEAD * size.max(initial=0.0)).reshape(-1)
+    if bias is not None:
+        level = np.maximum(level, np.abs(bias.astype(np.float64)))
     # Only below the smallest normal number does rounding cost more than half of that.
-    if loss > PRECISION[dtype] * size:
+    if np.any(loss.reshape(-1) > PRECISION[dtype] * level):
         raise Misfit(f"the folded weight is too small for {dtype.name}")
-    return rounded.reshape(weight.shape)
+    return scaled.reshape(weight.shape)
+
+
+def _product_in_slabs(
+    weight: np.ndarray, scale: Array, dtype: ir.DataType
+) -> tuple[np.ndarray, Array, Array]:
+    """The rounded product; per number of `scale`, its largest rounding error and magnitude."""
+    result = np.empty(weight.shape, dtype.numpy())
+    loss, size = np.zeros(scale.shape), np.zeros(scale.shape)
+    across = tuple(axis for axis, count in enumerate(scale.shape) if count == 1)
+    row_bytes = 8 * max(1, int(np.prod(weight.shape[1:])))
+    step = max(1, SLAB_BYTES // row_bytes)
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
+        part = weight[rows].astype(np.float64)
+        channels = rows if scale.shape[0] > 1 else slice(None)
+        with np.errstate(over="ignore", invalid="ignore"):
+            exact = part * scale[channels]
+            rounded = exact.astype(dtype.numpy())
+            error = np.abs(rounded.astype(np.float64) - exact)
+        _check_finite(rounded, np.isfinite(part), "weight", dtype)
+        result[rows] = rounded
+        # Weights that are not finite to begin with stay so, and say nothing of the others.
+        sizes = np.where(np.isfinite(exact), np.abs(exact), 0.0)
+        errors = np.where(np.isfinite(exact), error, 0.0)
+        for total, new in ((loss, errors), (size, sizes)):
+            np.maximum(
+                total[channels], new.max(across, keepdims=True, initial=0.0), out=total[channels]
+            )
+    return result, loss, size
 
 
 def _new_bias(linear: Linear, affine: Affine, dtype: ir.DataType) -> np.ndarray | None:

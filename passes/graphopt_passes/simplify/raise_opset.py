@@ -10,15 +10,14 @@ import onnx_ir as ir
 from onnx import version_converter
 
 from graphopt.contract import Bounds, Change, Context, Effect, Pass
-from graphopt.operators import ONNX_DOMAINS, all_graphs, node_count, opset_of
+from graphopt.operators import ONNX_DOMAINS, all_graphs, is_onnx, node_count, opset_of
 from graphopt.protos import nested_graphs
+from graphopt.rewriting import constant_tensor
 from graphopt.skeleton import skeleton
 
 SOFTMAX_OPSET = 13
 SOFTMAXES = ("Softmax", "LogSoftmax", "Hardmax")
 RESIZE_OPSET = 11
-OLD_RESIZE = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
-"""What Resize and Upsample did before opset 11 brought these attributes, with other defaults."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,10 @@ class RaiseOpset(Pass):
         before = opset_of(model)
         if before >= self.opset:
             return change
+        reason = _why_not(model, before, self.opset)
+        if reason is not None:
+            change.skip("the model", reason)
+            return change
         light = skeleton(model)
         softmaxes = _hide_softmaxes(model, light) if before < SOFTMAX_OPSET <= self.opset else {}
         try:
@@ -62,7 +65,7 @@ class RaiseOpset(Pass):
             return change
         _restore_softmaxes(converted, softmaxes)
         if before < RESIZE_OPSET <= self.opset:
-            _keep_old_resizes(converted.graph)
+            _keep_old_resizes(converted.graph, "ceil" if "ceil" in _roundings(model) else "floor")
         added = node_count(ir.from_proto(converted)) - node_count(model)
         if added > 0 and not self.grow:
             change.skip(
@@ -72,6 +75,51 @@ class RaiseOpset(Pass):
         _adopt(model, converted)
         change.count(f"opset raised from {before} to {self.opset}")
         return change
+
+
+def _why_not(model: ir.Model, before: int, after: int) -> str | None:
+    """What onnx's converter would get wrong without a word."""
+    if before < RESIZE_OPSET <= after:
+        roundings = _roundings(model)
+        if None in roundings:
+            return "the scales of a nearest Resize are not constant: its rounding depends on them"
+        if len(roundings) > 1:
+            return "nearest Resizes go up and down, which takes two roundings"
+    if before < SOFTMAX_OPSET <= after and not all(
+        _is_over_one_axis(node)
+        for graph in all_graphs(model)
+        for node in graph
+        if is_onnx(node, "Hardmax")
+    ):
+        return "onnx cannot convert a Hardmax over several axes"
+    return None
+
+
+def _roundings(model: ir.Model) -> set[str | None]:
+    """How the nearest Resizes of opset 10 round; None where scales are not known.
+
+    onnxruntime rounds up along axes that shrink, and down along those that grow.
+    """
+    found: set[str | None] = set()
+    for graph in all_graphs(model):
+        for node in graph:
+            if not is_onnx(node, "Resize") or node.attributes.get_string("mode", "") == "linear":
+                continue
+            scales = constant_tensor(node.inputs[1])
+            if scales is None:
+                found.add(None)
+            else:
+                found.update("ceil" if s < 1 else "floor" for s in scales.numpy() if s != 1)
+    return found
+
+
+def _is_over_one_axis(node: ir.Node) -> bool:
+    """All sizes after the axis of an old softmax are 1, as far as is known."""
+    value = node.inputs[0]
+    if value is None or value.shape is None:
+        return False
+    axis, dims = node.attributes.get_int("axis", 1), list(value.shape)
+    return -len(dims) <= axis < len(dims) and all(d == 1 for d in dims[axis:][1:])
 
 
 def _hide_softmaxes(model: ir.Model, light: onnx.ModelProto) -> dict[str, tuple[str, int]]:
@@ -84,17 +132,12 @@ def _hide_softmaxes(model: ir.Model, light: onnx.ModelProto) -> dict[str, tuple[
     Returns:
         Operator and axis of those softmaxes, by the name of their output.
     """
-    shapes = {v.name: v.shape for n in model.graph for v in n.inputs if v is not None}
     hidden = {}
-    for node in light.graph.node:
-        shape = shapes.get(node.input[0]) if node.input else None
-        if node.op_type not in SOFTMAXES or node.domain not in ONNX_DOMAINS or shape is None:
-            continue
-        axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
-        if -len(shape) <= axis < len(shape) and all(d == 1 for d in list(shape)[axis:][1:]):
-            hidden[node.output[0]] = (node.op_type, axis)
-            node.op_type = "Sigmoid"
-            del node.attribute[:]
+    for node, proto in zip(model.graph, light.graph.node, strict=True):
+        if is_onnx(node, *SOFTMAXES) and _is_over_one_axis(node):
+            hidden[proto.output[0]] = (proto.op_type, node.attributes.get_int("axis", 1))
+            proto.op_type = "Sigmoid"
+            del proto.attribute[:]
     return hidden
 
 
@@ -105,14 +148,18 @@ def _restore_softmaxes(proto: onnx.ModelProto, hidden: dict[str, tuple[str, int]
             node.attribute.append(onnx.helper.make_attribute("axis", axis))
 
 
-def _keep_old_resizes(graph: onnx.GraphProto) -> None:
-    """Say what onnx's converter leaves unsaid, so that linear interpolation stays what it was."""
+def _keep_old_resizes(graph: onnx.GraphProto, rounding: str) -> None:
+    """Say what Resize and Upsample did before opset 11 brought these attributes.
+
+    Their defaults are others, and onnx's converter does not say it.
+    """
+    old = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": rounding}
     for inner in nested_graphs(graph):
         for node in inner.node:
             if node.op_type != "Resize" or node.domain not in ONNX_DOMAINS:
                 continue
             stated = {attribute.name for attribute in node.attribute}
-            for name, value in OLD_RESIZE.items():
+            for name, value in old.items():
                 if name not in stated:
                     node.attribute.append(onnx.helper.make_attribute(name, value))
 
