@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from graphopt.content import remember
 from graphopt.errors import ModelError
-from graphopt.operators import all_graphs
+from graphopt.operators import graphs_and_functions
 from graphopt.protos import tensors_of
 
 
@@ -109,7 +109,7 @@ def anchor_external_tensors(model: ir.Model, folder: Path | None = None) -> None
     Raises:
         ModelError: a data file is not there, or too short.
     """
-    for graph in _graphs_and_functions(model):
+    for graph in graphs_and_functions(model):
         for value in graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):
                 value.const_value = _anchored(value.const_value, folder)
@@ -145,12 +145,7 @@ def _anchored(tensor: ir.ExternalTensor, folder: Path | None) -> ir.ExternalTens
 
 def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
     """The tensors in external data: initializers, and attributes of nodes."""
-    for graph in _graphs_and_functions(model):
+    for graph in graphs_and_functions(model):
         held = [value.const_value for value in graph.initializers.values()]
         held += [a.value for node in graph for a in node.attributes.values()]
         yield from (tensor for tensor in held if isinstance(tensor, ir.ExternalTensor))
-
-
-def _graphs_and_functions(model: ir.Model) -> Iterator[ir.Graph]:
-    yield from all_graphs(model)
-    yield from (function.graph for function in model.functions.values())

@@ -15,7 +15,14 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.content import chunks, equal_groups
-from graphopt.operators import ONNX_DOMAINS, all_graphs, is_onnx, is_random, node_count
+from graphopt.operators import (
+    ONNX_DOMAINS,
+    all_graphs,
+    graphs_and_functions,
+    is_onnx,
+    is_random,
+    node_count,
+)
 from graphopt.state import guess_state
 
 CHUNK_BYTES = 4 << 20
@@ -146,7 +153,7 @@ def inspect_model(model: ir.Model) -> Inspection:
     Raises:
         ModelError: the external data of a weight cannot be read.
     """
-    graphs = [*all_graphs(model), *(f.graph for f in model.functions.values())]
+    graphs = list(graphs_and_functions(model))
     nodes = [node for graph in graphs for node in graph]
     tensors = [pair for graph in graphs for pair in _weights_of(graph)]
     largest = sorted(tensors, key=lambda pair: -pair[1].nbytes)[:LARGEST_COUNT]

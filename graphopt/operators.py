@@ -68,7 +68,18 @@ def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
 
 def all_graphs(model: ir.Model) -> Iterator[ir.Graph]:
     """The main graph, then every graph nested in it, outer before inner; functions are left out."""
-    waiting = [model.graph]
+    yield from _nested(model.graph)
+
+
+def graphs_and_functions(model: ir.Model) -> Iterator[ir.Graph]:
+    """As `all_graphs`, then the bodies of the model's functions and what is nested in them."""
+    yield from _nested(model.graph)
+    for function in model.functions.values():
+        yield from _nested(function.graph)
+
+
+def _nested(graph: ir.Graph) -> Iterator[ir.Graph]:
+    waiting = [graph]
     while waiting:
         graph = waiting.pop()
         yield graph
@@ -95,21 +106,3 @@ def _count_nodes(graph: ir.Graph, model: ir.Model, known: dict[ir.OperatorIdenti
             total += not is_onnx(node, "Constant")
         total += sum(_count_nodes(inner, model, known) for inner in subgraphs(node))
     return total
-
-
-def uses_outer_values(node: ir.Node) -> bool:
-    """A subgraph of the node reads values from outside of it."""
-    return any(True for _ in outer_values(node))
-
-
-def outer_values(node: ir.Node) -> Iterator[ir.Value]:
-    """The values that the node's subgraphs read from outside of the node."""
-    inner = set()
-    waiting = list(subgraphs(node))
-    while waiting:
-        graph = waiting.pop()
-        inner.add(graph)
-        waiting.extend(g for n in graph for g in subgraphs(n))
-    for graph in inner:
-        read = [v for n in graph for v in n.inputs if v is not None] + list(graph.outputs)
-        yield from (v for v in read if v.graph not in inner)

@@ -12,7 +12,7 @@ from graphopt.contract import Change, Context, Effect, Pass
 from graphopt.errors import CheckFailed, GraphoptError
 from graphopt.gate import Gate
 from graphopt.ledger import Size, Step, Verdict, size_of
-from graphopt.operators import all_graphs
+from graphopt.operators import all_graphs, graphs_and_functions
 from graphopt.recipes import Plan
 from graphopt.skeleton import infer_shapes
 
@@ -94,7 +94,10 @@ class Pipeline:
         )
 
     def _clone(self) -> ir.Model:
-        """A clone of the model, the last one again where the pass that had it left it alone."""
+        """A clone of the model, the last one again where the pass that had it left it alone.
+
+        Whether it did is looked at: what a pass did and did not report must not reach the next.
+        """
         if self._spare is None or _traits(self._spare) != self._model_traits:
             self._spare, self._model_traits = self.model.clone(), _traits(self.model)
         return self._spare
@@ -118,6 +121,7 @@ class Pipeline:
             logger.debug("%s raised", one, exc_info=True)
             reason = f"it raised {type(error).__name__}: {error}"
         if reason is not None:
+            self._spare = None
             return change, "rolled back", reason
         infer_shapes(candidate)
         self.model, self.size, self._spare = candidate, size_of(candidate), None
@@ -140,7 +144,9 @@ def _traits(model: ir.Model) -> list[object]:
     Clones share tensors and attributes, so these are told apart by identity.
     """
     traits: list[object] = [list(model.functions), dict(model.opset_imports), model.ir_version]
-    for graph in all_graphs(model):
+    traits += [model.doc_string, list(model.metadata_props.items())]
+    for graph in graphs_and_functions(model):
+        traits += [graph.name, graph.doc_string, list(graph.metadata_props.items())]
         traits += [(v.name, str(v.type), str(v.shape)) for v in (*graph.inputs, *graph.outputs)]
         traits += [(v.name, id(v.const_value)) for v in graph.initializers.values()]
         traits += map(_node_traits, graph)

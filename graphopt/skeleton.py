@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from graphopt.operators import ONNX_DOMAINS, all_graphs
+from graphopt.operators import ONNX_DOMAINS, graphs_and_functions
 from graphopt.protos import nested_graphs
 
 logger = logging.getLogger("graphopt")
@@ -49,7 +49,7 @@ def _stubs(model: ir.Model, tensors: dict[str, ir.TensorProtocol]) -> Iterator[N
 @contextmanager
 def _inlined(model: ir.Model) -> Iterator[None]:
     """Hold small external tensors in memory: a proto in bytes has no folder to find them in."""
-    graphs = [*all_graphs(model), *(f.graph for f in model.functions.values())]
+    graphs = list(graphs_and_functions(model))
     values = [
         (value, value.const_value)
         for graph in graphs

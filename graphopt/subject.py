@@ -16,7 +16,7 @@ from graphopt.benchmark import benchmark as time_models
 from graphopt.contract import Sample
 from graphopt.errors import ModelError, SampleError
 from graphopt.loading import ModelLike, Source
-from graphopt.operators import all_graphs, is_random
+from graphopt.operators import all_graphs, graphs_and_functions, is_random
 from graphopt.random_samples import random_samples
 from graphopt.recording import Feed
 from graphopt.runtime import Reference, Session
@@ -118,8 +118,9 @@ class Subject:
     def is_random(self) -> bool:
         """Two runs on the same inputs may differ, so that outputs say nothing."""
         model = self.source.model
-        graphs = [*all_graphs(model), *(f.graph for f in model.functions.values())]
-        found = sorted({n.op_type for graph in graphs for n in graph if is_random(n)})
+        found = sorted(
+            {n.op_type for graph in graphs_and_functions(model) for n in graph if is_random(n)}
+        )
         if found:
             self.notes.append(
                 f"the model is random ({', '.join(found)}): judged on structure alone, its outputs "

@@ -134,6 +134,19 @@ class ScaleWeights(Pass):
         return ScaleWeights(self.by / 2) if self.by > 0.001 else None
 
 
+@dataclass(frozen=True)
+class BreakFunction(Pass):
+    """Change what a function computes, and fail."""
+
+    name: ClassVar[str] = "break-function"
+    effect: ClassVar[Effect] = Effect.EXACT
+
+    def apply(self, model: ir.Model, context: Context) -> Change:
+        for function in model.functions.values():
+            function.graph[0].op_type = "Neg"
+        raise ZeroDivisionError("half-way")
+
+
 BREAKERS = [
     (BreakNumerics(), "output 'y' has relative L2 error"),
     (EmitInvalid(), "the checker rejects it: No Op registered for NoSuchOperator"),
@@ -182,6 +195,22 @@ def test_a_change_that_is_not_reported_is_not_kept() -> None:
 
     assert [s.verdict for s in run.steps] == ["unchanged", "kept"]
     assert [n.op_type for n in run.model.graph] == ["Mul", "Relu"]
+
+
+def test_what_a_rejected_pass_did_does_not_reach_the_next() -> None:
+    given = ir.from_onnx_text(
+        """
+        <ir_version: 10, opset_import: ["" : 20, "local" : 1]>
+        agraph (float[2] x) => (float[2] y) <float[1] idle = {1.0}> { y = local.f (x) }
+        <domain: "local", opset_import: ["" : 20]> f (a) => (b) { b = Abs (a) }
+        """
+    )
+
+    run = graphopt.optimize(given, passes=[BreakFunction(), DropUnused()], benchmark=False)
+
+    assert [s.verdict for s in run.steps] == ["rolled back", "kept"]
+    (function,) = run.model.functions.values()
+    assert [n.op_type for n in function] == ["Abs"]
 
 
 def test_what_a_pass_replaced_is_not_stored() -> None:
