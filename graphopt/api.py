@@ -17,13 +17,14 @@ from graphopt.contract import Context, Effect, Pass
 from graphopt.errors import ModelError, SampleError, SpecError, did_you_mean
 from graphopt.gate import Gate, interface_of
 from graphopt.inspection import Inspection, inspect_model
-from graphopt.ledger import Run, Step, size_of, stamp
+from graphopt.ledger import Run, Step, size_as_given, size_of, stamp
 from graphopt.loading import ModelLike
 from graphopt.pipeline import Pipeline
 from graphopt.recipes import Plan, plan
 from graphopt.recording import Feed, compare, record
 from graphopt.requirements import Requirement, parse_requirements
 from graphopt.runtime import Reference, Session
+from graphopt.scratch import Scratch
 from graphopt.subject import Progress, SamplesLike, State, Subject, open_subject
 from graphopt.validation import Budget, OutputError, parse_budget, why_over
 
@@ -100,14 +101,16 @@ def optimize(
         calibration, judged = None, None
     working = subject.working_copy(keep_overridable)
     gate = _gate(subject, working, judged, validate, budgets)
+    external_data = subject.source.has_external_data()
     context = Context(
         original=subject.source.model,
         samples=calibration.samples if calibration is not None else (),
         provider=provider,
         progress=progress,
+        scratch=Scratch() if external_data else None,
     )
-    original = size_of(subject.source.model, subject.source.stored_bytes)
-    pipeline = Pipeline(working, original, gate, context, strict)
+    original = size_as_given(subject.source)
+    pipeline = Pipeline(working, original, external_data, gate, context, strict)
     pipeline.run(chosen)
     stamp(pipeline.model, chosen, subject.source)
     progress("comparing with the original")
@@ -116,7 +119,7 @@ def optimize(
         plan=chosen,
         steps=tuple(pipeline.steps),
         original=original,
-        optimized=size_of(pipeline.model),
+        optimized=size_of(pipeline.model, external_data),
         numerics=gate.numerics(pipeline.model),
         benchmark=None,
         notes=(*subject.notes, *gate.notes, *_caveats(pipeline.steps, judged)),

@@ -66,6 +66,22 @@ def _file_chunks(tensor: ir.ExternalTensor) -> Iterator[np.ndarray]:
             position = start + size
 
 
+def read_array(tensor: ir.TensorProtocol) -> np.ndarray:
+    """The array of a tensor; that of external data without leaving its file mapped.
+
+    Raises:
+        ModelError: the external data is gone, cannot be read, or is too short.
+    """
+    if not isinstance(tensor, ir.ExternalTensor) or tensor.dtype.itemsize < 1:
+        return tensor.numpy()
+    raw = np.empty(tensor.nbytes, np.uint8)
+    done = 0
+    for chunk in chunks(tensor):
+        raw[done : done + chunk.size] = chunk
+        done += chunk.size
+    return raw.view(tensor.dtype.numpy()).reshape(tuple(tensor.shape.numpy()))
+
+
 def open_data(tensor: ir.ExternalTensor) -> io.FileIO:
     """The file of a tensor in external data, unbuffered, at its beginning.
 

@@ -21,6 +21,7 @@ The rules:
 - Inputs, outputs, their order, names, element types and ranks stay.
 - A pass holds no state between calls; the options are all it has.
 - What it looked at and left alone, it says: `change.skip(node, "why")`.
+- A weight that it computes becomes a tensor by `context.tensor`, so that memory does not grow.
 - An initializer that loses its last reader to a rewrite is removed by the pipeline.
 - Packed weights (`graphopt.packing.is_packed`) stay packed.
 """
@@ -38,6 +39,8 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.rewriting import tensor_of
+from graphopt.scratch import Scratch
 from graphopt.spec import Bounds, check_options, format_pass
 
 __all__ = ["Bounds", "Change", "Context", "Effect", "Pass", "Skip"]
@@ -107,12 +110,27 @@ class Context:
             judges by are not among them.
         provider: "cpu" or "cuda", where the model will run.
         progress: call it with a few words to tell a user who waits what is going on.
+        scratch: where `tensor` puts what is large; None leaves it in memory.
     """
 
     original: ir.Model
     samples: Iterable[Sample] = ()
     provider: str = "cpu"
     progress: Callable[[str], None] = lambda _: None
+    scratch: Scratch | None = None
+
+    def tensor(
+        self, array: np.ndarray, name: str, dtype: ir.DataType | None = None
+    ) -> ir.TensorProtocol:
+        """A tensor of an array that a pass has computed.
+
+        Args:
+            array: of objects for strings.
+            name: of the initializer to be.
+            dtype: its type where that of the array does not say it.
+        """
+        tensor = tensor_of(array, name, dtype)
+        return tensor if self.scratch is None else self.scratch.keep(tensor)
 
     def generator(self, purpose: str) -> np.random.Generator:
         """A random generator that depends on nothing but `purpose`, so that runs repeat."""

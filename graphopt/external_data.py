@@ -139,6 +139,7 @@ def _anchored(tensor: ir.ExternalTensor, folder: Path | None) -> ir.ExternalTens
         shape=tensor.shape,
         name=tensor.name,
     )
+    anchored.meta.update(tensor.meta)
     remember(anchored)
     return anchored
 

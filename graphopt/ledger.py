@@ -13,6 +13,7 @@ import onnx_ir as ir
 from graphopt import saving
 from graphopt.benchmark import BenchmarkReport
 from graphopt.contract import Effect, Skip
+from graphopt.external_data import external_tensors
 from graphopt.loading import Source
 from graphopt.operators import node_count, opset_of
 from graphopt.recipes import Plan
@@ -71,10 +72,15 @@ class Size:
     opset: int
 
 
-def size_of(model: ir.Model, stored_bytes: int | None = None) -> Size:
-    """The size of a model; the bytes are computed when they are not given."""
-    size = saving.stored_bytes(model) if stored_bytes is None else stored_bytes
+def size_of(model: ir.Model, external_data: bool) -> Size:
+    """The size that a model has when it is saved, with external data or without."""
+    size = saving.stored_bytes(model, external_data or None)
     return Size(node_count(model), size, opset_of(model))
+
+
+def size_as_given(source: Source) -> Size:
+    """The size of a model as it was given."""
+    return Size(node_count(source.model), source.stored_bytes, opset_of(source.model))
 
 
 VERSION_KEY = "graphopt.version"
@@ -136,7 +142,8 @@ class Run:
     def save(self, path: str | Path, *, external_data: bool | None = None) -> Run:
         """Write the optimized model; see `graphopt.saving.save`.
 
-        The written file is loaded into onnxruntime before it replaces what was there, unless the
+        By default it has external data if the input had, or if it would not fit into one file. The
+        written file is loaded into onnxruntime before it replaces what was there, unless the
         run was told not to validate.
 
         Returns:
@@ -147,10 +154,13 @@ class Run:
                 not load.
         """
         saving.check_target(Path(path), source=self.source.path)
+        if external_data is None:
+            external_data = self.source.has_external_data() or None
         written_bytes = saving.save(
             self.model,
             path,
             external_data=external_data,
+            keep=[Path(tensor.path) for tensor in external_tensors(self.source.model)],
             metadata=lambda: {INPUT_KEY: self.input_sha256},
             verify=self._load if self.validated else None,
         )

@@ -31,6 +31,7 @@ class Pipeline:
     Attributes:
         model: as far as it has come; replaced by a rewritten clone when the gate lets that.
         size: of the model.
+        external_data: the model is going to be saved with external data.
         gate: judges every rewritten clone.
         context: for the passes.
         strict: raise where a pass is rejected.
@@ -39,6 +40,7 @@ class Pipeline:
 
     model: ir.Model
     size: Size
+    external_data: bool
     gate: Gate
     context: Context
     strict: bool = False
@@ -124,7 +126,7 @@ class Pipeline:
             self._spare = None
             return change, "rolled back", reason
         infer_shapes(candidate)
-        self.model, self.size, self._spare = candidate, size_of(candidate), None
+        self.model, self.size, self._spare = candidate, size_of(candidate, self.external_data), None
         return change, "kept", None
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from graphopt.content import read_array
 from graphopt.errors import ModelError, RuntimeUnavailable, SampleError
 from graphopt.rewriting import constant_tensor
 from graphopt.skeleton import stubbed
@@ -373,7 +374,7 @@ def evaluate(
         dims = tensor.shape.numpy()
         info = onnx.helper.make_tensor_value_info(names[key], tensor.dtype.value, dims)
         graph.input.append(info)
-        feeds[names[key]] = tensor.numpy()
+        feeds[names[key]] = read_array(tensor)
     for node in nodes:
         proto = ir.to_proto(node)
         proto.input[:] = [names[id(v)] if v is not None else "" for v in node.inputs]

@@ -14,7 +14,7 @@ import hashlib
 import mmap
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
@@ -30,14 +30,13 @@ from graphopt.external_data import external_tensors
 from graphopt.loading import PROTO_LIMIT_BYTES, check_encodable
 from graphopt.operators import all_graphs
 from graphopt.protos import nested_graphs, tensors_of
+from graphopt.scratch import is_scratch
 from graphopt.skeleton import INFERRED, stubbed
 
 INLINE_LIMIT_BYTES = 3 << 29
 """Weights above this (1.5 GiB) go to external data: a proto of 2 GiB cannot be read back."""
 NAME_LIMIT_BYTES = 200
 """File names have 255 bytes in most systems; data and temporary files add to that of the graph."""
-LAST_PATH = "\U0010ffff"
-"""Sorts after every path of a file."""
 
 
 def save(
@@ -45,6 +44,7 @@ def save(
     path: str | Path,
     *,
     external_data: bool | None = None,
+    keep: Collection[Path] = (),
     metadata: Callable[[], Mapping[str, str]] | None = None,
     verify: Callable[[Path], None] | None = None,
 ) -> int:
@@ -55,6 +55,8 @@ def save(
         path: of the graph file; where it is a link, of what it leads to. Its folder must exist.
         external_data: put weights into a data file of their own; by default where the model's
             weights are in external data already or would not fit into one proto.
+        keep: data files that stay even if they are older ones of this output, because something
+            reads them. Those of the model always stay.
         metadata: called once the weights are written, for entries of the graph's metadata_props.
         verify: called with the path of the written graph before it takes its final name; what it
             raises stops the save and leaves the old model as it was.
@@ -74,16 +76,17 @@ def save(
     proto, tensors = _for_disk(model)
     if external_data is None:
         external_data = _goes_external(tensors)
+    read = {Path(tensor.path).resolve() for tensor in external_tensors(model)}
     try:
-        with _Scratch(path) as scratch:
+        with _Save(path, read | {file.resolve() for file in keep}) as files:
             size = 0
-            if external_data:
-                size = scratch.write_data(proto, tensors)
+            if external_data and tensors:
+                size = files.write_data(proto, tensors)
             else:
                 _fill_in(proto, tensors)
             if metadata is not None:
                 _add_metadata(proto, metadata())
-            return size + scratch.write_graph(proto, verify)
+            return size + files.write_graph(proto, verify)
     except OSError as error:
         raise ModelError(_why_not_written(path, error)) from error
 
@@ -215,17 +218,18 @@ def _add_metadata(proto: onnx.ModelProto, entries: Mapping[str, str]) -> None:
         proto.metadata_props.add(key=key, value=merged[key])
 
 
-class _Scratch:
+class _Save:
     """The temporary files of one save, next to the target; left-overs go when it ends."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, keep: Container[Path]) -> None:
         self.path = path
+        self.keep = keep
         self.lock = -1
         self.data: Path | None = None
         self.data_is_new = False
         self.committed = False
 
-    def __enter__(self) -> _Scratch:
+    def __enter__(self) -> _Save:
         self.lock = _lock(self.path.parent)
         _remove_leftovers(self.path)
         return self
@@ -249,12 +253,12 @@ class _Scratch:
             # The hash is computed beside the copying; whichever is slower sets the pace.
             digests = [hasher.submit(digest, tensors[s.name]) for s in stubs]
             state = hashlib.sha256()
-            written: dict[tuple[str, int, int], int] = {}
+            written: dict[tuple[str, int, int] | None, int] = {}
             for stub in stubs:
                 tensor = tensors[stub.name]
-                region = (*_place(tensor), tensor.nbytes)
+                region = _region(tensor)
                 offset = written[region] if region in written else file.append(tensor)
-                if isinstance(tensor, ir.ExternalTensor):
+                if region is not None:
                     written[region] = offset
                 state.update(f"{offset}\0".encode())
                 _point_at(stub, offset, tensor.nbytes)
@@ -282,15 +286,33 @@ class _Scratch:
         os.replace(temporary, self.path)
         self.committed = True
         _sync_folder(self.path.parent)
-        _remove_older_data(self.path, self.data)
+        self._remove_older_data()
         return size
 
+    def _remove_older_data(self) -> None:
+        for file in _data_files_named_after(self.path):
+            if file != self.data and file.resolve() not in self.keep:
+                file.unlink(missing_ok=True)
 
-def _place(tensor: ir.TensorProtocol) -> tuple[str, int]:
-    """Where a tensor lies now. Tensors in memory come last, in the order of the graph."""
-    if isinstance(tensor, ir.ExternalTensor):
-        return str(tensor.path), tensor.offset or 0
-    return LAST_PATH, 0
+
+def _place(tensor: ir.TensorProtocol) -> tuple[int, str, int]:
+    """The order in which tensors are written: as they lie in their files, then the new ones.
+
+    Of the new ones, those in a scratch file come in the order in which they were made, those in
+    memory in that of the graph.
+    """
+    if not isinstance(tensor, ir.ExternalTensor):
+        return 2, "", 0
+    if is_scratch(tensor):
+        return 1, "", tensor.offset or 0
+    return 0, str(tensor.path), tensor.offset or 0
+
+
+def _region(tensor: ir.TensorProtocol) -> tuple[str, int, int] | None:
+    """The bytes of a file that a tensor is; None for one in memory."""
+    if not isinstance(tensor, ir.ExternalTensor):
+        return None
+    return str(tensor.path), tensor.offset or 0, tensor.nbytes
 
 
 def _point_at(stub: onnx.TensorProto, offset: int, length: int) -> None:
@@ -315,12 +337,6 @@ def _sync_folder(folder: Path) -> None:
 def _data_files_named_after(path: Path) -> list[Path]:
     pattern = re.compile(re.escape(path.name) + r"\.[0-9a-f]{12}\.data")
     return [file for file in path.parent.iterdir() if pattern.fullmatch(file.name)]
-
-
-def _remove_older_data(path: Path, current: Path | None) -> None:
-    for file in _data_files_named_after(path):
-        if file != current:
-            file.unlink(missing_ok=True)
 
 
 def _remove_leftovers(path: Path) -> None:
@@ -352,14 +368,18 @@ def _lock(folder: Path) -> int:
 # ------------------------------------------------------------------ what goes to disk
 
 
-def stored_bytes(model: ir.Model) -> int:
+def stored_bytes(model: ir.Model, external_data: bool | None = None) -> int:
     """How many bytes the model takes on disk: graph and weights.
 
     Exact where the weights are in the graph file; with external data the offsets in the graph are
     counted roughly.
+
+    Args:
+        model: not modified.
+        external_data: as for `save`.
     """
     proto, tensors = _for_disk(model)
-    if _goes_external(tensors):
+    if _goes_external(tensors) if external_data is None else external_data:
         return proto.ByteSize() + sum(t.nbytes for t in tensors.values())
     _clear_locations(proto, tensors)
     added = 0

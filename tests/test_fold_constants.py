@@ -204,6 +204,40 @@ def test_large_tensors_are_left_alone() -> None:
     assert [s.reason for s in change.skips] == ["it would need 256 bytes at once, over max-bytes"]
 
 
+def computed_size(exponent: int) -> ir.Model:
+    return parse(
+        f"""
+        agraph (float[1] x) => (float[1] y) <float two = {{2.0}}, float[1] e = {{{exponent}.0}}>
+        {{
+            p = Pow(two, e)  n = Cast <to = 7> (p)  c = ConstantOfShape(n)
+            m = ReduceMax(c)  y = Add(x, m)
+        }}
+        """
+    )
+
+
+def test_a_value_whose_size_is_computed_is_folded_once_that_is_known() -> None:
+    model = computed_size(3)
+    before = model.clone()
+
+    change = apply_pass(FoldConstants(), model)
+    assert change.counts == {"node folded": 2}
+    assert [s.reason for s in change.skips] == ["how large its result would be is not known yet"]
+
+    assert apply_pass(FoldConstants(), model)
+    assert [n.op_type for n in model.graph] == ["Add"]
+    assert_equivalent(before, model)
+
+
+def test_a_value_whose_size_is_computed_is_never_too_large() -> None:
+    model = computed_size(60)
+
+    for _ in range(3):
+        apply_pass(FoldConstants(), model)
+
+    assert [n.op_type for n in model.graph] == ["ConstantOfShape", "ReduceMax", "Add"]
+
+
 def test_half_precision_folds() -> None:
     model = parse(
         """

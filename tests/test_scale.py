@@ -7,9 +7,13 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
+import onnx_ir as ir
 import pytest
 
+import graphopt
 from graphopt import loading
+from graphopt.testing import parse
 from graphopt_models.llama import TINY, LlamaSize, write_llama
 
 pytestmark = pytest.mark.skipif(
@@ -78,6 +82,52 @@ def check_growth(folder: Path, size: LlamaSize, least_bytes: int) -> None:
 
 def test_memory_does_not_grow_with_64_mb_of_weights(tmp_path: Path) -> None:
     check_growth(tmp_path, MODEL_64_MB, 64 * MEGABYTE)
+
+
+def write_rewritten(path: Path, layers: int, width: int) -> int:
+    """A model each of whose weights, in external data, is rewritten; the bytes of the weights."""
+    weight_bytes = 4 * width * width
+    with open(path.with_name("weights"), "wb") as file:
+        for seed in range(layers):
+            noise = np.random.default_rng(seed).standard_normal((width, width), np.float32)
+            file.write(noise.tobytes())
+    weights = "".join(f", float[{width}, {width}] w{n}" for n in range(layers))
+    model = parse(
+        f"agraph (float[n, {width}] x0{weights}) => (float[n, {width}] x{layers})"
+        + " <float two = {2.0}> {"
+        + "".join(
+            f"t{n} = Transpose(w{n})  x{n + 1} = MatMul(x{n}, t{n}) "
+            if n % 2
+            else f"m{n} = MatMul(x{n}, w{n})  x{n + 1} = Mul(m{n}, two) "
+            for n in range(layers)
+        )
+        + "}"
+    )
+    for n, value in enumerate(model.graph.inputs[1:]):
+        value.const_value = ir.ExternalTensor(
+            "weights",
+            n * weight_bytes,
+            weight_bytes,
+            ir.DataType.FLOAT,
+            shape=ir.Shape([width, width]),
+            name=value.name,
+        )
+        model.graph.inputs.remove(value)
+        model.graph.register_initializer(value)
+    ir.save(model, path)
+    return layers * weight_bytes
+
+
+def test_memory_does_not_grow_where_every_weight_is_rewritten(tmp_path: Path) -> None:
+    write_rewritten(tmp_path / "tiny.onnx", layers=2, width=8)
+    base = peak_bytes(tmp_path / "tiny.onnx", tmp_path / "tiny.out.onnx")
+    written = write_rewritten(tmp_path / "m.onnx", layers=48, width=1024)
+    assert written > 190 * MEGABYTE
+
+    peak = peak_bytes(tmp_path / "m.onnx", tmp_path / "out.onnx")
+
+    assert peak - base < GROWTH_MAXIMUM
+    assert len(graphopt.load(tmp_path / "out.onnx").graph) == 48
 
 
 @pytest.mark.slow

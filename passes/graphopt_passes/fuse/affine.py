@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from graphopt.contract import Change
+from graphopt.content import read_array
+from graphopt.contract import Change, Context
 from graphopt.operators import all_graphs, is_onnx, opset_of
 from graphopt.packing import is_constant, is_packed
 from graphopt.rewriting import (
@@ -48,7 +49,7 @@ DEAD = 2.0**-64
 """A channel that is smaller than the largest by more than that says nothing: training lets the
 weights of channels that it does not need decay, down to where numbers end."""
 
-SLAB_BYTES = 8 << 20
+SLAB_BYTES = 1 << 20
 """Weights are scaled in pieces of this size, in float64."""
 
 LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -102,6 +103,7 @@ def fold_readers(
     model: ir.Model,
     operand: Callable[[ir.Node], ir.Value | None],
     affine: Callable[[ir.Node, Linear], Affine],
+    context: Context,
 ) -> Change:
     """Fold every node that scales or shifts a linear node's output into that node.
 
@@ -111,6 +113,7 @@ def fold_readers(
         operand: the input of a node that it scales or shifts; None for nodes that the pass is not
             about.
         affine: what the node does to the channels; may raise `Misfit`.
+        context: of the run.
 
     Returns:
         What was folded, and with its reason what was not.
@@ -124,7 +127,7 @@ def fold_readers(
             try:
                 linear = _linear_before(node, value, opset)
                 what = f"{node.op_type} folded into {linear.node.op_type}"
-                _fold(linear, affine(node, linear), names)
+                _fold(linear, affine(node, linear), names, context)
             except Misfit as reason:
                 change.skip(node, str(reason))
                 continue
@@ -186,7 +189,7 @@ def constant_values(value: ir.Value | None, what: str) -> np.ndarray:
         raise Misfit(f"{what} is {reason}")
     if tensor.dtype not in PRECISION:
         raise Misfit(f"{what} is of type {tensor.dtype.name}")
-    return tensor.numpy()
+    return read_array(tensor)
 
 
 def per_channel(array: Array, linear: Linear, what: str) -> Array:
@@ -299,7 +302,7 @@ def _product(node: ir.Node, shape: tuple[int, ...]) -> Linear:
 # ------------------------------------------------------------------ folding
 
 
-def _fold(linear: Linear, affine: Affine, names: Names) -> None:
+def _fold(linear: Linear, affine: Affine, names: Names, context: Context) -> None:
     """Let the linear node compute what `affine` makes of its output.
 
     Raises:
@@ -311,10 +314,10 @@ def _fold(linear: Linear, affine: Affine, names: Names) -> None:
     if affine.scale is not None:
         weight = _scaled_weight(linear, affine.scale, bias, dtype)
     if weight is not None:
-        _set_input(linear.node, WEIGHT, weight, names)
+        _set_input(linear.node, WEIGHT, weight, names, context)
     if bias is None:
         return
-    _set_input(linear.node, BIAS, bias, names)
+    _set_input(linear.node, BIAS, bias, names, context)
     if is_onnx(linear.node, "MatMul"):
         linear.node.op_type = "Gemm"
     # The new bias holds beta already.
@@ -428,10 +431,13 @@ def _input(node: ir.Node, index: int) -> ir.Value | None:
     return node.inputs[index] if index < len(node.inputs) else None
 
 
-def _set_input(node: ir.Node, index: int, array: np.ndarray, names: Names) -> None:
+def _set_input(
+    node: ir.Node, index: int, array: np.ndarray, names: Names, context: Context
+) -> None:
     graph = node.graph
     assert isinstance(graph, ir.Graph)
     old = _input(node, index)
     hint = old.name if old is not None else f"{node.outputs[0].name or node.op_type}_bias"
     node.resize_inputs(max(len(node.inputs), index + 1))
-    node.replace_input_with(index, add_initializer(graph, array, names.new(hint or "weight")))
+    name = names.new(hint or "weight")
+    node.replace_input_with(index, add_initializer(graph, context.tensor(array, name), name))

@@ -38,7 +38,7 @@ class FuseScale(Pass):
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Fold in float64 and round once to the weight's type."""
-        return fold_readers(model, _operand, _affine)
+        return fold_readers(model, _operand, _affine, context)
 
 
 def _operand(node: ir.Node) -> ir.Value | None:

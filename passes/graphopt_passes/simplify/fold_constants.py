@@ -13,11 +13,30 @@ from graphopt.contract import Bounds, Change, Context, Effect, Pass
 from graphopt.errors import GraphoptError
 from graphopt.operators import ONNX_DOMAINS, all_graphs, is_onnx, is_random, subgraphs
 from graphopt.packing import is_constant, is_packed
-from graphopt.rewriting import add_initializer, constant_tensor, static_shape, tensor_of
+from graphopt.rewriting import add_initializer, constant_tensor, static_shape
 from graphopt.runtime import evaluate
 
 INITIALIZER_OVERHEAD_BYTES = 24
 """What an initializer takes in the file beside its name and its data: tags, type, dimensions."""
+
+BOUNDED = (
+    "Compress",
+    "ConcatFromSequence",
+    "NonMaxSuppression",
+    "NonZero",
+    "SequenceAt",
+    "SequenceConstruct",
+    "SequenceErase",
+    "SequenceInsert",
+    "SplitToSequence",
+    "Unique",
+)
+"""The sizes of their results depend on data, and are at most so many times those of the inputs:"""
+BOUND = 32
+"""(a bool of one byte becomes an int64 for each of its dimensions).
+
+For every other operator the size is known once its inputs are constants, perhaps a round later.
+"""
 
 
 @dataclass(frozen=True)
@@ -47,16 +66,16 @@ class FoldConstants(Pass):
         """Fold known shapes first, then every group of nodes that depends on constants only."""
         change = Change()
         for graph in all_graphs(model):
-            _fold_shapes(graph, change)
+            _fold_shapes(graph, context, change)
             for region in _regions(_foldable(graph, self.max_bytes, change)):
-                _fold(graph, region, model, change)
+                _fold(graph, region, model, context, change)
         return change
 
 
 # ------------------------------------------------------------------ shapes
 
 
-def _fold_shapes(graph: ir.Graph, change: Change) -> None:
+def _fold_shapes(graph: ir.Graph, context: Context, change: Change) -> None:
     for node in graph:
         if not is_onnx(node, "Shape", "Size") or node.outputs[0].is_graph_output():
             continue
@@ -69,7 +88,7 @@ def _fold_shapes(graph: ir.Graph, change: Change) -> None:
         else:
             start = node.attributes.get_int("start", 0)
             result = result[slice(start, node.attributes.get_int("end", len(shape)))]
-        _replace(graph, [node], {node.outputs[0]: np.asarray(result)})
+        _replace(graph, [node], {node.outputs[0]: np.asarray(result)}, context)
         change.count(f"{node.op_type} of a known shape folded")
 
 
@@ -106,10 +125,18 @@ def _why_not(node: ir.Node, inputs: Iterable[ir.Value], max_bytes: int) -> str |
         return "it has subgraphs"
     if any(o.is_graph_output() for o in node.outputs):
         return "its result is an output of the graph, which a node must make"
+    bounded = is_onnx(node, *BOUNDED)
+    if not bounded and any(_is_of_unknown_size(v) for v in node.outputs):
+        return "how large its result would be is not known yet"
     largest = max((_bytes(v) or 0 for v in (*inputs, *node.outputs)), default=0)
+    largest *= BOUND if bounded else 1
     if largest > max_bytes:
         return f"it would need {largest} bytes at once, over max-bytes"
     return None
+
+
+def _is_of_unknown_size(value: ir.Value) -> bool:
+    return bool(value.name) and static_shape(value) is None
 
 
 def _bytes(value: ir.Value) -> int | None:
@@ -145,7 +172,9 @@ def _regions(nodes: list[ir.Node]) -> Iterator[list[ir.Node]]:
         yield sorted(region, key=order.__getitem__)
 
 
-def _fold(graph: ir.Graph, region: list[ir.Node], model: ir.Model, change: Change) -> None:
+def _fold(
+    graph: ir.Graph, region: list[ir.Node], model: ir.Model, context: Context, change: Change
+) -> None:
     """Fold as much of the region as does not grow the file.
 
     Nodes whose result is too large are taken out of `folded` one by one, the largest first; they
@@ -170,7 +199,7 @@ def _fold(graph: ir.Graph, region: list[ir.Node], model: ir.Model, change: Chang
             if arrays is None:
                 arrays = _evaluate(region, results, model, change)
             if arrays is not None:
-                _replace(graph, list(folded), arrays)
+                _replace(graph, list(folded), arrays, context)
                 change.count("node folded", len(folded))
             return
         largest = max(results, key=lambda v: sizes[v] or 0).producer()
@@ -207,13 +236,15 @@ def _evaluate(
     return dict(zip(results, arrays, strict=True))
 
 
-def _replace(graph: ir.Graph, nodes: list[ir.Node], arrays: dict[ir.Value, np.ndarray]) -> None:
+def _replace(
+    graph: ir.Graph, nodes: list[ir.Node], arrays: dict[ir.Value, np.ndarray], context: Context
+) -> None:
     for value, array in arrays.items():
         name = value.name
         assert name is not None
         # The initializer takes the name; the old value lets go of it first.
         value.name = None
-        tensor = tensor_of(array, name, value.dtype)
+        tensor = context.tensor(array, name, value.dtype)
         value.replace_all_uses_with(add_initializer(graph, tensor, name))
     for node in reversed(nodes):
         graph.remove(node, safe=True)
