@@ -7,6 +7,7 @@ import onnx_ir as ir
 
 from graphopt.operators import all_graphs, is_onnx, subgraphs
 from graphopt.packing import is_constant
+from graphopt.skeleton import known_shape
 
 SMALL_ELEMENTS = 1024
 """Constants up to this many elements are shape arithmetic and the like, and cheap to look at."""
@@ -55,10 +56,11 @@ def small_array(value: ir.Value | None, limit: int = SMALL_ELEMENTS) -> np.ndarr
 
 
 def static_shape(value: ir.Value | None) -> tuple[int, ...] | None:
-    """The shape of a value where every dimension is known, else None."""
-    if value is None or value.shape is None or not value.shape.is_static():
+    """The shape of a value where every dimension is known for certain, else None."""
+    shape = known_shape(value)
+    if shape is None or not shape.is_static():
         return None
-    return tuple(int(d) for d in value.shape.numpy())
+    return tuple(int(d) for d in shape.numpy())
 
 
 class Names:

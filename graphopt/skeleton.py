@@ -8,7 +8,7 @@ typed inputs. Its size, and the time to make it, do not depend on the size of th
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -28,6 +28,9 @@ STUB = "graphopt-stub"
 
 INFERRED = "graphopt.inferred"
 """Key in `Value.meta`: type and shape come from `infer_shapes`, not from the file."""
+
+_SHAPE = "graphopt.shape"
+"""Key in `Value.meta`: what `infer_shapes` found where the shape itself is what a file states."""
 
 
 @contextmanager
@@ -158,12 +161,16 @@ def infer_shapes(model: ir.Model) -> None:
     """Set types and shapes of the values that nodes make, as far as onnx infers them.
 
     What the file states of such values is not believed: exporters leave the shapes of one traced
-    example there, and onnxruntime takes no notice. Only the outputs of operators that onnx does
-    not know keep it. Values of which the file said nothing are marked with `INFERRED`, so that
-    saving does not write what can be inferred again. Inputs and outputs of the model stay.
+    example there. Only the outputs of operators that onnx does not know keep it. Values of which
+    the file said nothing are marked with `INFERRED`, so that saving does not write what can be
+    inferred again.
+
+    Outputs of the model, and inputs and outputs of bodies, keep what the file states, as callers
+    see it; what is inferred for them, and is all that a rewrite may rely on, `known_shape` tells.
     """
     light = skeleton(model)
     _forget_shapes(light.graph)
+    _forget_claims(light.graph.output)
     try:
         inferred = onnx.shape_inference.infer_shapes(light, data_prop=True)
     except onnx.shape_inference.InferenceError as error:
@@ -183,24 +190,51 @@ def _forget_shapes(graph: onnx.GraphProto) -> None:
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.GRAPH:
                 _forget_shapes(attribute.g)
+                _forget_claims((*attribute.g.input, *attribute.g.output))
+
+
+def _forget_claims(infos: Iterable[onnx.ValueInfoProto]) -> None:
+    for info in infos:
+        if info.type.HasField("tensor_type"):
+            info.type.tensor_type.ClearField("shape")
 
 
 def _take_shapes(graph: ir.Graph, proto: onnx.GraphProto) -> None:
     infos = {info.name: info for info in proto.value_info}
+    outputs = {info.name: info for info in proto.output}
     for node, node_proto in zip(graph, proto.node, strict=True):
         for value in node.outputs:
-            if not value.is_graph_output():
+            if value.is_graph_output():
+                value.meta[_SHAPE] = _shape_of(outputs.get(value.name or ""))
+            else:
                 _take_shape(value, infos.get(value.name or ""))
         for attribute in node_proto.attribute:
             if attribute.type == onnx.AttributeProto.GRAPH:
-                _take_shapes(node.attributes[attribute.name].as_graph(), attribute.g)
+                body = node.attributes[attribute.name].as_graph()
+                for value, info in zip(body.inputs, attribute.g.input, strict=True):
+                    value.meta[_SHAPE] = _shape_of(info)
+                _take_shapes(body, attribute.g)
 
 
 def _take_shape(value: ir.Value, info: onnx.ValueInfoProto | None) -> None:
+    value.meta.pop(_SHAPE, None)
     if value.type is None and value.shape is None:
         value.meta[INFERRED] = True
-    if info is None:
-        value.shape = None
-        return
-    value.type = ir.serde.deserialize_type_proto_for_type(info.type)
-    value.shape = ir.serde.deserialize_type_proto_for_shape(info.type)
+    if info is not None:
+        value.type = ir.serde.deserialize_type_proto_for_type(info.type)
+    value.shape = _shape_of(info)
+
+
+def _shape_of(info: onnx.ValueInfoProto | None) -> ir.Shape | None:
+    return None if info is None else ir.serde.deserialize_type_proto_for_shape(info.type)
+
+
+def known_shape(value: ir.Value | None) -> ir.Shape | None:
+    """The shape of a value as far as it is known for certain; not what a file merely states."""
+    if value is None:
+        return None
+    if _SHAPE in value.meta:
+        known: ir.Shape | None = value.meta[_SHAPE]
+        return known
+    is_new_output = value.is_graph_output() and value.producer() is not None
+    return None if is_new_output else value.shape

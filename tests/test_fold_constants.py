@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+import pytest
 
 from graphopt.testing import apply_pass, assert_equivalent, assert_rewrites, assert_unchanged, parse
 from graphopt_passes.simplify.drop_unused import DropUnused
@@ -64,6 +65,34 @@ def test_does_not_believe_a_shape_that_the_file_states_of_a_value() -> None:
     change = apply_pass(FoldConstants(), model)
 
     assert not change
+
+
+@pytest.mark.parametrize("claimed", ["y", "e"], ids=["of it", "of what it follows from"])
+def test_does_not_believe_a_shape_that_the_file_states_of_an_output(claimed: str) -> None:
+    assert_unchanged(
+        FoldConstants(),
+        f"""
+        agraph (float[N, 4] x) => (float[1, 4] {claimed}, int64[2] s)
+        {{ y = Relu(x)  e = Neg(y)  s0 = Shape(e)  s = Add(s0, s0) }}
+        """,
+    )
+
+
+def test_does_not_believe_a_shape_that_the_file_states_in_a_body() -> None:
+    """What a loop carries may grow from round to round."""
+    assert_unchanged(
+        FoldConstants(),
+        """
+        agraph (float[1] x) => (float[N] y, int64[R, 1] sizes)
+        <int64 rounds = {3}, bool go = {1}>
+        {
+            y, sizes = Loop (rounds, go, x) <body = b
+                (int64 i, bool c, float[1] v) => (bool d, float[1] w, int64[1] s)
+                { d = Identity(c)  w = Concat <axis = 0> (v, v)  z = Shape(v)  s = Neg(z) }
+            >
+        }
+        """,
+    )
 
 
 def test_does_not_write_out_what_nodes_make_of_nothing() -> None:

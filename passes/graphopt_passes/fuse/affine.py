@@ -31,6 +31,7 @@ from graphopt.rewriting import (
     replace_value,
     static_shape,
 )
+from graphopt.skeleton import known_shape
 
 Array = npt.NDArray[np.float64]
 
@@ -293,9 +294,8 @@ def _product(node: ir.Node, shape: tuple[int, ...]) -> Linear:
         raise Misfit(f"the weight has {len(shape)} dimensions, not 2")
     if is_onnx(node, "Gemm") and node.attributes.get_int("transB", 0) != 0:
         return Linear(node, 2, 1, shape[0], shape, (shape[0], 1))
-    left = node.inputs[0]
-    known = left.shape.rank() if left is not None and left.shape is not None else 1
-    rank = 2 if is_onnx(node, "Gemm") else max(1, known)
+    left = known_shape(node.inputs[0])
+    rank = 2 if is_onnx(node, "Gemm") else max(1, len(left) if left is not None else 1)
     return Linear(node, rank, rank - 1, shape[1], shape, (1, shape[1]))
 
 

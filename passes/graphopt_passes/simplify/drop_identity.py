@@ -12,6 +12,7 @@ import onnx_ir as ir
 from graphopt.contract import Change, Context, Effect, Pass
 from graphopt.operators import all_graphs, dropout_is_off, is_onnx, opset_of
 from graphopt.rewriting import can_replace, replace_value, small_array, static_shape
+from graphopt.skeleton import known_shape
 
 FIRST_OPSET = 7
 """Before it, operators broadcast by attributes, and Dropout trains by default."""
@@ -147,7 +148,7 @@ def _beside_neutral(
         # Powers of integers go through floating point, which rounds.
         if node.op_type == "Pow" and value.dtype not in (ir.DataType.FLOAT, ir.DataType.DOUBLE):
             return f"Pow by 1 is not known to be exact for {value.dtype}"
-        if not _broadcasts_into(constant.shape, value.shape):
+        if not _broadcasts_into(constant.shape, known_shape(value)):
             return "the constant operand may enlarge the result"
         return value
     return None
@@ -234,18 +235,17 @@ def _integers(node: ir.Node, name: str, index: int) -> tuple[int, ...] | None:
 
 def _sizes(value: ir.Value | None) -> tuple[int | None, ...] | None:
     """The dimensions, None for each that is not known; None where not even the rank is."""
-    if value is None or value.shape is None:
-        return None
-    return tuple(d if isinstance(d, int) else None for d in value.shape)
+    shape = known_shape(value)
+    return None if shape is None else tuple(d if isinstance(d, int) else None for d in shape)
 
 
 def _inferred_sizes(node: ir.Node) -> tuple[int | None, ...] | None:
     """What was inferred for the output of a node whose shape is computed.
 
-    Not what the file claims of an output, nor what follows from a shape that callers can override.
+    Not what follows from a shape that callers can override.
     """
     overridable = any(v is not None and v.is_initializer() for v in node.inputs[1:])
-    return None if overridable or node.outputs[0].is_graph_output() else _sizes(node.outputs[0])
+    return None if overridable else _sizes(node.outputs[0])
 
 
 def _always(node: ir.Node, opset: int) -> bool:
@@ -353,8 +353,7 @@ def _expands_nothing(node: ir.Node, opset: int) -> bool:
         return True
     target = _integers(node, "shape", 1)
     if target is not None:
-        assert node.inputs[0] is not None
-        return _broadcasts_into(target, node.inputs[0].shape)
+        return _broadcasts_into(target, known_shape(node.inputs[0]))
     shape = static_shape(node.inputs[0])
     return shape is not None and shape == _inferred_sizes(node)
 

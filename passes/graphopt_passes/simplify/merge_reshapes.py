@@ -14,6 +14,7 @@ import onnx_ir as ir
 from graphopt.contract import Change, Context, Effect, Pass
 from graphopt.operators import all_graphs, is_onnx, opset_of
 from graphopt.rewriting import Names, add_initializer, can_replace, replace_value, small_array
+from graphopt.skeleton import known_shape
 
 FIRST_OPSET = 5
 """Before it, the shape of Reshape is an attribute."""
@@ -125,9 +126,10 @@ Sizes = tuple[Size, ...]
 
 
 def _sizes_before(value: ir.Value | None) -> Sizes | None:
-    if value is None or value.shape is None:
+    shape = known_shape(value)
+    if shape is None:
         return None
-    return tuple(d if isinstance(d, int) else _Same(i) for i, d in enumerate(value.shape))
+    return tuple(d if isinstance(d, int) else _Same(i) for i, d in enumerate(shape))
 
 
 def _sizes_after(run: list[ir.Node], before: Sizes) -> Sizes | None:
@@ -166,14 +168,14 @@ def _target(node: ir.Node) -> tuple[int, ...] | None:
 def _inferred_shape(node: ir.Node, before: Sizes) -> Sizes | None:
     """What was inferred for a Reshape to a computed shape.
 
-    Not what the file claims of an output, nor what follows from a shape that callers can override.
+    Not what follows from a shape that callers can override.
     """
-    (value,) = node.outputs
-    if value.shape is None or value.is_graph_output():
+    shape = known_shape(node.outputs[0])
+    if shape is None:
         return None
     if any(v is not None and v.is_initializer() for v in node.inputs[1:]):
         return None
-    result: list[Size] = [d if isinstance(d, int) else None for d in value.shape]
+    result: list[Size] = [d if isinstance(d, int) else None for d in shape]
     if result.count(None) == 1:
         place = result.index(None)
         result[place] = _quotient(before, [*result[:place], *result[place + 1 :]])

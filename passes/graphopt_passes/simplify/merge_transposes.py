@@ -11,6 +11,7 @@ import onnx_ir as ir
 from graphopt.contract import Change, Context, Effect, Pass
 from graphopt.operators import all_graphs, is_onnx, opset_of
 from graphopt.rewriting import can_replace, only_reader, replace_value, static_shape
+from graphopt.skeleton import known_shape
 
 FIRST_OPSET = 7
 """Before it, operators broadcast by attributes that name an axis."""
@@ -101,10 +102,8 @@ def _permutation(node: ir.Node) -> Permutation | None:
     if stated is not None:
         valid = sorted(stated) == list(range(len(stated)))
         return tuple(stated) if valid else None
-    value = node.inputs[0]
-    if value is None or value.shape is None:
-        return None
-    return tuple(reversed(range(len(value.shape))))
+    shape = known_shape(node.inputs[0])
+    return None if shape is None else tuple(reversed(range(len(shape))))
 
 
 def _drop(node: ir.Node) -> None:

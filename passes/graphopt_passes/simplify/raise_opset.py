@@ -13,7 +13,7 @@ from graphopt.contract import Bounds, Change, Context, Effect, Pass
 from graphopt.operators import ONNX_DOMAINS, all_graphs, is_onnx, node_count, opset_of
 from graphopt.protos import nested_graphs
 from graphopt.rewriting import constant_tensor
-from graphopt.skeleton import skeleton
+from graphopt.skeleton import known_shape, skeleton
 
 SOFTMAX_OPSET = 13
 SOFTMAXES = ("Softmax", "LogSoftmax", "Hardmax")
@@ -115,10 +115,10 @@ def _roundings(model: ir.Model) -> set[str | None]:
 
 def _is_over_one_axis(node: ir.Node) -> bool:
     """All sizes after the axis of an old softmax are 1, as far as is known."""
-    value = node.inputs[0]
-    if value is None or value.shape is None:
+    shape = known_shape(node.inputs[0])
+    if shape is None:
         return False
-    axis, dims = node.attributes.get_int("axis", 1), list(value.shape)
+    axis, dims = node.attributes.get_int("axis", 1), list(shape)
     return -len(dims) <= axis < len(dims) and all(d == 1 for d in dims[axis:][1:])
 
 
