@@ -339,7 +339,7 @@ def measure_load(
         arguments = [str(model.resolve()), provider, str(threads)]
         if sample is not None:
             path = Path(folder) / "sample.npz"
-            write_npz(path, {name: _storable(array) for name, array in sample.items()})
+            write_npz(path, sample)
             arguments.append(str(path))
         done = subprocess.run(
             [sys.executable, "-m", "graphopt.measure_load", *arguments],
@@ -351,11 +351,6 @@ def measure_load(
     if done.returncode:
         raise GraphoptError(f"cannot measure the load of {model}: {_last_words(done)}")
     return LoadFigures(**json.loads(done.stdout.splitlines()[-1]))
-
-
-def _storable(array: np.ndarray) -> np.ndarray:
-    """Strings as numpy's own string type, which a file holds without pickle."""
-    return array.astype(np.str_) if array.dtype.kind == "O" else array
 
 
 def _last_words(done: subprocess.CompletedProcess[str]) -> str:

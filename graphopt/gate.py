@@ -24,6 +24,11 @@ from graphopt.validation import Budget, OutputError, why_over
 
 HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
+HALVES_NOTE = (
+    "half precision on the CPU: onnxruntime computes in float32 and rounds between nodes, so exact "
+    "passes are judged within rounding"
+)
+
 LOSSLESS_SAMPLES = 8
 """EXACT and ROUNDING are judged on at most so many samples; more would find nothing else."""
 
@@ -165,7 +170,11 @@ class Gate:
 
     def _claim(self, candidate: ir.Model, by: Pass) -> Effect:
         """What is demanded of a lossless pass: what it claims, where onnxruntime lets it show."""
-        if self.written is Reference.AS_DEPLOYED or self._rounds_between_nodes(candidate):
+        if self.written is Reference.AS_DEPLOYED:
+            return Effect.ROUNDING
+        if by.effect is Effect.EXACT and self._rounds_between_nodes(candidate):
+            if HALVES_NOTE not in self.notes:
+                self.notes.append(HALVES_NOTE)
             return Effect.ROUNDING
         return by.effect
 

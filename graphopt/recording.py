@@ -13,7 +13,7 @@ import numpy as np
 from graphopt.contract import Sample
 from graphopt.errors import SampleError
 from graphopt.runtime import Session
-from graphopt.samples import Input, Samples, complete, read_npz, write_npz
+from graphopt.samples import Input, Samples, complete, plain, read_npz, write_npz
 from graphopt.validation import Comparison, OutputError
 
 Outputs = dict[str, np.ndarray]
@@ -85,16 +85,10 @@ def record(steps: Iterator[Outputs]) -> Recording:
     dtypes: dict[str, np.dtype[Any]] = {}
     count = 0
     for outputs in steps:
-        arrays = {name: _plain(array) for name, array in outputs.items()}
-        write_npz(Path(folder.name) / f"{count}.npz", arrays)
-        dtypes.update({n: a.dtype for n, a in arrays.items() if a.dtype.kind != "U"})
+        write_npz(Path(folder.name) / f"{count}.npz", outputs)
+        dtypes.update({n: a.dtype for n, a in outputs.items() if a.dtype.kind not in "OU"})
         count += 1
     return Recording(count, folder, dtypes)
-
-
-def _plain(array: np.ndarray) -> np.ndarray:
-    """Strings as numpy's own string type, which needs no pickle."""
-    return array.astype(np.str_) if array.dtype == object else array
 
 
 def compare(
@@ -104,7 +98,7 @@ def compare(
     comparisons = [Comparison() for _ in references]
     readers = [iter(r) for r in references]
     for outputs in steps:
-        plain = {name: _plain(array) for name, array in outputs.items()}
+        arrays = {name: plain(array) for name, array in outputs.items()}
         for comparison, reader in zip(comparisons, readers, strict=True):
-            comparison.add(next(reader), plain)
+            comparison.add(next(reader), arrays)
     return tuple(c.outputs() for c in comparisons)

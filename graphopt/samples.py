@@ -234,13 +234,11 @@ def _spool(source: Iterable[Sample]) -> tuple[list[list[tuple[str, Callable[[], 
                 f"sample {index} is a {type(sample).__name__}; it must map input names to arrays"
             )
         arrays = {name: np.asarray(value) for name, value in sample.items()}
-        if any(a.dtype == object for a in arrays.values()):
-            # A copy: the caller may fill the same arrays again for the next sample.
-            arrays = {name: array.copy() for name, array in arrays.items()}
-            reads.append((f"sample {index}", lambda arrays=arrays: arrays))  # type: ignore[misc]
-            continue
         path = Path(keep.name) / f"{index}.npz"
-        write_npz(path, arrays)
+        try:
+            write_npz(path, arrays)
+        except SampleError as error:
+            raise SampleError(f"sample {index}: {error}") from None
         reads.append((f"sample {index}", lambda path=path: read_npz(path)))  # type: ignore[misc]
     return [reads], keep
 
@@ -249,17 +247,42 @@ def write_npz(path: Path, sample: Sample) -> None:
     """Write a sample to an .npz file.
 
     Unlike `numpy.savez` it takes every input name, and bfloat16 and the like, whose bytes it keeps
-    (`read_samples` gives them their type back, which it knows from the model).
+    (`read_samples` gives them their type back, which it knows from the model). Strings become
+    numpy's own.
 
     Raises:
-        ValueError: an array holds Python objects.
+        SampleError: an array holds Python objects other than strings.
     """
     with zipfile.ZipFile(path, "w") as archive:
-        for name, array in sample.items():
+        for name, given in sample.items():
+            try:
+                array = plain(given)
+            except TypeError as error:
+                raise SampleError(f"{name!r} holds {error}, not numbers or strings") from None
             raw = array.dtype.isbuiltin == _REGISTERED_DTYPE
-            plain = np.ascontiguousarray(array).view(f"V{array.itemsize}") if raw else array
+            stored = np.ascontiguousarray(array).view(f"V{array.itemsize}") if raw else array
             with archive.open(f"{name}.npy", "w", force_zip64=True) as stream:
-                np.lib.format.write_array(stream, plain.reshape(array.shape), allow_pickle=False)
+                np.lib.format.write_array(stream, stored.reshape(array.shape), allow_pickle=False)
+
+
+def plain(array: np.ndarray) -> np.ndarray:
+    """Strings in an array of objects as numpy's own strings, which need no pickle; else the array.
+
+    Raises:
+        TypeError: there are other objects in it.
+    """
+    if array.dtype != object:
+        return array
+    texts = [_text(item) for item in array.reshape(-1).tolist()]
+    return np.array(texts, np.str_).reshape(array.shape)
+
+
+def _text(item: object) -> str:
+    if isinstance(item, bytes):
+        return item.decode(errors="backslashreplace")
+    if not isinstance(item, str):
+        raise TypeError(f"a Python object ({type(item).__name__})")
+    return item
 
 
 def _typed(load: Callable[[], Sample], inputs: Sequence[Input]) -> Callable[[], Sample]:

@@ -197,6 +197,20 @@ def test_a_change_that_is_not_reported_is_not_kept() -> None:
     assert [n.op_type for n in run.model.graph] == ["Mul", "Relu"]
 
 
+@pytest.mark.parametrize(("kind", "told"), [("float16", True), ("float", False)])
+def test_that_exact_is_judged_within_rounding_in_half_precision_is_told(
+    kind: str, told: bool
+) -> None:
+    given = parse(
+        f"agraph ({kind}[2] x) => ({kind}[2] y) {{ a = Identity(x)  b = Exp(a)  y = Neg(b) }}"
+    )
+
+    run = graphopt.optimize(given, passes="drop-identity", benchmark=False)
+
+    assert run.steps[0].kept
+    assert any(note.startswith("half precision on the CPU") for note in run.notes) is told
+
+
 def test_what_a_rejected_pass_did_does_not_reach_the_next() -> None:
     given = ir.from_onnx_text(
         """

@@ -126,6 +126,13 @@ def test_an_iterable_of_strings_may_reuse_its_arrays() -> None:
     assert len(set(samples.digests)) == 2
 
 
+def test_python_objects_in_an_iterable_are_refused() -> None:
+    rows = [{"t": np.array(["a"], object)}, {"t": np.array([None], object)}]
+
+    with pytest.raises(SampleError, match=r"sample 1: 't' holds a Python object \(NoneType\)"):
+        read_samples(rows, [Input("t", np.dtype(object), (1,))])
+
+
 def test_the_samples_live_as_long_as_one_iterates_over_them() -> None:
     iterator = iter(read_samples(_rows(3), X))
 
