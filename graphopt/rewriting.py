@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from graphopt.operators import all_graphs, is_onnx, subgraphs
 from graphopt.packing import is_constant
-from graphopt.skeleton import known_shape
+from graphopt.skeleton import known_shape, state_shape
 
 SMALL_ELEMENTS = 1024
 """Constants up to this many elements are shape arithmetic and the like, and cheap to look at."""
@@ -156,7 +156,8 @@ def _take_output(old: ir.Value, new: ir.Value) -> None:
     graph = old.graph
     assert graph is not None and can_replace(old, new), f"{new.name} cannot take {old.name}'s place"
     name, old.name = old.name, None
-    new.name, new.type, new.shape = name, old.type or new.type, old.shape or new.shape
+    new.name, new.type = name, old.type or new.type
+    state_shape(new, old.shape or new.shape)
     for index, output in enumerate(graph.outputs):
         if output is old:
             graph.outputs[index] = new

@@ -236,5 +236,10 @@ def known_shape(value: ir.Value | None) -> ir.Shape | None:
     if _SHAPE in value.meta:
         known: ir.Shape | None = value.meta[_SHAPE]
         return known
-    is_new_output = value.is_graph_output() and value.producer() is not None
-    return None if is_new_output else value.shape
+    return value.shape
+
+
+def state_shape(value: ir.Value, stated: ir.Shape | None) -> None:
+    """Give a value a shape that is only stated; what is known of it stays known."""
+    value.meta[_SHAPE] = known_shape(value)
+    value.shape = stated

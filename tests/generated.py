@@ -13,7 +13,9 @@ from graphopt.contract import Sample
 from graphopt.errors import SampleError
 from graphopt.runtime import Reference, Session
 
-OPSETS = (13, 17, 18, 21)
+OPSETS = (11, 13, 17, 18, 21)
+AXES_OPSET = 13
+"""Squeeze and Unsqueeze take their axes as an input from here on, as an attribute before."""
 
 
 class Builder:
@@ -24,6 +26,7 @@ class Builder:
         self.opset = int(self.random.choice(OPSETS))
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
+        self.functions: list[onnx.FunctionProto] = []
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.batch: int | str = "N" if self.random.random() < 0.5 else 2
         self.count = 0
@@ -74,7 +77,11 @@ class Builder:
             self.initializers,
         )
         imports = [helper.make_opsetid("", self.opset)]
-        proto = helper.make_model(graph, opset_imports=imports, ir_version=10)
+        if self.functions:
+            imports.append(helper.make_opsetid("local", 1))
+        proto = helper.make_model(
+            graph, opset_imports=imports, ir_version=10, functions=self.functions
+        )
         return ir.from_proto(onnx.shape_inference.infer_shapes(proto))
 
 
@@ -152,17 +159,27 @@ def convolution(b: Builder) -> None:
         height, width = height + 2, width + 2
     group = int(b.random.choice([1, 2, channels]))
     made = channels
+    transposed = b.random.random() < 0.25
+    # As many channels go in as come out, so the weights of both operators have the same shape.
     inputs = [value, b.normal(made, channels // group, 3, 3)]
     kind = b.random.random()
     if kind < 0.4:
         inputs.append(b.normal(made))
     elif kind < 0.6:
         inputs.append(b.constant(np.zeros(made, np.float32)))
+    grown = 2 if transposed else -2
     value = b.add(
-        "Conv", inputs, (batch, made, height - 2, width - 2), group=group, dilations=[1, 1]
+        "ConvTranspose" if transposed else "Conv",
+        inputs,
+        (batch, made, height + grown, width + grown),
+        group=group,
+        dilations=[1, 1],
     )
-    if b.random.random() < 0.6:
+    kind = b.random.random()
+    if kind < 0.5:
         normalized(b, value)
+    elif kind < 0.8:
+        with_constant(b)
 
 
 def normalized(b: Builder, value: str) -> None:
@@ -181,13 +198,21 @@ def dense(b: Builder) -> None:
     flat = b.add("Flatten", [value], (batch, width))
     if b.random.random() < 0.5:
         product = b.add("MatMul", [flat, b.normal(width, 6)], (batch, 6))
-        b.add("Add", [product, b.normal(6)], (batch, 6))
+        b.add(str(b.random.choice(["Add", "Mul"])), [product, b.normal(6)], (batch, 6))
     else:
         out = b.add(
             "Gemm", [flat, b.normal(6, width), b.normal(6)], (batch, 6), transB=1, alpha=0.5
         )
         if b.random.random() < 0.5:
             normalized(b, out)
+        else:
+            with_constant(b)
+
+
+def softmax(b: Builder) -> None:
+    value = b.any()
+    assert value is not None
+    b.add("Softmax", [value], b.shapes[value], axis=len(b.shapes[value]) - 1)
 
 
 def transposes(b: Builder) -> None:
@@ -209,10 +234,15 @@ def reshapes(b: Builder) -> None:
     batch, c, h, w = b.shapes[value]
     flat = b.add("Reshape", [value, b.constant(np.int64([0, c, h * w]))], (batch, c, h * w))
     if b.random.random() < 0.5:
-        axes = b.constant(np.int64([1]))
-        tall = b.add("Unsqueeze", [flat, axes], (batch, 1, c, h * w))
-        flat = b.add("Squeeze", [tall, axes], (batch, c, h * w))
+        tall = with_axes(b, "Unsqueeze", flat, (batch, 1, c, h * w))
+        flat = with_axes(b, "Squeeze", tall, (batch, c, h * w))
     b.add("Reshape", [flat, b.constant(np.int64([-1, c, h, w]))], (batch, c, h, w))
+
+
+def with_axes(b: Builder, op: str, value: str, shape: tuple[int, ...]) -> str:
+    if b.opset < AXES_OPSET:
+        return b.add(op, [value], shape, axes=[1])
+    return b.add(op, [value, b.constant(np.int64([1]))], shape)
 
 
 def shape_arithmetic(b: Builder) -> None:
@@ -260,6 +290,52 @@ def branch(b: Builder) -> None:
     b.add("If", [condition], outer[value], then_branch=bodies[0], else_branch=bodies[1])
 
 
+def loop(b: Builder) -> None:
+    """A Loop that carries a value, reads an outer one, and counts its rounds from a constant."""
+    value = b.any()
+    assert value is not None
+    shape = b.shapes[value]
+    inner = Builder(int(b.random.integers(1 << 30)))
+    inner.count = b.count
+    round_number, go, carried = inner.name(), inner.name(), inner.name()
+    still = inner.add("Identity", [go], ())
+    inner.shapes = {carried: shape}
+    with_constant(inner)
+    twice(inner)
+    made = inner.add("Add", [list(inner.shapes)[-1], value], shape)
+    made = inner.add("Tanh", [made], shape)
+    b.count = inner.count
+    inputs = [
+        helper.make_tensor_value_info(round_number, TensorProto.INT64, []),
+        helper.make_tensor_value_info(go, TensorProto.BOOL, []),
+        helper.make_tensor_value_info(carried, TensorProto.FLOAT, None),
+    ]
+    outputs = [
+        helper.make_tensor_value_info(still, TensorProto.BOOL, []),
+        helper.make_tensor_value_info(made, TensorProto.FLOAT, None),
+    ]
+    body = helper.make_graph(inner.nodes, "body", inputs, outputs, inner.initializers)
+    rounds, start = b.constant(np.int64(b.random.integers(4))), b.constant(np.array(True))
+    b.add("Loop", [rounds, start, value], shape, body=body)
+
+
+def call(b: Builder) -> None:
+    """A call of a function of the model, which is made when it is first called."""
+    value = b.any()
+    assert value is not None
+    if not b.functions:
+        nodes = [
+            helper.make_node(
+                "Constant", [], ["half"], value=numpy_helper.from_array(np.array(0.5, np.float32))
+            ),
+            helper.make_node("Mul", ["a", "half"], ["m"]),
+            helper.make_node("Sigmoid", ["m"], ["r"]),
+        ]
+        imports = [helper.make_opsetid("", b.opset)]
+        b.functions.append(helper.make_function("local", "f", ["a"], ["r"], nodes, imports))
+    b.add("f", [value], b.shapes[value], domain="local")
+
+
 STEPS: tuple[Callable[[Builder], None], ...] = (
     unary,
     cast,
@@ -270,12 +346,16 @@ STEPS: tuple[Callable[[Builder], None], ...] = (
     convolution,
     convolution,
     dense,
+    softmax,
     transposes,
     reshapes,
     shape_arithmetic,
     constant_chain,
     branch,
+    loop,
 )
+FUNCTION_SHARE = 0.1
+"""Of the models; most passes leave functions to inline-functions."""
 
 
 def generate(seed: int) -> ir.Model:
@@ -287,6 +367,8 @@ def generate(seed: int) -> ir.Model:
         step(builder)
     if len(builder.shapes) == 1:
         unary(builder)
+    if builder.random.random() < FUNCTION_SHARE:
+        call(builder)
     return builder.model()
 
 

@@ -22,11 +22,14 @@ from graphopt.testing import assert_equivalent, canonical
 from graphopt.validation import Comparison, why_over
 
 LOSSLESS = [n for n in pass_names() if pass_class(n).effect is not Effect.LOSSY]
-QUICK, MANY = range(40), range(40, 2040)
+QUICK, QUICK_ACTIONS_MINIMUM = range(60), 1
+MANY, MANY_ACTIONS_MINIMUM = range(60, 2060), 40
 
 
-def samples(effect: Effect = Effect.ROUNDING) -> list[Sample]:
+def samples(model: ir.Model, effect: Effect = Effect.ROUNDING) -> list[Sample]:
     """Normal numbers; for what claims to be exact also those that break careless algebra.
+
+    Two at a time, and where the model takes any number also three.
 
     Sums of large numbers that cancel are no test of rounding: there the original is noise itself.
     """
@@ -34,18 +37,21 @@ def samples(effect: Effect = Effect.ROUNDING) -> list[Sample]:
     signs = np.resize(np.float32([0.0, -0.0, 1.0, -1.0, 0.5]), (2, 4, 6, 6))
     wild = np.resize(np.float32([-0.0, 1e-40, 1e30, -1e38, np.inf, np.nan, 7.0]), (2, 4, 6, 6))
     exact = [{"x": wild}] if effect is Effect.EXACT else []
-    return [{"x": normal}, {"x": signs}, *exact]
+    free = not isinstance(model.graph.inputs[0].shape[0], int)  # type: ignore[index]
+    three = [{"x": np.concatenate([normal, signs[:1]])}] if free else []
+    return [{"x": normal}, {"x": signs}, *three, *exact]
 
 
 def applied(one: Pass, model: ir.Model) -> Change:
     infer_shapes(model)
-    return one.apply(model, Context(original=model))
+    context = Context(original=model)
+    return Change() if one.refuse(model, context) else one.apply(model, context)
 
 
 def assert_equal_as_deployed(before: ir.Model, after: ir.Model, text: str) -> None:
     first, second = Session(before), Session(after)
     comparison = Comparison()
-    for sample in samples():
+    for sample in samples(before):
         comparison.add(first.run(sample), second.run(sample))
     assert why_over(Effect.ROUNDING, comparison.outputs()) is None, text
 
@@ -53,7 +59,7 @@ def assert_equal_as_deployed(before: ir.Model, after: ir.Model, text: str) -> No
 def check_law(one: Pass, seed: int) -> bool:
     """Whether the pass changed the model of the seed; asserts all laws."""
     model = generate(seed)
-    if not runs_as_written(model, samples()[0]):
+    if not runs_as_written(model, samples(model)[0]):
         return False
     before = model.clone()
     change = applied(one, model)
@@ -63,8 +69,8 @@ def check_law(one: Pass, seed: int) -> bool:
         return False
     assert why_invalid(model) is None, f"{why_invalid(model)}, {text}"
     assert why_other_interface(interface_of(before), interface_of(model)) is None, text
-    if runs_as_written(model, samples()[0]):
-        assert_equivalent(before, model, one.effect, samples(one.effect))
+    if runs_as_written(model, samples(model)[0]):
+        assert_equivalent(before, model, one.effect, samples(model, one.effect))
     else:
         assert_equal_as_deployed(before, model, text)
     again = applied(one, model)
@@ -76,8 +82,9 @@ def check_law(one: Pass, seed: int) -> bool:
 def test_laws_of_every_pass(name: str) -> None:
     (one,) = parse_passes(name)
 
-    for seed in QUICK:
-        check_law(one, seed)
+    acted = sum(check_law(one, seed) for seed in QUICK)
+
+    assert acted >= QUICK_ACTIONS_MINIMUM
 
 
 @pytest.mark.slow
@@ -87,16 +94,15 @@ def test_laws_of_every_pass_on_many_graphs(name: str) -> None:
 
     acted = sum(check_law(one, seed) for seed in MANY)
 
-    # The functions that inline-functions looks for are not generated; all else must occur.
-    assert acted or name == "inline-functions"
+    assert acted >= MANY_ACTIONS_MINIMUM
 
 
 def check_basic(seed: int) -> None:
     model = generate(seed)
-    run = graphopt.optimize(model, recipe="basic", samples=samples(), benchmark=False)
+    run = graphopt.optimize(model, recipe="basic", samples=samples(model), benchmark=False)
     assert [s for s in run.steps if s.verdict == "rolled back"] == [], f"seed {seed}"
     assert node_count(run.model) <= node_count(model), f"seed {seed}"
-    deployed = Session(run.model, Reference.AS_DEPLOYED).run(samples()[0])
+    deployed = Session(run.model, Reference.AS_DEPLOYED).run(samples(model)[0])
     assert deployed.keys() == {o.name for o in model.graph.outputs}
 
 
