@@ -37,11 +37,11 @@ def optimize(
     model: ModelLike,
     *,
     recipe: str | None = None,
-    passes: str | Sequence[Pass] | None = None,
+    passes: str | Sequence[Pass | str] | None = None,
     samples: SamplesLike | None = None,
     random_samples: int | None = None,
     provider: str = "cpu",
-    max_error: str | float | Sequence[str] | None = None,
+    max_error: str | float | Sequence[str | float] | None = None,
     require: str | None = None,
     state: State = (),
     opset: int | None = None,
@@ -59,7 +59,8 @@ def optimize(
     Args:
         model: path, bytes, `onnx.ModelProto` or `ir.Model`; never modified.
         recipe: name of a recipe; `basic` when neither this nor `passes` is given.
-        passes: in text form, for example `fold-constants,drop-unused`, or as objects.
+        passes: in text form, for example `fold-constants,drop-unused`, or several, as text or
+            objects.
         samples: a folder or file of inputs, or an iterable of mappings from input name to array;
             see `graphopt.samples.read_samples`.
         random_samples: draw so many samples from the signature instead. With neither, a few are
@@ -82,9 +83,10 @@ def optimize(
         The run: model, ledger, numerics, benchmark. `run.save(path)` writes the model.
 
     Raises:
-        GraphoptError: the input is at fault.
+        GraphoptError: the input is at fault, or onnxruntime reads it otherwise than graphopt.
         CheckFailed: `strict`, and a pass was rejected.
     """
+    _check_counts(random_samples=random_samples, gate_samples=gate_samples, threads=threads)
     requirements = parse_requirements(require) if require is not None else ()
     budgets = _budgets(max_error)
     chosen = plan(recipe, passes, opset)
@@ -101,6 +103,8 @@ def optimize(
         calibration, judged = None, None
     working = subject.working_copy(keep_overridable)
     gate = _gate(subject, working, judged, validate, budgets)
+    if subject.source.notes:
+        gate.check_read(working, subject.source.notes)
     external_data = subject.source.has_external_data()
     context = Context(
         original=subject.source.model,
@@ -184,7 +188,7 @@ def validate(
     samples: SamplesLike | None = None,
     random_samples: int | None = None,
     provider: str = "cpu",
-    max_error: str | float | Sequence[str] | None = None,
+    max_error: str | float | Sequence[str | float] | None = None,
     state: State = (),
     progress: Progress = _quiet,
 ) -> Validation:
@@ -203,6 +207,7 @@ def validate(
     Raises:
         GraphoptError: a model does not load, or a sample does not fit.
     """
+    _check_counts(random_samples=random_samples)
     budgets = _budgets(max_error)
     reference = open_subject(first, provider, True, False, progress)
     compared = open_subject(second, provider, True, False, progress)
@@ -245,6 +250,7 @@ def benchmark(
     Raises:
         GraphoptError: a model does not load, or a sample does not fit.
     """
+    _check_counts(random_samples=random_samples, threads=threads, batch_size=batch_size)
     subjects = [open_subject(m, provider, True, False, progress) for m in models]
     if not subjects:
         raise ModelError("there is no model to time; give one or more")
@@ -287,12 +293,26 @@ def _labels(names: Sequence[str]) -> list[str]:
     return [f"{name} ({n + 1})" if n else name for name, n in zip(names, again, strict=True)]
 
 
-def _budgets(max_error: str | float | Sequence[str] | None) -> tuple[Budget, ...]:
+COUNT_MAXIMUM = 1 << 20
+"""More samples, threads or rows of a batch than this are a slip of the keyboard."""
+
+
+def _check_counts(**counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is None:
+            continue
+        if not isinstance(count, int):
+            raise SpecError(f"{name} is {count!r}; it must be a whole number")
+        if not 1 <= count <= COUNT_MAXIMUM:
+            raise SpecError(f"{name} is {count}; it must be from 1 to {COUNT_MAXIMUM}")
+
+
+def _budgets(max_error: str | float | Sequence[str | float] | None) -> tuple[Budget, ...]:
     if max_error is None:
         return ()
     if isinstance(max_error, str | float | int):
-        max_error = [str(max_error)]
-    return tuple(parse_budget(text) for text in max_error)
+        max_error = [max_error]
+    return tuple(parse_budget(str(budget)) for budget in max_error)
 
 
 def _check_samples_given(

@@ -15,6 +15,7 @@ from graphopt.content import remember
 from graphopt.errors import ModelError
 from graphopt.operators import graphs_and_functions
 from graphopt.protos import tensors_of
+from graphopt.rewriting import replace_tensors
 
 
 def check_external_data(proto: onnx.ModelProto, path: Path | None) -> set[Path]:
@@ -109,16 +110,9 @@ def anchor_external_tensors(model: ir.Model, folder: Path | None = None) -> None
     Raises:
         ModelError: a data file is not there, or too short.
     """
-    for graph in graphs_and_functions(model):
-        for value in graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                value.const_value = _anchored(value.const_value, folder)
-        for node in graph:
-            for name, attribute in node.attributes.items():
-                if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
-                    tensor = attribute.as_tensor()
-                    if isinstance(tensor, ir.ExternalTensor):
-                        node.attributes[name] = ir.AttrTensor(name, _anchored(tensor, folder))
+    replace_tensors(
+        model, lambda t: _anchored(t, folder) if isinstance(t, ir.ExternalTensor) else t
+    )
 
 
 def _anchored(tensor: ir.ExternalTensor, folder: Path | None) -> ir.ExternalTensor:

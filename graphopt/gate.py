@@ -19,7 +19,7 @@ from graphopt.errors import ModelError, SampleError
 from graphopt.operators import all_graphs
 from graphopt.recording import Feed, Recording, compare, record
 from graphopt.runtime import Reference, Session
-from graphopt.skeleton import why_invalid
+from graphopt.skeleton import type_text, why_invalid
 from graphopt.validation import Budget, OutputError, why_over
 
 HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -51,7 +51,7 @@ def _face(value: ir.Value) -> tuple[str, str, tuple[int | str | None, ...] | Non
     dims = None
     if value.shape is not None:
         dims = tuple(d if isinstance(d, int) else d.value for d in value.shape)
-    return value.name or "", str(value.type), dims
+    return value.name or "", type_text(value), dims
 
 
 def why_other_interface(before: Interface, after: Interface) -> str | None:
@@ -167,6 +167,24 @@ class Gate:
             return self._why_not_equal(written, self._claim(candidate, by))
         except SampleError as error:
             return f"it does not run: {error}"
+
+    def check_read(self, model: ir.Model, notes: Sequence[str]) -> None:
+        """Raise ModelError when what was read computes something else than the file.
+
+        Only a model that is not valid ONNX can be read in two ways.
+
+        Args:
+            model: before any pass.
+            notes: on what was mended in reading.
+        """
+        if self.feed is None:
+            return
+        reason = self._why_not_equal(self._session(model, self.written), Effect.ROUNDING)
+        if reason is not None:
+            raise ModelError(
+                f"the model cannot be read for certain ({'; '.join(notes)}): what onnxruntime "
+                f"makes of the file differs, {reason}"
+            )
 
     def _claim(self, candidate: ir.Model, by: Pass) -> Effect:
         """What is demanded of a lossless pass: what it claims, where onnxruntime lets it show."""

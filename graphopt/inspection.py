@@ -23,6 +23,7 @@ from graphopt.operators import (
     is_random,
     node_count,
 )
+from graphopt.skeleton import type_text
 from graphopt.state import guess_state
 
 CHUNK_BYTES = 4 << 20
@@ -178,7 +179,7 @@ def inspect_model(model: ir.Model) -> Inspection:
 
 def _port(value: ir.Value) -> Port:
     tensor = isinstance(value.type, ir.TensorType)
-    dtype = _word(value.type.dtype) if isinstance(value.type, ir.TensorType) else str(value.type)
+    dtype = _word(value.type.dtype) if isinstance(value.type, ir.TensorType) else type_text(value)
     if not tensor or value.shape is None:
         return Port(value.name or "", dtype, None)
     dims = tuple(d if isinstance(d, int) else d.value for d in value.shape)

@@ -23,8 +23,8 @@ from graphopt.errors import ModelError
 from graphopt.external_data import anchor_external_tensors, check_external_data, external_tensors
 from graphopt.operators import ONNX_DOMAINS
 from graphopt.protos import describe_node, inner_graphs, scopes
-from graphopt.rewriting import unshadow
-from graphopt.skeleton import stubbed, why_invalid
+from graphopt.rewriting import replace_tensors, tensor_of, unshadow
+from graphopt.skeleton import from_proto, stubbed, why_invalid
 
 ModelLike = str | Path | bytes | onnx.ModelProto | ir.Model
 
@@ -101,6 +101,7 @@ def open_model(model: ModelLike, *, drop_training_info: bool = False) -> Source:
     if isinstance(model, ir.Model):
         clone = model.clone()
         anchor_external_tensors(clone)
+        replace_tensors(clone, _view)
         proto, tensors = stubbed(clone)
         size = proto.ByteSize() + sum(t.nbytes for t in tensors.values())
         state = hashlib.sha256(proto.SerializeToString())
@@ -129,6 +130,24 @@ def open_model(model: ModelLike, *, drop_training_info: bool = False) -> Source:
         )
     raise ModelError(
         f"a model is a path, bytes, a ModelProto or an ir.Model, not a {type(model).__name__}"
+    )
+
+
+def _view(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """The same content under a name of its own: renaming a value renames its tensor.
+
+    Clones share tensors, so that would reach the model that a caller gave, and the proto below it.
+    """
+    if isinstance(tensor, ir.ExternalTensor):
+        return tensor
+    if tensor.dtype == ir.DataType.STRING:
+        return tensor_of(tensor.numpy(), tensor.name or "")
+    return ir.LazyTensor(
+        lambda: tensor,
+        tensor.dtype,
+        ir.Shape(tensor.shape.numpy()),
+        name=tensor.name,
+        doc_string=tensor.doc_string,
     )
 
 
@@ -164,6 +183,8 @@ def _parse(data: bytes, what: str) -> onnx.ModelProto:
         raise ModelError(
             f"{what} is not an ONNX model, or is truncated: protobuf cannot parse it"
         ) from None
+    if proto.graph.node and not proto.graph.output:
+        raise ModelError(f"{what} has no outputs, so there is nothing to run it for")
     if not proto.ir_version or not (proto.graph.node or proto.graph.output):
         raise ModelError(f"{what} is not an ONNX model: it has no IR version or no graph")
     _check_versions(proto, what)
@@ -222,9 +243,9 @@ def _source(
     size += sum(f.stat().st_size for f in check_external_data(proto, path))
     invalid = why_invalid(proto)
     try:
-        model = ir.from_proto(proto)
+        model = from_proto(proto)
     except Exception as error:  # whatever a malformed proto makes onnx-ir raise
-        raise ModelError(f"the model is not valid: {invalid or error}") from error
+        raise ModelError(f"the model is not valid: {invalid or _root(error)}") from error
     if path is not None:
         anchor_external_tensors(model, path.parent)
     if not _is_sorted(proto.graph):
@@ -235,6 +256,13 @@ def _source(
         _check_handled(model, invalid)
     notes += _unshadowed(model)
     return Source(model, path, size, digest, tuple(notes), invalid)
+
+
+def _root(error: BaseException) -> BaseException:
+    """What an error came from: onnx-ir wraps each in ones that name where it was."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _unshadowed(model: ir.Model) -> tuple[str, ...]:

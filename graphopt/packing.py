@@ -11,6 +11,26 @@ import onnx_ir as ir
 
 from graphopt.operators import is_onnx
 
+_CONTENT = frozenset(
+    {
+        "value",
+        "value_float",
+        "value_floats",
+        "value_int",
+        "value_ints",
+        "value_string",
+        "value_strings",
+    }
+)
+
+
+def holds_tensor(node: ir.Node) -> bool:
+    """The node is a Constant whose content can be read: not sparse, and not by reference."""
+    if not is_onnx(node, "Constant") or len(node.attributes) != 1:
+        return False
+    (attribute,) = node.attributes.values()
+    return attribute.name in _CONTENT and not attribute.is_ref()
+
 
 def is_packed(value: ir.Value | None) -> bool:
     """The value is the widened form of constants that are stored narrow."""
@@ -35,5 +55,5 @@ def is_constant(value: ir.Value | None) -> bool:
         return False
     node = value.producer()
     if node is not None:
-        return is_onnx(node, "Constant")
+        return holds_tensor(node)
     return value.is_initializer() and not value.is_graph_input()

@@ -37,6 +37,15 @@ def scopes(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto | onnx.FunctionPr
         yield from nested_graphs(function)
 
 
+def is_map(kind: onnx.TypeProto) -> bool:
+    """The type is a map, or a sequence or optional of such."""
+    if kind.HasField("sequence_type"):
+        return is_map(kind.sequence_type.elem_type)
+    if kind.HasField("optional_type"):
+        return is_map(kind.optional_type.elem_type)
+    return bool(kind.HasField("map_type"))
+
+
 def tensors_of(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     """All tensors: initializers of all graphs, and attributes of all nodes."""
     for scope in scopes(proto):

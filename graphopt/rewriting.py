@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.operators import all_graphs, is_onnx, subgraphs
-from graphopt.packing import is_constant
+from graphopt.operators import all_graphs, graphs_and_functions, subgraphs
+from graphopt.packing import holds_tensor, is_constant
 from graphopt.skeleton import known_shape, state_shape
 
 SMALL_ELEMENTS = 1024
@@ -28,16 +30,12 @@ def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
 
 def node_tensor(node: ir.Node) -> ir.TensorProtocol | None:
     """The tensor of a Constant node, in whichever attribute; None when sparse or by reference."""
-    if not is_onnx(node, "Constant") or len(node.attributes) != 1:
+    if not holds_tensor(node):
         return None
     ((name, attribute),) = node.attributes.items()
-    if attribute.is_ref():
-        return None
     if name == "value":
         return attribute.as_tensor()
-    dtype = {"f": np.float32, "i": np.int64, "s": np.object_}.get(name.removeprefix("value_")[:1])
-    if not name.startswith("value_") or dtype is None:
-        return None
+    dtype = {"f": np.float32, "i": np.int64, "s": np.object_}[name.removeprefix("value_")[0]]
     if dtype is np.object_:
         content = attribute.value if name.endswith("s") else [attribute.value]
         encoded = [s if isinstance(s, bytes) else s.encode() for s in content]
@@ -114,6 +112,25 @@ def tensor_of(array: np.ndarray, name: str, dtype: ir.DataType | None = None) ->
     texts = array.reshape(-1).tolist()
     encoded = [text if isinstance(text, bytes) else str(text).encode() for text in texts]
     return ir.StringTensor(encoded, shape=ir.Shape(array.shape), name=name)
+
+
+def replace_tensors(
+    model: ir.Model, replacement: Callable[[ir.TensorProtocol], ir.TensorProtocol]
+) -> None:
+    """Put other tensors in the place of those of initializers and attributes, in functions too."""
+    for graph in graphs_and_functions(model):
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                value.const_value = replacement(value.const_value)
+        for node in graph:
+            for name, attribute in node.attributes.items():
+                if attribute.type != ir.AttributeType.TENSOR or attribute.is_ref():
+                    continue
+                tensor = replacement(attribute.as_tensor())
+                if tensor is not attribute.value:
+                    node.attributes[name] = ir.AttrTensor(
+                        name, tensor, doc_string=attribute.doc_string
+                    )
 
 
 def add_initializer(graph: ir.Graph, array: np.ndarray | ir.TensorProtocol, name: str) -> ir.Value:

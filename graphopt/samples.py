@@ -22,6 +22,7 @@ import onnx_ir as ir
 
 from graphopt.contract import Sample
 from graphopt.errors import SampleError, did_you_mean
+from graphopt.skeleton import type_text
 
 GATE_SHARE = 0.2
 GATE_MINIMUM = 4
@@ -71,7 +72,9 @@ def signature(model: ir.Model) -> tuple[Input, ...]:
 def _input(value: ir.Value, graph: ir.Graph) -> Input:
     name = value.name or ""
     if not isinstance(value.type, ir.TensorType):
-        raise SampleError(f"input {name!r} is a {value.type}, and samples can only hold tensors")
+        raise SampleError(
+            f"input {name!r} is a {type_text(value)}, and samples can only hold tensors"
+        )
     string = value.type.dtype == ir.DataType.STRING
     dtype = np.dtype(object) if string else np.dtype(value.type.dtype.numpy())
     dims = None

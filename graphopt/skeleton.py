@@ -8,6 +8,7 @@ typed inputs. Its size, and the time to make it, do not depend on the size of th
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -16,7 +17,7 @@ import onnx
 import onnx_ir as ir
 
 from graphopt.operators import ONNX_DOMAINS, graphs_and_functions
-from graphopt.protos import nested_graphs
+from graphopt.protos import is_map, nested_graphs
 
 logger = logging.getLogger("graphopt")
 
@@ -31,6 +32,40 @@ INFERRED = "graphopt.inferred"
 
 _SHAPE = "graphopt.shape"
 """Key in `Value.meta`: what `infer_shapes` found where the shape itself is what a file states."""
+
+
+_MAPS = "graphopt.maps"
+"""Key in `Graph.meta`: types that onnx-ir cannot hold, by the name of the input or output."""
+
+
+def from_proto(proto: onnx.ModelProto) -> ir.Model:
+    """The model of a proto, also one whose inputs and outputs are maps, as of a ZipMap.
+
+    onnx-ir has no such type: the values have none, and `stubbed` puts it back.
+    """
+    maps = {}
+    for info in (*proto.graph.input, *proto.graph.output):
+        if is_map(info.type):
+            maps[info.name] = onnx.TypeProto.FromString(info.type.SerializeToString())
+            info.ClearField("type")
+    for graph in nested_graphs(proto.graph):
+        kept = [info for info in graph.value_info if not is_map(info.type)]
+        if len(kept) < len(graph.value_info):
+            del graph.value_info[:]
+            graph.value_info.extend(kept)
+    model = ir.from_proto(proto)
+    if maps:
+        model.graph.meta[_MAPS] = maps
+    return model
+
+
+def type_text(value: ir.Value) -> str:
+    """The type of an input or output of a model, in words."""
+    graph = value.graph
+    maps = graph.meta.get(_MAPS, {}) if isinstance(graph, ir.Graph) else {}
+    if value.type is None and value.name in maps:
+        return "sequence of maps" if maps[value.name].HasField("sequence_type") else "map"
+    return str(value.type)
 
 
 @contextmanager
@@ -98,7 +133,12 @@ def stubbed(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, ir.TensorProtoc
         and value.const_value.nbytes > LARGE_BYTES
     }
     with _stubs(model, tensors), _inlined(model):
-        return ir.to_proto(model), tensors
+        proto = ir.to_proto(model)
+    maps = model.graph.meta.get(_MAPS, {})
+    for info in (*proto.graph.input, *proto.graph.output):
+        if info.name in maps:
+            info.type.CopyFrom(maps[info.name])
+    return proto, tensors
 
 
 def without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -220,13 +260,27 @@ def _take_shape(value: ir.Value, info: onnx.ValueInfoProto | None) -> None:
     value.meta.pop(_SHAPE, None)
     if value.type is None and value.shape is None:
         value.meta[INFERRED] = True
-    if info is not None:
+    if info is not None and not is_map(info.type):
         value.type = ir.serde.deserialize_type_proto_for_type(info.type)
     value.shape = _shape_of(info)
 
 
+_INVENTED = re.compile(r"unk__\d+")
+"""Names that onnx's shape inference gives to dimensions that it does not know."""
+
+
 def _shape_of(info: onnx.ValueInfoProto | None) -> ir.Shape | None:
-    return None if info is None else ir.serde.deserialize_type_proto_for_shape(info.type)
+    if info is None or is_map(info.type):
+        return None
+    shape = ir.serde.deserialize_type_proto_for_shape(info.type)
+    if shape is None:
+        return None
+    return ir.Shape(
+        [
+            None if isinstance(d, ir.SymbolicDim) and _INVENTED.fullmatch(d.value or "") else d
+            for d in shape
+        ]
+    )
 
 
 def known_shape(value: ir.Value | None) -> ir.Shape | None:

@@ -55,6 +55,7 @@ class Subject:
         if samples is not None and random_samples is not None:
             raise SampleError("give samples or a number of random samples, not both")
         inputs = sampling.signature(self.source.model)
+        state = tuple(state)
         check_state(self.source.model, state)
         if samples is not None:
             if not state:

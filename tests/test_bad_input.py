@@ -190,6 +190,12 @@ MODELS = [
         f"optimize {RUN}",
         ("not an ONNX model",),
     ),
+    Case(
+        "no-outputs",
+        changed(lambda proto: proto.graph.output.pop()),
+        f"optimize {RUN}",
+        ("has no outputs",),
+    ),
     Case("cut-1%", cut(0.01), f"optimize {RUN}", ("truncated",)),
     Case("cut-half", cut(0.5), f"optimize {RUN}", ("truncated",)),
     Case("cut-99%", cut(0.99), f"optimize {RUN}", ("truncated",)),
@@ -461,6 +467,8 @@ TEXTS = [
 
 SAMPLES = [
     Case("samples-missing", linear, f"optimize {RUN} --samples {{d}}/s", ("no samples at", "/s")),
+    Case("threads-absurd", linear, f"optimize {RUN} --threads 99999999999", ("threads is",)),
+    Case("batch-absurd", linear, "benchmark {d}/m.onnx --batch-size 99999999999", ("batch_size",)),
     Case("samples-empty-folder", linear, f"optimize {RUN} --samples {{d}}/out", ("no .npz",)),
     Case("samples-no-such-input", with_samples(imagf=ones(1, 3), x=ones(1, 3)),
          f"optimize {RUN} --samples {{d}}/s.npz", ("no input 'imagf'", "x")),

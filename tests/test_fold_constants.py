@@ -4,6 +4,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from graphopt.contract import Context
 from graphopt.testing import apply_pass, assert_equivalent, assert_rewrites, assert_unchanged, parse
 from graphopt_passes.simplify.drop_unused import DropUnused
 from graphopt_passes.simplify.fold_constants import FoldConstants
@@ -296,6 +297,17 @@ def test_what_onnxruntime_cannot_compute_stays() -> None:
     apply_pass(DropUnused(), model)
 
     assert_equivalent(before, model)
+
+
+def test_a_constant_that_cannot_be_read_is_no_constant() -> None:
+    """onnxruntime takes any single attribute for the value."""
+    model = parse("agraph (float[2] x) => (float[2] y) { c = Constant <value_float = 2.0> ()"
+                  " d = Neg(c)  y = Mul(x, d) }")  # fmt: skip
+    constant = model.graph[0]
+    constant.attributes["vavue"] = ir.AttrFloat32("vavue", 2.0)
+    del constant.attributes["value_float"]
+
+    assert not FoldConstants().apply(model, Context(original=model))
 
 
 def test_strings_fold() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from graphopt.contract import Context
 from graphopt.testing import assert_rewrites, assert_unchanged
 from graphopt_passes.simplify.inline_functions import InlineFunctions
 
@@ -37,3 +38,18 @@ def test_inlines_nested_calls_and_their_attributes() -> None:
 
 def test_leaves_a_model_without_functions() -> None:
     assert_unchanged(InlineFunctions(), "agraph (float[2] x) => (float[2] y) { y = Neg(x) }")
+
+
+def test_refuses_functions_of_another_opset() -> None:
+    model = ir.from_onnx_text(
+        """
+        <ir_version: 8, opset_import: ["" : 17, "local" : 1]>
+        agraph (float[2] x) => (float[2] y) { y = local.f (x) }
+        <domain: "local", opset_import: ["" : 11]>
+        f (a) => (c) { c = Softmax (a) }
+        """
+    )
+
+    reason = InlineFunctions().refuse(model, Context(original=model))
+
+    assert reason == "function f is of opset 11, the model of 17"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -12,6 +12,7 @@ from generated import generate, runs_as_written
 
 import graphopt
 from graphopt import Change, CheckFailed, Context, Effect, Pass
+from graphopt.errors import SpecError
 from graphopt.runtime import Session
 from graphopt.testing import parse
 from graphopt_passes.simplify.drop_unused import DropUnused
@@ -423,3 +424,40 @@ def test_provenance_is_written_and_two_runs_are_identical() -> None:
     assert first.model.metadata_props["graphopt.input_sha256"] == first.input_sha256
     one, two = (ir.to_proto(r.model).SerializeToString() for r in (first, second))
     assert one == two
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threads": 0}, "threads is 0; it must be from 1 to"),
+        ({"threads": 1 << 40}, "threads is 1099511627776; it must be"),
+        ({"random_samples": 2.5}, "random_samples is 2.5; it must be a whole number"),
+        ({"gate_samples": -1}, "gate_samples is -1"),
+        ({"passes": [1]}, "a pass is an object or its text, not a int"),
+        ({"passes": "raise-opset{opset=21}", "opset": 19}, "opset 19 is asked for beside"),
+    ],
+)
+def test_arguments_out_of_bounds_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        graphopt.optimize(model(), benchmark=False, **options)
+
+
+def test_passes_may_be_a_list_of_texts_and_objects() -> None:
+    run = graphopt.optimize(model(), passes=["drop-unused,lift-constants", DropUnused()])
+
+    assert [s.spec for s in run.steps] == ["drop-unused", "lift-constants", "drop-unused"]
+
+
+def test_no_dimension_gets_a_name_that_onnx_invented() -> None:
+    given = parse(
+        """
+        agraph (float[N, 4] x) => (int64[R, C] y, float[N, 4] z)
+        { n = NonZero(x)  y = Identity(n)  z = Neg(x) }
+        """
+    )
+    given.graph.outputs[0].shape = None
+
+    run = graphopt.optimize(given, benchmark=False)
+
+    assert [n.op_type for n in run.model.graph] == ["NonZero", "Neg"]
+    assert "unk__" not in str(run.model.graph.outputs[0].shape)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
 
 import graphopt
@@ -98,3 +102,70 @@ def test_calls_of_a_function_count_as_what_they_run() -> None:
     )
 
     assert node_count(model) == 5
+
+
+TWICE_HIDDEN = """
+agraph (bool c, bool inside, float[3] x) => (float[3] y)
+<float[3] k = {1.0, 1.0, 1.0}>
+{
+    y = If (c) <
+        then_branch = outer () => (float[3] a) <float[3] k = {10.0, 10.0, 10.0}> {
+            a = If (inside) <
+                then_branch = inner () => (float[3] b)
+                <float[3] k = {100.0, 100.0, 100.0}> { b = Add(x, k) },
+                else_branch = rest () => (float[3] d) { d = Sub(x, k) }
+            >
+        },
+        else_branch = other () => (float[3] e) { e = Abs(x) }
+    >
+}
+"""
+
+
+def test_what_cannot_be_read_for_certain_is_refused(tmp_path: Path) -> None:
+    """onnxruntime takes the outer of two that hide a third; ONNX allows none of it."""
+    path = tmp_path / "m.onnx"
+    header = '<ir_version: 10, opset_import: ["" : 17]>'
+    onnx.save(onnx.parser.parse_model(header + TWICE_HIDDEN), path)
+    samples = [{"c": np.array(True), "inside": np.array(True), "x": np.float32([1, 2, 3])}]
+
+    with pytest.raises(graphopt.ModelError, match=r"cannot be read for certain \(2 values in"):
+        graphopt.optimize(path, samples=samples, benchmark=False)
+
+
+HIDDEN_IN_BOTH = """
+agraph (bool c, float[3] x) => (float[3] y, float[3] z)
+<float[3] k = {7.0, 7.0, 7.0}>
+{
+    y = If (c) <
+        then_branch = t () => (float[3] a) <float[3] k = {1.0, 1.0, 1.0}> { a = Add(x, k) },
+        else_branch = e () => (float[3] b) <float[3] k = {2.0, 2.0, 2.0}> { b = Add(x, k) }
+    >
+    o = Constant <value = float[3] {1.0, 2.0, 3.0}> ()
+    m = Add(x, k)
+    z = Add(m, o)
+}
+"""
+
+
+@pytest.mark.parametrize("verb", ["load", "inspect", "validate", "benchmark", "optimize"])
+def test_a_model_in_memory_is_never_modified(verb: str) -> None:
+    """Renaming a value renames its tensor, which clones share, and the proto below it."""
+    proto = onnx.parser.parse_model('<ir_version: 10, opset_import: ["" : 17]>' + HIDDEN_IN_BOTH)
+    model = ir.from_proto(proto)
+    before, written = proto.SerializeToString(), ir.to_proto(model).SerializeToString()
+
+    match verb:
+        case "load":
+            graphopt.load(model)
+        case "inspect":
+            graphopt.inspect(model)
+        case "validate":
+            graphopt.validate(model, model, random_samples=1)
+        case "benchmark":
+            graphopt.benchmark([model], random_samples=1)
+        case "optimize":
+            graphopt.optimize(model, random_samples=2, benchmark=False)
+
+    assert proto.SerializeToString() == before
+    assert ir.to_proto(model).SerializeToString() == written

@@ -23,6 +23,18 @@ class InlineFunctions(Pass):
     name: ClassVar[str] = "inline-functions"
     effect: ClassVar[Effect] = Effect.EXACT
 
+    def refuse(self, model: ir.Model, context: Context) -> str | None:
+        """Where a function counts on another version of the operators than the model."""
+        for function in model.functions.values():
+            for domain, version in function.opset_imports.items():
+                other = model.opset_imports.get(domain, version)
+                if other != version:
+                    return (
+                        f"function {function.name} is of opset {version}, the model of {other}"
+                        + (f" (domain {domain})" if domain else "")
+                    )
+        return None
+
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Inline all calls, nested ones too, and drop the functions."""
         change = Change()

@@ -13,7 +13,7 @@ from graphopt.contract import Bounds, Change, Context, Effect, Pass
 from graphopt.operators import ONNX_DOMAINS, all_graphs, is_onnx, node_count, opset_of
 from graphopt.protos import nested_graphs
 from graphopt.rewriting import constant_tensor
-from graphopt.skeleton import known_shape, skeleton
+from graphopt.skeleton import from_proto, known_shape, skeleton
 
 SOFTMAX_OPSET = 13
 SOFTMAXES = ("Softmax", "LogSoftmax", "Hardmax")
@@ -66,13 +66,14 @@ class RaiseOpset(Pass):
         _restore_softmaxes(converted, softmaxes)
         if before < RESIZE_OPSET <= self.opset:
             _keep_old_resizes(converted.graph, "ceil" if "ceil" in _roundings(model) else "floor")
-        added = node_count(ir.from_proto(converted)) - node_count(model)
+        new = from_proto(converted)
+        added = node_count(new) - node_count(model)
         if added > 0 and not self.grow:
             change.skip(
                 "the model", f"opset {self.opset} takes {added} nodes more (grow allows it)"
             )
             return change
-        _adopt(model, converted)
+        _adopt(model, new.graph)
         change.count(f"opset raised from {before} to {self.opset}")
         return change
 
@@ -168,10 +169,9 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]
 
 
-def _adopt(model: ir.Model, converted: onnx.ModelProto) -> None:
+def _adopt(model: ir.Model, new: ir.Graph) -> None:
     """Make the converted graph the model's, with its weights, metadata and descriptions."""
     old = model.graph
-    new = ir.from_proto(converted).graph
     inputs = {v.name for v in old.inputs}
     for value in list(new.inputs):
         weight = old.initializers.get(value.name or "")
@@ -184,8 +184,11 @@ def _adopt(model: ir.Model, converted: onnx.ModelProto) -> None:
     for domain, version in old.opset_imports.items():
         if domain not in ONNX_DOMAINS:
             new.opset_imports[domain] = version
+    for before, after in zip(old.outputs, new.outputs, strict=True):
+        after.shape = before.shape
     new.name, new.doc_string = old.name, old.doc_string
     new.metadata_props.update(old.metadata_props)
+    new.meta.update(old.meta)
     _keep_descriptions(model, new)
     model.graph = new
     imports = [onnx.helper.make_opsetid(d, v) for d, v in new.opset_imports.items()]
