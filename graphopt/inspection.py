@@ -1,7 +1,7 @@
 """What is in a model: operators, weights, duplicates, zeros, and what makes it hard to optimize.
 
-Weights in external data are read in chunks with plain file reads, never through their mapping, so
-that resident memory stays at a few megabytes whatever the size of the model.
+Weights in external data are read in chunks, so that resident memory stays at a few megabytes
+whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from graphopt.operators import (
 from graphopt.skeleton import type_text
 from graphopt.state import guess_state
 
-CHUNK_BYTES = 4 << 20
 LARGEST_COUNT = 10
 
 _FLOATS = frozenset(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.operators import all_graphs, graphs_and_functions, subgraphs
+from graphopt.operators import all_graphs, graphs_and_functions, opset_of, subgraphs
 from graphopt.packing import holds_tensor, is_constant
 from graphopt.skeleton import known_shape, state_shape
 
@@ -43,6 +43,39 @@ def node_tensor(node: ir.Node) -> ir.TensorProtocol | None:
             encoded, shape=ir.Shape([len(encoded)] if name.endswith("s") else [])
         )
     return ir.tensor(np.asarray(attribute.value, dtype))
+
+
+def input_of(node: ir.Node, index: int) -> ir.Value | None:
+    """The input at an index; None where it is left out, also at the end."""
+    return node.inputs[index] if index < len(node.inputs) else None
+
+
+def small_integers(value: ir.Value | None) -> tuple[int, ...] | None:
+    """The numbers of a small constant, in order, as of shapes, axes and pads; or None."""
+    array = small_array(value)
+    return None if array is None else tuple(int(number) for number in array.reshape(-1))
+
+
+def stated_integers(node: ir.Node, name: str, index: int) -> tuple[int, ...] | None:
+    """What an attribute states, or in a later opset an input; () where neither does.
+
+    None where the input is not constant.
+    """
+    attribute = node.attributes.get(name)
+    if attribute is not None:
+        return None if attribute.is_ref() else tuple(attribute.as_ints())
+    value = input_of(node, index)
+    return () if value is None else small_integers(value)
+
+
+def why_too_old(model: ir.Model, first_opset: int) -> str | None:
+    """Why a pass that is written for an opset and later ones must not run; None when it may."""
+    opset = opset_of(model)
+    return (
+        f"opset {opset} is older than {first_opset}; raise it first"
+        if opset < first_opset
+        else None
+    )
 
 
 def small_array(value: ir.Value | None, limit: int = SMALL_ELEMENTS) -> np.ndarray | None:

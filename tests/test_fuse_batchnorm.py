@@ -7,9 +7,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import pytest
+from linear_layers import Folding, normal, operators
 
-from graphopt.contract import Change, Context, Sample
-from graphopt.operators import all_graphs
+from graphopt.contract import Context, Sample
 from graphopt.rewriting import constant_tensor
 from graphopt.testing import (
     apply_pass,
@@ -19,6 +19,9 @@ from graphopt.testing import (
     parse,
 )
 from graphopt_passes.fuse.fuse_batchnorm import FuseBatchnorm
+
+FOLDING = Folding(FuseBatchnorm())
+assert_folds, reasons = FOLDING.assert_folds, FOLDING.reasons
 
 CONV = """
 agraph (float[2,4,5,5] x, float[6,4,3,3] w, float[6] b,
@@ -30,11 +33,6 @@ agraph (float[2,4,5,5] x, float[6,4,3,3] w, float[6] b,
 """
 
 
-def normal(seed: int, *shape: int, dtype: npt.DTypeLike = np.float32) -> np.ndarray:
-    array: np.ndarray = np.random.default_rng(seed).standard_normal(shape).astype(dtype)
-    return array
-
-
 def parameters(channels: int, dtype: npt.DTypeLike = np.float32) -> dict[str, np.ndarray]:
     gamma, beta, mean, var = normal(9, 4, channels, dtype=dtype)
     return {"gamma": gamma, "beta": beta, "mean": mean, "var": np.abs(var)}
@@ -43,22 +41,6 @@ def parameters(channels: int, dtype: npt.DTypeLike = np.float32) -> dict[str, np
 def convolution(text: str = CONV, **other: np.ndarray) -> ir.Model:
     arrays = {"w": normal(1, 6, 4, 3, 3) / 4, "b": normal(2, 6), **parameters(6), **other}
     return parse(text, **arrays)
-
-
-def operators(model: ir.Model) -> list[str]:
-    return [node.op_type for graph in all_graphs(model) for node in graph]
-
-
-def assert_folds(model: ir.Model, *wanted: str) -> Change:
-    before = model.clone()
-    change = apply_pass(FuseBatchnorm(), model)
-    assert operators(model) == list(wanted), change.skips
-    assert_equivalent(before, model)
-    return change
-
-
-def reasons(model: ir.Model) -> list[str]:
-    return [skip.reason for skip in assert_unchanged(FuseBatchnorm(), model).skips]
 
 
 def test_scales_the_weight_and_makes_the_bias() -> None:

@@ -3,69 +3,16 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import numpy.typing as npt
-import onnx_ir as ir
 import pytest
+from linear_layers import LAYERS, Folding, normal, operators
 
-from graphopt.contract import Change, Context, Sample
-from graphopt.operators import all_graphs
+from graphopt.contract import Context, Sample
 from graphopt.testing import apply_pass, assert_equivalent, assert_rewrites, assert_unchanged, parse
 from graphopt_passes.fuse.fuse_bias import FuseBias
 
-LAYERS = {
-    "Conv": ("float[2,4,5,5] x", "c = Conv(x, w, b)", (6, 4, 2, 2), "2,6,4,4"),
-    "ConvTranspose": ("float[2,4,5,5] x", "c = ConvTranspose(x, w, b)", (4, 6, 2, 2), "2,6,6,6"),
-    "Gemm": ("float[3,4] x", "c = Gemm <alpha = 0.5, beta = 0.3> (x, w, b)", (4, 6), "3,6"),
-}
-
-
-def normal(seed: int, *shape: int, dtype: npt.DTypeLike = np.float32) -> np.ndarray:
-    array: np.ndarray = np.random.default_rng(seed).standard_normal(shape).astype(dtype)
-    return array
-
-
-def layer(
-    operator: str = "Conv",
-    follower: str = "y = Add(c, k)",
-    k: np.ndarray | None = None,
-    kind: str = "float",
-    **replaced: tuple[str, str],
-) -> ir.Model:
-    """A model with a linear node, its output `c`, a constant `k`, and a node that adds them."""
-    given, node, shape, result = LAYERS[operator]
-    text = f"""
-    agraph ({given}, float[1] w, float[1] b, float[1] k) => (float[{result}] y)
-    {{
-        {node}
-        {follower}
-    }}
-    """
-    for old, new in replaced.values():
-        text = text.replace(old, new)
-    dtype = {"float": np.float32, "float16": np.float16, "double": np.float64}[kind]
-    channel = (6,) if operator == "Gemm" else (6, 1, 1)
-    return parse(
-        text.replace("float", kind),
-        w=normal(1, *shape, dtype=dtype),
-        b=normal(2, 6, dtype=dtype),
-        k=(normal(3, *channel) if k is None else k).astype(dtype),
-    )
-
-
-def operators(model: ir.Model) -> list[str]:
-    return [node.op_type for graph in all_graphs(model) for node in graph]
-
-
-def assert_folds(model: ir.Model, *wanted: str) -> Change:
-    before = model.clone()
-    change = apply_pass(FuseBias(), model)
-    assert operators(model) == list(wanted), change.skips
-    assert_equivalent(before, model)
-    return change
-
-
-def reasons(model: ir.Model) -> list[str]:
-    return [skip.reason for skip in assert_unchanged(FuseBias(), model).skips]
+FOLDING = Folding(FuseBias(), "y = Add(c, k)")
+layer, assert_folds, reasons = FOLDING.layer, FOLDING.assert_folds, FOLDING.reasons
+WITH_BIAS = [operator for operator in LAYERS if operator != "MatMul"]
 
 
 def test_adds_to_the_bias_of_gemm_with_its_beta() -> None:
@@ -92,7 +39,7 @@ def test_adds_to_the_bias_of_gemm_with_its_beta() -> None:
     assert change.counts == {"Add folded into Gemm": 1}
 
 
-@pytest.mark.parametrize("operator", LAYERS)
+@pytest.mark.parametrize("operator", WITH_BIAS)
 @pytest.mark.parametrize("follower", ["y = Add(c, k)", "y = Add(k, c)", "y = Sub(c, k)"])
 @pytest.mark.parametrize("biased", [True, False])
 def test_folds_each_way_of_adding(operator: str, follower: str, biased: bool) -> None:

@@ -3,70 +3,15 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import numpy.typing as npt
-import onnx_ir as ir
 import pytest
+from linear_layers import LAYERS, Folding, normal, operators
 
-from graphopt.contract import Change, Sample
-from graphopt.operators import all_graphs
+from graphopt.contract import Sample
 from graphopt.testing import apply_pass, assert_equivalent, assert_rewrites, assert_unchanged, parse
 from graphopt_passes.fuse.fuse_scale import FuseScale
 
-LAYERS = {
-    "Conv": ("float[2,4,5,5] x", "c = Conv(x, w, b)", (6, 4, 2, 2), "2,6,4,4"),
-    "ConvTranspose": ("float[2,4,5,5] x", "c = ConvTranspose(x, w, b)", (4, 6, 2, 2), "2,6,6,6"),
-    "Gemm": ("float[3,4] x", "c = Gemm <alpha = 0.5, beta = 0.3> (x, w, b)", (4, 6), "3,6"),
-    "MatMul": ("float[2,3,4] x", "c = MatMul(x, w)", (4, 6), "2,3,6"),
-}
-
-
-def normal(seed: int, *shape: int, dtype: npt.DTypeLike = np.float32) -> np.ndarray:
-    array: np.ndarray = np.random.default_rng(seed).standard_normal(shape).astype(dtype)
-    return array
-
-
-def layer(
-    operator: str = "Conv",
-    follower: str = "y = Mul(c, k)",
-    k: np.ndarray | None = None,
-    kind: str = "float",
-    **replaced: tuple[str, str],
-) -> ir.Model:
-    """A model with a linear node, its output `c`, a constant `k`, and a node that scales by it."""
-    given, node, shape, result = LAYERS[operator]
-    text = f"""
-    agraph ({given}, float[1] w, float[1] b, float[1] k) => (float[{result}] y)
-    {{
-        {node}
-        {follower}
-    }}
-    """
-    for old, new in replaced.values():
-        text = text.replace(old, new)
-    dtype = {"float": np.float32, "float16": np.float16, "double": np.float64}[kind]
-    channel = (6, 1, 1) if operator.startswith("Conv") else (6,)
-    return parse(
-        text.replace("float", kind),
-        w=normal(1, *shape, dtype=dtype),
-        b=normal(2, 6, dtype=dtype),
-        k=(normal(3, *channel) if k is None else k).astype(dtype),
-    )
-
-
-def operators(model: ir.Model) -> list[str]:
-    return [node.op_type for graph in all_graphs(model) for node in graph]
-
-
-def assert_folds(model: ir.Model, *wanted: str) -> Change:
-    before = model.clone()
-    change = apply_pass(FuseScale(), model)
-    assert operators(model) == list(wanted), change.skips
-    assert_equivalent(before, model)
-    return change
-
-
-def reasons(model: ir.Model) -> list[str]:
-    return [skip.reason for skip in assert_unchanged(FuseScale(), model).skips]
+FOLDING = Folding(FuseScale(), "y = Mul(c, k)")
+layer, assert_folds, reasons = FOLDING.layer, FOLDING.assert_folds, FOLDING.reasons
 
 
 def test_scales_weight_and_bias_and_keeps_beta_out_of_the_node() -> None:

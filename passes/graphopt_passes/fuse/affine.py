@@ -27,11 +27,13 @@ from graphopt.rewriting import (
     add_initializer,
     can_replace,
     constant_tensor,
+    input_of,
     only_reader,
     replace_value,
     static_shape,
 )
 from graphopt.skeleton import known_shape
+from graphopt_passes.fuse.misfit import Misfit
 
 Array = npt.NDArray[np.float64]
 
@@ -57,10 +59,6 @@ LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 WEIGHT, BIAS = 1, 2
 """The inputs that hold weight and bias; the same for all four operators (MatMul has no bias)."""
-
-
-class Misfit(Exception):
-    """Why a place that looks right must be left alone."""
 
 
 @dataclass(frozen=True)
@@ -263,7 +261,7 @@ def _linear(node: ir.Node) -> Linear:
     Raises:
         Misfit: the shape of the weight is not known, or none that the operator accepts.
     """
-    weight = _input(node, WEIGHT)
+    weight = input_of(node, WEIGHT)
     tensor = constant_tensor(weight)
     if is_onnx(node, "MatMul") and tensor is None and not is_packed(weight):
         raise Misfit("the second operand of MatMul is not constant")
@@ -325,7 +323,7 @@ def _fold(linear: Linear, affine: Affine, names: Names, context: Context) -> Non
 
 
 def _element_type(node: ir.Node) -> ir.DataType:
-    weight = _input(node, WEIGHT)
+    weight = input_of(node, WEIGHT)
     dtype = weight.dtype if weight is not None else None
     if dtype not in PRECISION:
         kind = "unknown" if dtype is None else dtype.name
@@ -337,7 +335,7 @@ def _scaled_weight(
     linear: Linear, scale: Array, bias: np.ndarray | None, dtype: ir.DataType
 ) -> np.ndarray:
     """W * scale, in the weight's own shape; the new bias tells what is small beside it."""
-    value = _input(linear.node, WEIGHT)
+    value = input_of(linear.node, WEIGHT)
     weight = constant_values(value, "the weight")
     assert value is not None
     if len(value.uses()) > 1 or value.is_graph_output():
@@ -405,7 +403,7 @@ def _new_bias(linear: Linear, affine: Affine, dtype: ir.DataType) -> np.ndarray 
 def _bias(linear: Linear) -> Array | None:
     """The node's bias with Gemm's beta in it, as float64 of [channels]; None when it has none."""
     node = linear.node
-    value = _input(node, BIAS)
+    value = input_of(node, BIAS)
     if value is None:
         return None
     if not is_onnx(node, "Gemm"):
@@ -427,16 +425,12 @@ def _check_finite(
         raise Misfit(f"the folded {what} overflows {dtype.name}")
 
 
-def _input(node: ir.Node, index: int) -> ir.Value | None:
-    return node.inputs[index] if index < len(node.inputs) else None
-
-
 def _set_input(
     node: ir.Node, index: int, array: np.ndarray, names: Names, context: Context
 ) -> None:
     graph = node.graph
     assert isinstance(graph, ir.Graph)
-    old = _input(node, index)
+    old = input_of(node, index)
     hint = old.name if old is not None else f"{node.outputs[0].name or node.op_type}_bias"
     node.resize_inputs(max(len(node.inputs), index + 1))
     name = names.new(hint or "weight")

@@ -14,11 +14,11 @@ from graphopt_passes.fuse.affine import (
     Affine,
     Array,
     Linear,
-    Misfit,
     constant_array,
     finite,
     fold_readers,
 )
+from graphopt_passes.fuse.misfit import Misfit
 
 
 @dataclass(frozen=True)

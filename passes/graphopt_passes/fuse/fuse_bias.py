@@ -12,7 +12,6 @@ from graphopt.operators import is_onnx
 from graphopt_passes.fuse.affine import (
     Affine,
     Linear,
-    Misfit,
     constant_array,
     finite,
     fold_readers,
@@ -20,6 +19,7 @@ from graphopt_passes.fuse.affine import (
     other_operand,
     per_channel,
 )
+from graphopt_passes.fuse.misfit import Misfit
 
 
 @dataclass(frozen=True)

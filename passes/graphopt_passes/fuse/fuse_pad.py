@@ -9,8 +9,8 @@ import onnx_ir as ir
 
 from graphopt.contract import Change, Context, Effect, Pass
 from graphopt.operators import all_graphs, is_onnx, opset_of
-from graphopt.rewriting import constant_tensor, only_reader, small_array
-from graphopt_passes.fuse.affine import Misfit
+from graphopt.rewriting import constant_tensor, only_reader, small_array, small_integers
+from graphopt_passes.fuse.misfit import Misfit
 
 
 @dataclass(frozen=True)
@@ -124,10 +124,10 @@ def _pads_by_input(pad: ir.Node) -> tuple[list[int], list[int] | None]:
 
 
 def _integers(value: ir.Value | None, what: str) -> list[int]:
-    array = small_array(value)
-    if array is None:
+    numbers = small_integers(value)
+    if numbers is None:
         raise Misfit(f"{what} are not constant")
-    return [int(number) for number in array.reshape(-1)]
+    return list(numbers)
 
 
 def _own(reader: ir.Node, count: int) -> list[int]:

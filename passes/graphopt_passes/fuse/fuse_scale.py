@@ -14,7 +14,6 @@ from graphopt_passes.fuse.affine import (
     LINEAR,
     Affine,
     Linear,
-    Misfit,
     constant_array,
     finite,
     fold_readers,
@@ -22,6 +21,7 @@ from graphopt_passes.fuse.affine import (
     other_operand,
     per_channel,
 )
+from graphopt_passes.fuse.misfit import Misfit
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,15 @@ import onnx_ir as ir
 
 from graphopt.contract import Change, Context, Effect, Pass
 from graphopt.operators import all_graphs, dropout_is_off, is_onnx, opset_of
-from graphopt.rewriting import can_replace, replace_value, small_array, static_shape
+from graphopt.rewriting import (
+    can_replace,
+    input_of,
+    replace_value,
+    small_array,
+    stated_integers,
+    static_shape,
+    why_too_old,
+)
 from graphopt.skeleton import known_shape
 
 FIRST_OPSET = 7
@@ -39,10 +47,7 @@ class DropIdentity(Pass):
 
     def refuse(self, model: ir.Model, context: Context) -> str | None:
         """Opsets below 7 give the same operators other meanings."""
-        opset = opset_of(model)
-        if opset >= FIRST_OPSET:
-            return None
-        return f"opset {opset} is older than {FIRST_OPSET}; raise it first"
+        return why_too_old(model, FIRST_OPSET)
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Remove every such node, from the inputs onwards."""
@@ -215,24 +220,6 @@ _NEUTRAL: dict[str, tuple[Callable[[np.ndarray], bool], bool]] = {
 # ------------------------------------------------------------------ nodes that change nothing
 
 
-def _input(node: ir.Node, index: int) -> ir.Value | None:
-    return node.inputs[index] if index < len(node.inputs) else None
-
-
-def _integers(node: ir.Node, name: str, index: int) -> tuple[int, ...] | None:
-    """What an attribute states, or in a later opset an input; () where neither does.
-
-    None where the input is not constant.
-    """
-    attribute = node.attributes.get(name)
-    if attribute is not None:
-        return None if attribute.is_ref() else tuple(attribute.as_ints())
-    if _input(node, index) is None:
-        return ()
-    array = small_array(_input(node, index))
-    return None if array is None else tuple(int(i) for i in array.reshape(-1))
-
-
 def _sizes(value: ir.Value | None) -> tuple[int | None, ...] | None:
     """The dimensions, None for each that is not known; None where not even the rank is."""
     shape = known_shape(value)
@@ -276,7 +263,7 @@ def _casts_to_same(node: ir.Node, opset: int) -> bool:
 
 def _cast_type(node: ir.Node) -> ir.DataType | None:
     if is_onnx(node, "CastLike"):
-        like = _input(node, 1)
+        like = input_of(node, 1)
         return like.dtype if like is not None else None
     to = node.attributes.get_int("to")
     return ir.DataType(to) if to is not None else None
@@ -296,7 +283,7 @@ def _reshapes_to_same(node: ir.Node, opset: int) -> bool:
     sizes = _sizes(node.inputs[0])
     if sizes is None:
         return False
-    target = _integers(node, "shape", 1)
+    target = stated_integers(node, "shape", 1)
     if target is None:
         return _agree(sizes, _inferred_sizes(node))
     copies = node.attributes.get_int("allowzero", 0) == 0
@@ -321,7 +308,7 @@ def _agree(sizes: tuple[int | None, ...], others: tuple[int | None, ...] | None)
 
 def _is_shape_of_first(node: ir.Node, index: int) -> bool:
     """The input is Shape of the node's first input, all of it."""
-    value = _input(node, index)
+    value = input_of(node, index)
     maker = value.producer() if value is not None else None
     if maker is None or not is_onnx(maker, "Shape") or maker.attributes:
         return False
@@ -341,17 +328,17 @@ def _flattens_nothing(node: ir.Node, opset: int) -> bool:
 def _squeezes_nothing(node: ir.Node, opset: int) -> bool:
     """Without axes, or with none in the list, all dimensions of size 1 go."""
     shape = static_shape(node.inputs[0])
-    return _integers(node, "axes", 1) == () and shape is not None and 1 not in shape
+    return stated_integers(node, "axes", 1) == () and shape is not None and 1 not in shape
 
 
 def _unsqueezes_nothing(node: ir.Node, opset: int) -> bool:
-    return _integers(node, "axes", 1) == ()
+    return stated_integers(node, "axes", 1) == ()
 
 
 def _expands_nothing(node: ir.Node, opset: int) -> bool:
     if _is_shape_of_first(node, 1):
         return True
-    target = _integers(node, "shape", 1)
+    target = stated_integers(node, "shape", 1)
     if target is not None:
         return _broadcasts_into(target, known_shape(node.inputs[0]))
     shape = static_shape(node.inputs[0])
@@ -359,18 +346,18 @@ def _expands_nothing(node: ir.Node, opset: int) -> bool:
 
 
 def _repeats_once(node: ir.Node, opset: int) -> bool:
-    repeats = _integers(node, "repeats", 1)
+    repeats = stated_integers(node, "repeats", 1)
     return repeats is not None and all(r == 1 for r in repeats)
 
 
 def _pads_nothing(node: ir.Node, opset: int) -> bool:
-    pads = _integers(node, "pads", 1)
+    pads = stated_integers(node, "pads", 1)
     return pads is not None and not any(pads)
 
 
 def _slices_all(node: ir.Node, opset: int) -> bool:
-    starts, ends = _integers(node, "starts", 1), _integers(node, "ends", 2)
-    axes, steps = _integers(node, "axes", 3), _integers(node, "steps", 4)
+    starts, ends = stated_integers(node, "starts", 1), stated_integers(node, "ends", 2)
+    axes, steps = stated_integers(node, "axes", 3), stated_integers(node, "steps", 4)
     if not starts or ends is None or axes is None or steps is None:
         return False
     axes = axes or tuple(range(len(starts)))
@@ -401,7 +388,7 @@ def _resizes_nothing(node: ir.Node, opset: int) -> bool:
     points = attributes.get_string("coordinate_transformation_mode", "half_pixel")
     if points in ("tf_crop_and_resize", "tf_half_pixel_for_nn"):
         return False
-    scales = _input(node, 1 if opset < 11 else 2)
+    scales = input_of(node, 1 if opset < 11 else 2)
     factors = small_array(scales)
     if factors is not None and factors.size:
         return bool((factors == 1).all())
@@ -411,7 +398,7 @@ def _resizes_nothing(node: ir.Node, opset: int) -> bool:
 
 def _has_these_sizes(node: ir.Node) -> bool:
     """The first input has the sizes that the node asks for."""
-    wanted, known = _integers(node, "sizes", 3), _sizes(node.inputs[0])
+    wanted, known = stated_integers(node, "sizes", 3), _sizes(node.inputs[0])
     if not wanted or known is None:
         return False
     axes = node.attributes.get_ints("axes", range(len(known)))
@@ -428,9 +415,9 @@ def _clips_nothing(node: ir.Node, opset: int) -> bool:
         return False
     limits = np.iinfo(dtype.numpy()) if dtype.numpy().kind in "iu" else None
     if limits is None:
-        return _is_bound(_input(node, 1), -np.inf) and _is_bound(_input(node, 2), np.inf)
+        return _is_bound(input_of(node, 1), -np.inf) and _is_bound(input_of(node, 2), np.inf)
     return all(
-        _input(node, index) is None or _is_bound(_input(node, index), bound)
+        input_of(node, index) is None or _is_bound(input_of(node, index), bound)
         for index, bound in ((1, limits.min), (2, limits.max))
     )
 

@@ -13,7 +13,16 @@ import onnx_ir as ir
 
 from graphopt.contract import Change, Context, Effect, Pass
 from graphopt.operators import all_graphs, is_onnx, opset_of
-from graphopt.rewriting import Names, add_initializer, can_replace, replace_value, small_array
+from graphopt.rewriting import (
+    Names,
+    add_initializer,
+    can_replace,
+    input_of,
+    replace_value,
+    small_integers,
+    stated_integers,
+    why_too_old,
+)
 from graphopt.skeleton import known_shape
 
 FIRST_OPSET = 5
@@ -51,11 +60,9 @@ class MergeReshapes(Pass):
 
     def refuse(self, model: ir.Model, context: Context) -> str | None:
         """Where the shape of Reshape cannot be an initializer."""
-        if (opset := opset_of(model)) < FIRST_OPSET:
-            return f"opset {opset} is older than {FIRST_OPSET}; raise it first"
         if model.ir_version < FIRST_IR_VERSION:
             return f"IR version {model.ir_version} has no constant initializers; raise it first"
-        return None
+        return why_too_old(model, FIRST_OPSET)
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Merge every run into its last node."""
@@ -161,8 +168,7 @@ def _after_reshape(node: ir.Node, sizes: Sizes, before: Sizes) -> Sizes | None:
 
 def _target(node: ir.Node) -> tuple[int, ...] | None:
     """The shape that a Reshape asks for, if it is constant."""
-    array = small_array(node.inputs[1]) if len(node.inputs) > 1 else None
-    return None if array is None else tuple(array.reshape(-1).tolist())
+    return small_integers(input_of(node, 1))
 
 
 def _inferred_shape(node: ir.Node, before: Sizes) -> Sizes | None:
@@ -216,7 +222,7 @@ def _product(sizes: Sizes) -> Size:
 
 
 def _after_squeeze(node: ir.Node, sizes: Sizes, before: Sizes) -> Sizes | None:
-    axes = _axes(node)
+    axes = stated_integers(node, "axes", 1)
     if axes is None:
         return None
     if not axes:
@@ -230,24 +236,13 @@ def _after_squeeze(node: ir.Node, sizes: Sizes, before: Sizes) -> Sizes | None:
 
 
 def _after_unsqueeze(node: ir.Node, sizes: Sizes, before: Sizes) -> Sizes | None:
-    axes = _axes(node)
+    axes = stated_integers(node, "axes", 1)
     rank = len(sizes) + len(axes or ())
     places = _places(axes, rank) if axes is not None else None
     if places is None:
         return None
     kept = iter(sizes)
     return tuple(1 if i in places else next(kept) for i in range(rank))
-
-
-def _axes(node: ir.Node) -> tuple[int, ...] | None:
-    """The axes, () where none are given, None where they are not constant."""
-    stated = node.attributes.get_ints("axes")
-    if stated is not None:
-        return tuple(stated)
-    if len(node.inputs) < 2 or node.inputs[1] is None:
-        return ()
-    array = small_array(node.inputs[1])
-    return None if array is None else tuple(array.reshape(-1).tolist())
 
 
 def _places(axes: Sequence[int], rank: int) -> set[int] | None:

@@ -9,8 +9,8 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from graphopt.contract import Change, Context, Effect, Pass
-from graphopt.operators import all_graphs, is_onnx, opset_of
-from graphopt.rewriting import can_replace, only_reader, replace_value, static_shape
+from graphopt.operators import all_graphs, is_onnx
+from graphopt.rewriting import can_replace, only_reader, replace_value, static_shape, why_too_old
 from graphopt.skeleton import known_shape
 
 FIRST_OPSET = 7
@@ -40,10 +40,7 @@ class MergeTransposes(Pass):
 
     def refuse(self, model: ir.Model, context: Context) -> str | None:
         """Opsets below 7 broadcast along axes that an attribute names."""
-        opset = opset_of(model)
-        if opset >= FIRST_OPSET:
-            return None
-        return f"opset {opset} is older than {FIRST_OPSET}; raise it first"
+        return why_too_old(model, FIRST_OPSET)
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Merge every Transpose with those before it, from the inputs onwards."""
