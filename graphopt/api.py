@@ -10,7 +10,6 @@ from pathlib import Path
 import onnx_ir as ir
 
 from graphopt import loading
-from graphopt import samples as sampling
 from graphopt.benchmark import BenchmarkReport
 from graphopt.benchmark import benchmark as time_models
 from graphopt.contract import Context, Effect, Pass
@@ -25,6 +24,7 @@ from graphopt.recording import Feed, compare, record
 from graphopt.requirements import Requirement, parse_requirements
 from graphopt.runtime import Reference, Session
 from graphopt.scratch import Scratch
+from graphopt.signature import signature
 from graphopt.subject import Progress, SamplesLike, State, Subject, open_subject
 from graphopt.validation import Budget, OutputError, parse_budget, why_over
 
@@ -336,10 +336,8 @@ def _check_budgets(budgets: Sequence[Budget], model: ir.Model) -> None:
 
 def _check_inputs(first: Subject, other: Subject) -> None:
     """Raise ModelError when samples of the first model cannot serve the other too."""
-    have = {i.name for i in sampling.signature(first.source.model)}
-    missing = [
-        i.name for i in sampling.signature(other.source.model) if i.required and i.name not in have
-    ]
+    have = {i.name for i in signature(first.source.model)}
+    missing = [i.name for i in signature(other.source.model) if i.required and i.name not in have]
     if missing:
         named = str(other.source.path or "the other model")
         raise ModelError(

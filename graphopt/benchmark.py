@@ -25,7 +25,8 @@ from graphopt.contract import Sample
 from graphopt.errors import GraphoptError, SampleError
 from graphopt.loading import open_model
 from graphopt.runtime import Session
-from graphopt.samples import complete, signature, write_npz
+from graphopt.sample_files import write_npz
+from graphopt.signature import complete, signature
 
 SAMPLES_MAXIMUM = 8
 """Samples that the runs cycle over; more would not fit the caches of a device that serves them."""

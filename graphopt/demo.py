@@ -12,8 +12,9 @@ import numpy as np
 from graphopt.api import optimize
 from graphopt.ledger import Run
 from graphopt.runtime import Session
-from graphopt.samples import read_samples, signature
+from graphopt.samples import read_samples
 from graphopt.saving import check_target
+from graphopt.signature import signature
 
 MODELS_PACKAGE = "graphopt_models"
 

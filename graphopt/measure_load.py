@@ -18,7 +18,7 @@ from pathlib import Path
 
 from graphopt.errors import GraphoptError
 from graphopt.runtime import Session, check_provider
-from graphopt.samples import read_npz
+from graphopt.sample_files import read_npz
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from graphopt.contract import Sample
 from graphopt.errors import SampleError
 from graphopt.operators import is_onnx
-from graphopt.samples import Input, signature
+from graphopt.signature import Input, signature
 
 RANDOM_LIMIT_BYTES = 1 << 30
 

@@ -13,7 +13,9 @@ import numpy as np
 from graphopt.contract import Sample
 from graphopt.errors import SampleError
 from graphopt.runtime import Session
-from graphopt.samples import Input, Samples, complete, plain, read_npz, write_npz
+from graphopt.sample_files import plain, read_npz, write_npz
+from graphopt.samples import Samples
+from graphopt.signature import Input, complete
 from graphopt.validation import Comparison, OutputError
 
 Outputs = dict[str, np.ndarray]

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice, pairwise
@@ -18,69 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 
 from graphopt.contract import Sample
-from graphopt.errors import SampleError, did_you_mean
-from graphopt.skeleton import type_text
+from graphopt.errors import SampleError
+from graphopt.sample_files import REGISTERED_DTYPE, npz_shapes, read_file, read_npz, write_npz
+from graphopt.signature import Input, check_sample
 
 GATE_SHARE = 0.2
 GATE_MINIMUM = 4
 GATE_MAXIMUM = 64
 SHARED_BELOW = 8
 """With fewer samples than this, all serve both for calibration and for the gate."""
-
-_REGISTERED_DTYPE = 2
-"""`dtype.isbuiltin` of the types that numpy itself does not know: those of ml_dtypes."""
-
-_UNREADABLE = (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
-"""What numpy, zipfile and zlib raise on a file that is damaged or is something else."""
-
-
-@dataclass(frozen=True)
-class Input:
-    """What the model expects of one input.
-
-    Attributes:
-        name: of the input.
-        dtype: element type of the arrays; object for strings.
-        shape: dimensions; a name or None where any size goes; None when the rank is free.
-        required: False for an input with a default value.
-    """
-
-    name: str
-    dtype: np.dtype[Any]
-    shape: tuple[int | str | None, ...] | None
-    required: bool = True
-
-    def __str__(self) -> str:
-        if self.shape is None:
-            return f"{self.dtype}[?]"
-        dims = ", ".join("?" if d is None else str(d) for d in self.shape)
-        return f"{self.dtype}[{dims}]"
-
-
-def signature(model: ir.Model) -> tuple[Input, ...]:
-    """The inputs of the model, in order.
-
-    Raises:
-        SampleError: an input is a sequence, a map or optional: there is no form of sample for it.
-    """
-    return tuple(_input(value, model.graph) for value in model.graph.inputs)
-
-
-def _input(value: ir.Value, graph: ir.Graph) -> Input:
-    name = value.name or ""
-    if not isinstance(value.type, ir.TensorType):
-        raise SampleError(
-            f"input {name!r} is a {type_text(value)}, and samples can only hold tensors"
-        )
-    string = value.type.dtype == ir.DataType.STRING
-    dtype = np.dtype(object) if string else np.dtype(value.type.dtype.numpy())
-    dims = None
-    if value.shape is not None:
-        dims = tuple(d if isinstance(d, int) else d.value for d in value.shape)
-    return Input(name, dtype, dims, name not in graph.initializers)
 
 
 @dataclass(frozen=True)
@@ -196,7 +142,7 @@ def read_samples(
     keep = tempfile.TemporaryDirectory(prefix="graphopt-")
     groups = [[path]] if path.is_file() else _folder(path, bool(state))
     reads: list[list[tuple[str, Callable[[], Sample]]]] = [
-        [read for file in files for read in _read_file(file, inputs, Path(keep.name))]
+        [read for file in files for read in read_file(file, inputs, Path(keep.name))]
         for files in groups
     ]
     return _checked((reads, keep), inputs, carried, str(path))
@@ -216,7 +162,7 @@ def first_names(
         return frozenset(*first), chain(first, rest)
     path = Path(source)
     files = [path] if path.is_file() else sorted(path.glob("*.npz"))[:1] if path.is_dir() else []
-    return frozenset(n for f in files if f.suffix == ".npz" for n in _npz_shapes(f)), source
+    return frozenset(n for f in files if f.suffix == ".npz" for n in npz_shapes(f)), source
 
 
 def _folder(path: Path, state: bool) -> list[list[Path]]:
@@ -246,51 +192,9 @@ def _spool(source: Iterable[Sample]) -> tuple[list[list[tuple[str, Callable[[], 
     return [reads], keep
 
 
-def write_npz(path: Path, sample: Sample) -> None:
-    """Write a sample to an .npz file.
-
-    Unlike `numpy.savez` it takes every input name, and bfloat16 and the like, whose bytes it keeps
-    (`read_samples` gives them their type back, which it knows from the model). Strings become
-    numpy's own.
-
-    Raises:
-        SampleError: an array holds Python objects other than strings.
-    """
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, given in sample.items():
-            try:
-                array = plain(given)
-            except TypeError as error:
-                raise SampleError(f"{name!r} holds {error}, not numbers or strings") from None
-            raw = array.dtype.isbuiltin == _REGISTERED_DTYPE
-            stored = np.ascontiguousarray(array).view(f"V{array.itemsize}") if raw else array
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as stream:
-                np.lib.format.write_array(stream, stored.reshape(array.shape), allow_pickle=False)
-
-
-def plain(array: np.ndarray) -> np.ndarray:
-    """Strings in an array of objects as numpy's own strings, which need no pickle; else the array.
-
-    Raises:
-        TypeError: there are other objects in it.
-    """
-    if array.dtype != object:
-        return array
-    texts = [_text(item) for item in array.reshape(-1).tolist()]
-    return np.array(texts, np.str_).reshape(array.shape)
-
-
-def _text(item: object) -> str:
-    if isinstance(item, bytes):
-        return item.decode(errors="backslashreplace")
-    if not isinstance(item, str):
-        raise TypeError(f"a Python object ({type(item).__name__})")
-    return item
-
-
 def _typed(load: Callable[[], Sample], inputs: Sequence[Input]) -> Callable[[], Sample]:
     """The reader, with bytes of no known type seen as what the model expects."""
-    narrow = {i.name: i.dtype for i in inputs if i.dtype.isbuiltin == _REGISTERED_DTYPE}
+    narrow = {i.name: i.dtype for i in inputs if i.dtype.isbuiltin == REGISTERED_DTYPE}
     if not narrow:
         return load
 
@@ -335,201 +239,3 @@ def digest(sample: Sample) -> str:
         elif array.size:
             state.update(array.reshape(-1).view(np.uint8).data)
     return state.hexdigest()
-
-
-def check_sample(sample: Sample, inputs: Sequence[Input], where: str, carried: set[str]) -> None:
-    """Raise SampleError when a sample does not fit the inputs of the model.
-
-    Args:
-        sample: the sample.
-        inputs: what the model expects.
-        where: what to call the sample in the message.
-        carried: inputs that carry state; they may be missing.
-    """
-    known = {i.name: i for i in inputs}
-    for name in sample:
-        if name not in known:
-            near = did_you_mean(name, known)
-            raise SampleError(f"{where}: the model has no input {name!r}{near}")
-    sizes: dict[str, tuple[int, str]] = {}
-    for expected in inputs:
-        array = sample.get(expected.name)
-        if array is not None:
-            _check_array(array, expected, where, sizes)
-        elif expected.required and expected.name not in carried:
-            raise SampleError(f"{where}: input {expected.name!r} ({expected}) is missing")
-
-
-def _check_array(
-    array: np.ndarray, expected: Input, where: str, sizes: dict[str, tuple[int, str]]
-) -> None:
-    given = f"{array.dtype}[{', '.join(map(str, array.shape))}]"
-    text = expected.dtype == object and array.dtype.kind in "US"
-    if array.dtype != expected.dtype and not text:
-        raise SampleError(
-            f"{where}: input {expected.name!r} is {given}; the model expects {expected}: "
-            f"wrong element type"
-        )
-    if expected.shape is None:
-        return
-    if array.ndim != len(expected.shape):
-        raise SampleError(
-            f"{where}: input {expected.name!r} is {given}; the model expects {expected}: wrong rank"
-        )
-    for size, dim in zip(array.shape, expected.shape, strict=True):
-        if isinstance(dim, int) and dim != size:
-            raise SampleError(
-                f"{where}: input {expected.name!r} is {given}; the model expects {expected}: "
-                f"wrong shape"
-            )
-        if isinstance(dim, str) and sizes.setdefault(dim, (size, expected.name))[0] != size:
-            raise SampleError(
-                f"{where}: dimension {dim!r} is {size} in input {expected.name!r} but "
-                f"{sizes[dim][0]} in input {sizes[dim][1]!r}"
-            )
-
-
-def complete(sample: Sample, inputs: Sequence[Input]) -> Sample:
-    """The sample with zeros for the required inputs that it lacks: state before the first step.
-
-    Raises:
-        SampleError: the rank of such an input is free.
-    """
-    missing = [i for i in inputs if i.required and i.name not in sample]
-    if not missing:
-        return sample
-    sizes = {
-        dim: size
-        for i in inputs
-        if i.name in sample and i.shape is not None
-        for dim, size in zip(i.shape, sample[i.name].shape, strict=False)
-        if isinstance(dim, str)
-    }
-    return {**sample, **{i.name: _zeros(i, sizes) for i in missing}}
-
-
-def _zeros(expected: Input, sizes: Mapping[str, int]) -> np.ndarray:
-    if expected.shape is None:
-        raise SampleError(
-            f"input {expected.name!r} is missing in a sample, and it cannot be zeros: its rank is "
-            "free"
-        )
-    dims = [d if isinstance(d, int) else sizes.get(d or "", 1) for d in expected.shape]
-    if expected.dtype.kind == "O":
-        return np.full(dims, "", object)
-    return np.zeros(dims, expected.dtype)
-
-
-# ------------------------------------------------------------------ files
-
-
-def _read_file(
-    path: Path, inputs: Sequence[Input], scratch: Path
-) -> list[tuple[str, Callable[[], Sample]]]:
-    """A name and a reader for each sample in the file."""
-    if path.suffix == ".npy":
-        return _read_npy_file(path, inputs)
-    ranks = {i.name: len(i.shape) for i in inputs if i.shape is not None}
-    shapes = _npz_shapes(path)
-    stacked = bool(shapes) and all(
-        name in ranks and len(shape) == ranks[name] + 1 for name, shape in shapes.items()
-    )
-    if not stacked:
-        return [(str(path), lambda: read_npz(path))]
-    counts = {shape[0] for shape in shapes.values()}
-    if len(counts) != 1:
-        raise SampleError(f"{path}: the arrays have different numbers of samples: {sorted(counts)}")
-    files = {name: _unzip(path, name, scratch) for name in shapes}
-    return [
-        (f"{path}, sample {i}", lambda i=i: {n: _row(f, i) for n, f in files.items()})  # type: ignore[misc]
-        for i in range(counts.pop())
-    ]
-
-
-def _read_npy_file(path: Path, inputs: Sequence[Input]) -> list[tuple[str, Callable[[], Sample]]]:
-    required = [i for i in inputs if i.required]
-    if len(required) != 1:
-        raise SampleError(
-            f"{path}: an .npy file serves a model with one input; this one has "
-            f"{', '.join(i.name for i in required)}: use .npz keyed by input name"
-        )
-    (only,) = required
-    array = _load_npy(path)
-    if only.shape is None or array.ndim != len(only.shape) + 1:
-        return [(str(path), lambda: {only.name: np.array(_load_npy(path))})]
-    return [
-        (f"{path}, sample {i}", lambda i=i: {only.name: _row(path, i)})  # type: ignore[misc]
-        for i in range(len(array))
-    ]
-
-
-def _load_npy(path: Path) -> np.ndarray:
-    try:
-        # Not numpy.load: whatever it does not know, it takes for pickled Python objects.
-        return np.lib.format.open_memmap(path, mode="r")
-    except _UNREADABLE as error:
-        raise _unreadable(path, error) from None
-
-
-def _row(path: Path, index: int) -> np.ndarray:
-    """One sample of a stacked .npy file.
-
-    The file is mapped anew each time: pages of a map that stays open would count as memory in use
-    and add up to the whole file.
-    """
-    return np.array(_load_npy(path)[index])
-
-
-def read_npz(path: Path) -> Sample:
-    """The arrays of an .npz file by name.
-
-    Raises:
-        SampleError: the file cannot be read, or holds Python objects.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except _UNREADABLE as error:
-        raise _unreadable(path, error) from None
-
-
-def _npz_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the arrays in an .npz file, from their headers alone."""
-    shapes = {}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.namelist():
-                with archive.open(member) as stream:
-                    version = np.lib.format.read_magic(stream)
-                    read = (
-                        np.lib.format.read_array_header_1_0
-                        if version == (1, 0)
-                        else np.lib.format.read_array_header_2_0
-                    )
-                    shape, _, dtype = read(stream)
-                if dtype.hasobject:
-                    raise SampleError(f"{path}: {member!r} holds Python objects; save numbers")
-                shapes[member.removesuffix(".npy")] = shape
-    except _UNREADABLE as error:
-        raise _unreadable(path, error) from None
-    return shapes
-
-
-def _unzip(path: Path, name: str, scratch: Path) -> Path:
-    """Where a copy of one array of an .npz file is, as .npy, which can be mapped."""
-    folder = scratch / hashlib.sha256(f"{path}\0{name}".encode()).hexdigest()[:16]
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return Path(archive.extract(f"{name}.npy", folder))
-    except _UNREADABLE as error:
-        raise _unreadable(path, error) from None
-
-
-def _unreadable(path: Path, error: Exception) -> SampleError:
-    if "Python objects" in str(error) or "Object arrays" in str(error):
-        return SampleError(f"{path}: holds Python objects; save arrays of numbers")
-    if path.suffix not in (".npz", ".npy"):
-        return SampleError(
-            f"{path}: cannot be read as samples; they are .npz or .npy files, or a folder of them"
-        )
-    return SampleError(f"{path}: cannot be read as {path.suffix} ({error})")

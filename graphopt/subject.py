@@ -21,6 +21,7 @@ from graphopt.random_samples import random_samples
 from graphopt.recording import Feed
 from graphopt.runtime import Reference, Session
 from graphopt.samples import Samples
+from graphopt.signature import signature
 from graphopt.state import check_state, guess_state
 
 RANDOM_SAMPLES_DEFAULT = 4
@@ -54,7 +55,7 @@ class Subject:
         """
         if samples is not None and random_samples is not None:
             raise SampleError("give samples or a number of random samples, not both")
-        inputs = sampling.signature(self.source.model)
+        inputs = signature(self.source.model)
         state = tuple(state)
         check_state(self.source.model, state)
         if samples is not None:
@@ -155,7 +156,7 @@ class Subject:
             drawn = random_samples(self.source.model, count, accepts)
         except SampleError as error:
             raise SampleError(f"{error}: {reason}" if reason else str(error)) from None
-        read = sampling.read_samples(drawn, sampling.signature(self.source.model))
+        read = sampling.read_samples(drawn, signature(self.source.model))
         return replace(read, random=True)
 
     def file(self, path: Path) -> Path:

@@ -14,16 +14,9 @@ import pytest
 from graphopt.contract import Sample
 from graphopt.errors import SampleError
 from graphopt.random_samples import random_samples
-from graphopt.samples import (
-    Input,
-    Samples,
-    check_sample,
-    digest,
-    read_npz,
-    read_samples,
-    signature,
-    write_npz,
-)
+from graphopt.sample_files import read_npz, write_npz
+from graphopt.samples import Samples, digest, read_samples
+from graphopt.signature import Input, check_sample, signature
 from graphopt.testing import parse
 
 FLOAT, INT = np.dtype(np.float32), np.dtype(np.int64)
@@ -540,7 +533,8 @@ _ITERATE = """
 import sys
 from pathlib import Path
 import numpy as np
-from graphopt.samples import Input, read_samples
+from graphopt.samples import read_samples
+from graphopt.signature import Input
 
 def peak_bytes():
     lines = Path("/proc/self/status").read_text().splitlines()

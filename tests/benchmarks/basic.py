@@ -18,7 +18,8 @@ from pathlib import Path
 import graphopt
 from graphopt.benchmark import benchmark
 from graphopt.loading import open_model
-from graphopt.samples import Samples, read_samples, signature
+from graphopt.samples import Samples, read_samples
+from graphopt.signature import signature
 
 
 @dataclass(frozen=True)
