@@ -21,7 +21,7 @@ from rich.logging import RichHandler
 
 import graphopt
 from graphopt import demo as demonstration
-from graphopt import report, saving
+from graphopt import json_report, report, saving
 from graphopt.errors import CheckFailed, GraphoptError, SpecError
 from graphopt.recipes import recipe as recipe_of
 from graphopt.recipes import recipe_names
@@ -135,7 +135,7 @@ def optimize(
         if not (strict and run.failures):
             progress("saving")
             run = run.save(output)
-    _show(report.render_run(run), json, report.run_to_json(run))
+    _show(report.render_run(run), json, json_report.run_to_json(run))
     if run.failures:
         raise CheckFailed("; ".join(run.failures))
 
@@ -164,7 +164,7 @@ def validate(
             state=_states(state),
             progress=progress,
         )
-    _show(report.render_validation(found), json, report.validation_to_json(found))
+    _show(report.render_validation(found), json, json_report.validation_to_json(found))
     if found.failure is not None:
         raise CheckFailed(found.failure)
 
@@ -196,7 +196,7 @@ def benchmark(
             batch_size=batch_size,
             progress=progress,
         )
-    _show(report.render_benchmark(found), json, report.benchmark_to_json(found))
+    _show(report.render_benchmark(found), json, json_report.benchmark_to_json(found))
 
 
 @app.command()
@@ -205,7 +205,9 @@ def inspect(model: Model, json: Json = None) -> None:
     _check_json(json, [model])
     with _progress() as progress:
         found, tried = graphopt.inspect(model, progress=progress)
-    _show(report.render_inspection(found, tried), json, report.inspection_to_json(found, tried))
+    _show(
+        report.render_inspection(found, tried), json, json_report.inspection_to_json(found, tried)
+    )
 
 
 @app.command()
@@ -220,7 +222,7 @@ def passes(
     classes = [pass_class(n) for n in (pass_names() if name is None else [name])]
     known = {n: recipe_of(n) for n in (recipe_names() if name is None else [])}
     shown = report.render_passes(classes, known) if name is None else report.render_pass(classes[0])
-    _show(shown, json, report.passes_to_json(classes, known))
+    _show(shown, json, json_report.passes_to_json(classes, known))
 
 
 @app.command()
@@ -234,7 +236,7 @@ def demo(
     _check_json(json, others=[output])
     with _progress() as progress:
         shown = demonstration.demonstrate(output, progress)
-    _show(report.render_demo(shown), json, report.demo_to_json(shown))
+    _show(report.render_demo(shown), json, json_report.demo_to_json(shown))
 
 
 # ------------------------------------------------------------------ around the commands
@@ -272,10 +274,10 @@ def _progress() -> Iterator[Any]:
 
 def _show(content: Any, json: str | None, plain: Mapping[str, Any]) -> None:
     if json == "-":
-        sys.stdout.write(report.to_text(plain))
+        sys.stdout.write(json_report.to_text(plain))
         return
     if json is not None:
-        saving.write_text(Path(json), report.to_text(plain))
+        saving.write_text(Path(json), json_report.to_text(plain))
     terminal = sys.stdout.isatty()
     sys.stdout.write(report.to_terminal_text(content, None if terminal else WIDE, terminal))
 

@@ -1,15 +1,9 @@
-"""Results as text for a terminal, and as JSON."""
+"""Results as text for a terminal."""
 
 from __future__ import annotations
 
 import inspect
-import json
-import math
-import platform
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -17,186 +11,20 @@ from rich.text import Text
 
 from graphopt.api import Validation
 from graphopt.benchmark import BenchmarkReport
-from graphopt.contract import Effect, Pass, Skip
+from graphopt.contract import Effect, Pass
 from graphopt.demo import Demonstration
 from graphopt.inspection import Inspection, Port, Weight
+from graphopt.json_report import summary
 from graphopt.ledger import Run, Size, Step
 from graphopt.recipes import Recipe
 from graphopt.spec import describe_type, options_of
 from graphopt.validation import OutputError
 
-SCHEMA_VERSION = 1
-
 SHOWN_DUPLICATES = 8
 SHOWN_NAMES = 3
 
-_PACKAGES = ("graphopt", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "numpy")
 _MARKS = {"kept": "kept", "rolled back": "ROLLED BACK", "refused": "refused"}
 _STYLES = {"kept": "green", "rolled back": "red", "refused": "yellow"}
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the result depends on."""
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-# ------------------------------------------------------------------ JSON
-
-
-def run_to_json(run: Run) -> dict[str, Any]:
-    """A run as plain data."""
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "recipe": run.plan.recipe,
-        "passes": str(run.plan),
-        "input_sha256": run.input_sha256,
-        "validated": run.validated,
-        "provider": run.provider,
-        "original": asdict(run.original),
-        "optimized": asdict(run.optimized),
-        "steps": [_step_to_json(s) for s in run.steps],
-        "numerics": numerics_to_json(run.numerics),
-        **_measured_to_json(run.benchmark),
-        "notes": list(run.notes),
-        "failures": list(run.failures),
-        "versions": versions(),
-    }
-
-
-def _step_to_json(step: Step) -> dict[str, Any]:
-    return {
-        "pass": step.spec,
-        "effect": step.effect.name,
-        "round": step.round,
-        "kept": step.kept,
-        "verdict": step.verdict,
-        "reason": step.reason,
-        "max_error": step.max_error,
-        "changes": dict(step.changes),
-        "skipped": _skips_to_json(step.skips),
-        "nodes_before": step.nodes_before,
-        "nodes_after": step.nodes_after,
-        "bytes_before": step.bytes_before,
-        "bytes_after": step.bytes_after,
-        "seconds": round(step.seconds, 4),
-    }
-
-
-def _skips_to_json(skips: Iterable[Skip]) -> list[dict[str, Any]]:
-    by_reason: dict[str, list[str]] = {}
-    for skip in skips:
-        by_reason.setdefault(skip.reason, []).append(skip.node)
-    return [{"reason": reason, "nodes": nodes} for reason, nodes in by_reason.items()]
-
-
-def numerics_to_json(
-    numerics: Mapping[str, Sequence[OutputError]],
-) -> dict[str, dict[str, dict[str, Any]]]:
-    """Errors by output, then by reference."""
-    outputs: dict[str, dict[str, dict[str, Any]]] = {}
-    for reference, errors in numerics.items():
-        for error in errors:
-            outputs.setdefault(error.name, {})[reference.replace(" ", "_")] = plain(asdict(error))
-    return outputs
-
-
-def benchmark_to_json(report: BenchmarkReport) -> dict[str, Any]:
-    """A benchmark as plain data: the figures of each model by its label, and the conditions."""
-    return {"schema_version": SCHEMA_VERSION, **_measured_to_json(report), "versions": versions()}
-
-
-def _measured_to_json(report: BenchmarkReport | None) -> dict[str, Any]:
-    if report is None:
-        return {"benchmark": None, "conditions": None}
-    content: dict[str, Any] = plain(asdict(report))
-    rows = {row.pop("model"): row for row in content.pop("rows")}
-    return {"benchmark": rows, "conditions": content}
-
-
-def validation_to_json(found: Validation) -> dict[str, Any]:
-    """A comparison of two models as plain data."""
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "numerics": numerics_to_json(found.numerics),
-        "failure": found.failure,
-        "notes": list(found.notes),
-        "versions": versions(),
-    }
-
-
-def inspection_to_json(found: Inspection, tried: Run) -> dict[str, Any]:
-    """What is in a model, and what `basic` would do, as plain data."""
-    return {
-        "schema_version": SCHEMA_VERSION,
-        **plain(asdict(found)),
-        "basic": {
-            "optimized": asdict(tried.optimized),
-            "steps": [_step_to_json(s) for s in tried.steps if s.kept],
-        },
-        "versions": versions(),
-    }
-
-
-def passes_to_json(classes: Sequence[type[Pass]], recipes: Mapping[str, Recipe]) -> dict[str, Any]:
-    """Passes with their options, and recipes, as plain data."""
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "passes": {c.name: _pass_to_json(c) for c in classes},
-        "recipes": {name: asdict(recipe) for name, recipe in recipes.items()},
-    }
-
-
-def _pass_to_json(cls: type[Pass]) -> dict[str, Any]:
-    return {
-        "effect": cls.effect.name,
-        "summary": summary(cls),
-        "needs_samples": cls.needs_samples,
-        "max_error": cls.max_error if cls.effect is Effect.LOSSY else None,
-        "options": {
-            o.name: {
-                "type": describe_type(o.type),
-                "bounds": str(o.bounds) if o.bounds is not None else None,
-                "default": plain(o.default),
-            }
-            for o in options_of(cls).values()
-        },
-    }
-
-
-def summary(cls: type[Pass]) -> str:
-    """The first line of a pass's description."""
-    return (cls.__doc__ or "").strip().splitlines()[0]
-
-
-def demo_to_json(shown: Demonstration) -> dict[str, Any]:
-    """The demonstration as plain data."""
-    accuracy = {"original": shown.accuracy_before, "optimized": shown.accuracy_after}
-    return {**run_to_json(shown.run), "accuracy": accuracy, "path": str(shown.path)}
-
-
-def plain(content: Any) -> Any:
-    """The same with what JSON cannot hold (infinity, NaN) as text."""
-    if isinstance(content, Mapping):
-        return {str(k): plain(v) for k, v in content.items()}
-    if isinstance(content, list | tuple):
-        return [plain(v) for v in content]
-    if isinstance(content, float) and not math.isfinite(content):
-        return str(content)
-    return content
-
-
-def to_text(content: Mapping[str, Any]) -> str:
-    """JSON text, indented."""
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-
-
-# ------------------------------------------------------------------ terminal
 
 
 def render_run(run: Run) -> RenderableType:
