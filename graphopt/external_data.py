@@ -46,9 +46,13 @@ def _data_file(folder: Path, location: str, tensor: str) -> Path:
         raise ModelError(f"{where}: an absolute path; external data must lie in the model's folder")
     file = folder / location
     root = folder.resolve()
-    inside = Path(os.path.normpath(root / location)).is_relative_to(root)
-    if not inside or not file.resolve().is_relative_to(root):
+    if not Path(os.path.normpath(root / location)).is_relative_to(root):
         raise ModelError(f"{where}, which leaves the model's folder {folder}; move it there")
+    if not file.resolve().is_relative_to(root):
+        raise ModelError(
+            f"{where}, a link that leaves the model's folder {folder}; copy the file itself there "
+            "(cp -L copies what links lead to)"
+        )
     if not file.is_file():
         raise ModelError(f"{where}, and there is no such file in {folder}")
     return file
