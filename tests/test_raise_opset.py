@@ -144,6 +144,27 @@ def test_a_resize_that_newer_opsets_do_not_have_stays(
     assert [s.reason for s in change.skips] == [reason]
 
 
+def test_a_scan_of_opset_8_stays() -> None:
+    """onnx's converter leaves it its batch axis, which later ones do not have."""
+    model = parse(
+        """
+        <ir_version: 3, opset_import: ["" : 8]>
+        agraph (float[1, 2] start, float[1, 3, 2] x) => (float[1, 2] end, float[1, 3, 2] y)
+        {
+            end, y = Scan <num_scan_inputs = 1, body = b
+                (float[2] s, float[2] v) => (float[2] t, float[2] o)
+                { t = Add(s, v)  o = Identity(t) }
+            > (, start, x)
+        }
+        """
+    )
+
+    change = RaiseOpset(grow=True).apply(model, Context(original=model))
+
+    assert not change
+    assert change.skips[0].reason == "onnx cannot convert Scan, which lost its batch axis"
+
+
 IN_A_BODY = """
 <ir_version: 4, opset_import: ["" : 11]>
 agraph (bool c, float[{shape}] x) => (float[{shape}] y)

@@ -18,6 +18,7 @@ from graphopt.skeleton import from_proto, known_shape, skeleton
 SOFTMAX_OPSET = 13
 SOFTMAXES = ("Softmax", "LogSoftmax", "Hardmax")
 RESIZE_OPSET = 11
+SCAN_OPSET = 9
 
 
 @dataclass(frozen=True)
@@ -80,18 +81,17 @@ class RaiseOpset(Pass):
 
 def _why_not(model: ir.Model, before: int, after: int) -> str | None:
     """What onnx's converter would get wrong without a word."""
+    nodes = [node for graph in all_graphs(model) for node in graph]
+    if before < SCAN_OPSET <= after and any(is_onnx(node, "Scan") for node in nodes):
+        return "onnx cannot convert Scan, which lost its batch axis"
     if before < RESIZE_OPSET <= after:
         roundings = _roundings(model)
         if None in roundings:
             return "the scales of a nearest Resize are not constant: its rounding depends on them"
         if len(roundings) > 1:
             return "nearest Resizes go up and down, which takes two roundings"
-    if before < SOFTMAX_OPSET <= after and not all(
-        _is_over_one_axis(node)
-        for graph in all_graphs(model)
-        for node in graph
-        if is_onnx(node, "Hardmax")
-    ):
+    hardmaxes = [node for node in nodes if is_onnx(node, "Hardmax")]
+    if before < SOFTMAX_OPSET <= after and not all(map(_is_over_one_axis, hardmaxes)):
         return "onnx cannot convert a Hardmax over several axes"
     return None
 
