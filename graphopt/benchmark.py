@@ -51,7 +51,7 @@ class BenchmarkRow:
             None where the model cannot take that batch.
         load_ms: time to make a session, in a fresh process, milliseconds.
         peak_rss_bytes: peak resident set of a fresh process that loads the model and runs it once,
-            interpreter and mapped pages included, bytes; None on systems that do not tell.
+            interpreter and mapped pages included, bytes.
         stored_bytes: the .onnx file and the data files that it references, each once, bytes.
         rounds: timed runs of each model.
     """
@@ -63,7 +63,7 @@ class BenchmarkRow:
     ratio: float
     throughput_per_s: float | None
     load_ms: float
-    peak_rss_bytes: int | None
+    peak_rss_bytes: int
     stored_bytes: int
     rounds: int
 
@@ -308,14 +308,12 @@ class LoadFigures:
 
     Attributes:
         load_ms: time to make the session, milliseconds.
-        first_run_ms: time of the first inference, milliseconds; None when no sample was given.
         peak_rss_bytes: peak resident set of the whole process, mapped pages and the interpreter
-            included, bytes; None on systems that do not tell.
+            included, bytes.
     """
 
     load_ms: float
-    first_run_ms: float | None
-    peak_rss_bytes: int | None
+    peak_rss_bytes: int
 
 
 def measure_load(

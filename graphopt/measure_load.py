@@ -11,6 +11,7 @@ The keys are those of `graphopt.benchmark.LoadFigures`.
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -35,24 +36,16 @@ def main(arguments: Sequence[str]) -> int:
 
 def _measure_here(
     model: Path, provider: str, threads: int, sample: Path | None = None
-) -> dict[str, float | None]:
+) -> dict[str, float]:
     # It imports onnxruntime, which is not part of loading the model.
     check_provider(provider)
     _forget_peak()
     start_ns = time.perf_counter_ns()
     session = Session(model, provider=provider, threads=threads)
     load_ms = (time.perf_counter_ns() - start_ns) / 1e6
-    first_run_ms: float | None = None
     if sample is not None:
-        feeds = read_npz(sample)
-        start_ns = time.perf_counter_ns()
-        session.run(feeds)
-        first_run_ms = (time.perf_counter_ns() - start_ns) / 1e6
-    return {
-        "load_ms": load_ms,
-        "first_run_ms": first_run_ms,
-        "peak_rss_bytes": _peak_rss_bytes(),
-    }
+        session.run(read_npz(sample))
+    return {"load_ms": load_ms, "peak_rss_bytes": _peak_rss_bytes()}
 
 
 def _forget_peak() -> None:
@@ -63,7 +56,7 @@ def _forget_peak() -> None:
         return
 
 
-def _peak_rss_bytes() -> int | None:
+def _peak_rss_bytes() -> int:
     """The peak of this process alone.
 
     Linux keeps `ru_maxrss` over exec: a child of a large process starts with its parent's peak.
@@ -77,11 +70,7 @@ def _peak_rss_bytes() -> int | None:
     return int(kilobytes) * 1024 if kilobytes is not None else _peak_by_getrusage()
 
 
-def _peak_by_getrusage() -> int | None:
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
+def _peak_by_getrusage() -> int:
     unit_bytes = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes
 

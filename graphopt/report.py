@@ -131,7 +131,7 @@ def render_benchmark(report: BenchmarkReport) -> RenderableType:
             f"{row.ratio:.3f}",
             rate,
             f"{row.load_ms:.1f}",
-            f"{row.peak_rss_bytes / 1e6:.0f}" if row.peak_rss_bytes is not None else "",
+            f"{row.peak_rss_bytes / 1e6:.0f}",
             f"{row.stored_bytes:,}",
         )
     return Group(table, Text(describe_conditions(report), style="dim"))
