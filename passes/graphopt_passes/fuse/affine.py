@@ -372,12 +372,10 @@ def _product_in_slabs(
         _check_finite(rounded, np.isfinite(part), "weight", dtype)
         result[rows] = rounded
         # Weights that are not finite to begin with stay so, and say nothing of the others.
-        sizes = np.where(np.isfinite(exact), np.abs(exact), 0.0)
-        errors = np.where(np.isfinite(exact), error, 0.0)
-        for total, new in ((loss, errors), (size, sizes)):
-            np.maximum(
-                total[channels], new.max(across, keepdims=True, initial=0.0), out=total[channels]
-            )
+        usual = np.isfinite(exact)
+        for total, new in ((loss, error), (size, np.abs(exact))):
+            largest = np.where(usual, new, 0.0).max(across, keepdims=True, initial=0.0)
+            total[channels] = np.maximum(total[channels], largest)
     return result, loss, size
 
 
