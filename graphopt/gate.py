@@ -16,13 +16,13 @@ import onnx_ir as ir
 
 from graphopt.contract import Effect, Pass
 from graphopt.errors import ModelError, SampleError
-from graphopt.operators import all_graphs
+from graphopt.operators import all_graphs, nodes_within
 from graphopt.recording import Feed, Recording, compare, record
 from graphopt.runtime import Reference, Session
 from graphopt.skeleton import type_text, why_invalid
-from graphopt.validation import Budget, OutputError, why_over
+from graphopt.validation import ROUNDING_LIMITS, Budget, OutputError, why_over
 
-HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+HALVES = {ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16"}
 
 HALVES_NOTE = (
     "half precision on the CPU: onnxruntime computes in float32 and rounds between nodes, so exact "
@@ -52,6 +52,21 @@ def _face(value: ir.Value) -> tuple[str, str, tuple[int | str | None, ...] | Non
     if value.shape is not None:
         dims = tuple(d if isinstance(d, int) else d.value for d in value.shape)
     return value.name or "", type_text(value), dims
+
+
+def computed_in_half(model: ir.Model) -> dict[str, str]:
+    """The outputs that depend on values of half precision, by name, and the coarsest of those.
+
+    A float32 output that was computed in float16 differs by what rounding costs in float16.
+    """
+    coarse: dict[ir.Value, str] = {}
+    for node in model.graph:
+        inner = list(nodes_within(node))
+        kinds = {coarse[v] for n in inner for v in n.inputs if v is not None and v in coarse}
+        kinds |= {HALVES[o.dtype] for n in inner for o in n.outputs if o.dtype in HALVES}
+        if kinds:
+            coarse.update(dict.fromkeys(node.outputs, max(kinds, key=ROUNDING_LIMITS.__getitem__)))
+    return {o.name or "": coarse[o] for o in model.graph.outputs if o in coarse}
 
 
 def why_other_interface(before: Interface, after: Interface) -> str | None:
@@ -164,7 +179,7 @@ class Gate:
         try:
             if by.effect is Effect.LOSSY:
                 return self._why_over_budget(written, deployed, by)
-            return self._why_not_equal(written, self._claim(candidate, by))
+            return self._why_not_equal(written, candidate, self._claim(candidate, by))
         except SampleError as error:
             return f"it does not run: {error}"
 
@@ -179,7 +194,8 @@ class Gate:
         """
         if self.feed is None:
             return
-        reason = self._why_not_equal(self._session(model, self.written), Effect.ROUNDING)
+        session = self._session(model, self.written)
+        reason = self._why_not_equal(session, model, Effect.ROUNDING)
         if reason is not None:
             raise ModelError(
                 f"the model cannot be read for certain ({'; '.join(notes)}): what onnxruntime "
@@ -223,18 +239,19 @@ class Gate:
             return f"the checker rejects it: {invalid}"
         return why_other_interface(self.interface, interface_of(candidate))
 
-    def _why_not_equal(self, written: Session, effect: Effect) -> str | None:
+    def _why_not_equal(self, written: Session, model: ir.Model, effect: Effect) -> str | None:
         assert self.feed is not None and self.before is not None
+        computed_in = computed_in_half(model)
         after = record(self._lossless(self.feed).run(written))
         references = [self.before]
         if self.lossless_so_far:
             references.append(self._original(self.written))
         step, *total = compare(iter(after), references)
-        reason = why_over(effect, step)
+        reason = why_over(effect, step, computed_in=computed_in)
         if reason is not None:
             return reason
         for outputs in total:
-            reason = why_over(Effect.ROUNDING, outputs)
+            reason = why_over(Effect.ROUNDING, outputs, computed_in=computed_in)
             if reason is not None:
                 return f"{reason}, counted from the original"
         self.before = after

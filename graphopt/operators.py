@@ -78,6 +78,14 @@ def graphs_and_functions(model: ir.Model) -> Iterator[ir.Graph]:
         yield from _nested(function.graph)
 
 
+def nodes_within(node: ir.Node) -> Iterator[ir.Node]:
+    """The node itself, and those of its subgraphs."""
+    yield node
+    for body in subgraphs(node):
+        for graph in _nested(body):
+            yield from graph
+
+
 def _nested(graph: ir.Graph) -> Iterator[ir.Graph]:
     waiting = [graph]
     while waiting:

@@ -243,7 +243,10 @@ def parse_budget(text: str) -> Budget:
 
 
 def why_over(
-    effect: Effect, outputs: Sequence[OutputError], budgets: Sequence[Budget] = ()
+    effect: Effect,
+    outputs: Sequence[OutputError],
+    budgets: Sequence[Budget] = (),
+    computed_in: Mapping[str, str] | None = None,
 ) -> str | None:
     """Why the outputs differ more than the effect allows, or None when they do not.
 
@@ -251,9 +254,11 @@ def why_over(
         effect: EXACT asks for identical bits, ROUNDING for `ROUNDING_LIMITS`, LOSSY for `budgets`.
         outputs: the comparison.
         budgets: for LOSSY; one that names an output takes precedence there.
+        computed_in: for ROUNDING, a coarser element type that an output was computed in, by name;
+            its limits count.
     """
     for output in outputs:
-        reason = output.mismatch or _WHY_OVER[effect](output, budgets)
+        reason = output.mismatch or _why_one_over(effect, output, budgets, computed_in or {})
         if reason is not None:
             return f"output {output.name!r} {reason}"
     return _why_unmeasured(outputs, budgets) if effect is Effect.LOSSY else None
@@ -277,20 +282,32 @@ def _why_unmeasured(outputs: Sequence[OutputError], budgets: Sequence[Budget]) -
     return None
 
 
-def _why_not_exact(output: OutputError, _: Sequence[Budget]) -> str | None:
+def _why_one_over(
+    effect: Effect, output: OutputError, budgets: Sequence[Budget], computed_in: Mapping[str, str]
+) -> str | None:
+    if effect is Effect.LOSSY:
+        return _why_over_budget(output, budgets)
+    if effect is Effect.EXACT:
+        return _why_not_exact(output)
+    # An element of an output that is a sequence or map is called `name[key]`.
+    whole = output.name.partition("[")[0]
+    return _why_not_rounding(output, computed_in.get(output.name, computed_in.get(whole)))
+
+
+def _why_not_exact(output: OutputError) -> str | None:
     if output.identical:
         return None
     return f"is not bit-identical (largest difference {output.max_abs:.3g})"
 
 
-def _why_not_rounding(output: OutputError, _: Sequence[Budget]) -> str | None:
+def _why_not_rounding(output: OutputError, computed_in: str | None) -> str | None:
     if output.identical:
         return None
     if output.dtype not in ROUNDING_LIMITS:
         # Not by the differences alone: in float64, neighbouring int64 may be equal.
         whole = output.dtype.startswith(("int", "uint", "bool"))
         return "has other values" if whole or output.max_abs else None
-    rel_l2, max_abs = ROUNDING_LIMITS[output.dtype]
+    rel_l2, max_abs = max(ROUNDING_LIMITS[kind] for kind in (output.dtype, computed_in) if kind)
     if not output.rel_l2 <= rel_l2:
         return f"has relative L2 error {output.rel_l2:.3g}, over {rel_l2:g} for rounding"
     if not output.max_abs <= max_abs * output.max_magnitude:
@@ -316,10 +333,3 @@ def _measure(output: OutputError, metric: Metric) -> tuple[Metric, float | None]
     if metric == "max-abs" or math.isinf(output.rel_l2):
         return "max-abs", output.max_abs
     return metric, output.rel_l2
-
-
-_WHY_OVER = {
-    Effect.EXACT: _why_not_exact,
-    Effect.ROUNDING: _why_not_rounding,
-    Effect.LOSSY: _why_over_budget,
-}

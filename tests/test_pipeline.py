@@ -13,6 +13,7 @@ from generated import generate, runs_as_written
 import graphopt
 from graphopt import Change, CheckFailed, Context, Effect, Pass
 from graphopt.errors import SpecError
+from graphopt.gate import computed_in_half
 from graphopt.runtime import Session
 from graphopt.testing import parse
 from graphopt_passes.simplify.drop_unused import DropUnused
@@ -210,6 +211,30 @@ def test_that_exact_is_judged_within_rounding_in_half_precision_is_told(
 
     assert run.steps[0].kept
     assert any(note.startswith("half precision on the CPU") for note in run.notes) is told
+
+
+HALF_INSIDE = """
+agraph (float[2, 8] x, float16[8, 8] w, float16[8] k) => (float[2, 8] y, float[2, 8] z)
+{
+    h = Cast <to = 10> (x)  m = MatMul(h, w)  s = Mul(m, k)  r = Relu(s)
+    y = Cast <to = 1> (r)  z = Exp(x)
+}
+"""
+
+
+def test_a_float32_output_that_is_computed_in_float16_has_its_tolerance() -> None:
+    """As converters leave it that keep the types of inputs and outputs."""
+    generator = np.random.default_rng(0)
+    w, k = (generator.uniform(0.5, 1.5, n).astype(np.float16) for n in ((8, 8), 8))
+    given = parse(HALF_INSIDE, w=w, k=k)
+    samples = [{"x": generator.standard_normal((2, 8), np.float32)} for _ in range(4)]
+
+    run = graphopt.optimize(given, samples=samples, benchmark=False)
+
+    assert [s.spec for s in run.steps if s.verdict == "rolled back"] == []
+    assert "Mul" not in [n.op_type for n in run.model.graph]
+    assert max(e.rel_l2 for e in run.numerics["as written"]) > 1e-5
+    assert computed_in_half(run.model) == {"y": "float16"}
 
 
 def test_what_a_rejected_pass_did_does_not_reach_the_next() -> None:
