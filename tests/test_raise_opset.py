@@ -144,6 +144,21 @@ def test_a_resize_that_newer_opsets_do_not_have_stays(
     assert [s.reason for s in change.skips] == [reason]
 
 
+@pytest.mark.parametrize(("outputs", "stays"), [("y, float[2, 3] m", True), ("y", False)])
+def test_a_mask_of_numbers_stays(outputs: str, stays: bool) -> None:
+    model = parse(
+        f"""
+        <ir_version: 3, opset_import: ["" : 7]>
+        agraph (float[2, 3] x) => (float[2, 3] {outputs}) {{ y, m = Dropout(x) }}
+        """
+    )
+
+    change = RaiseOpset().apply(model, Context(original=model))
+
+    reason = "the mask of a Dropout would turn from numbers into booleans"
+    assert [s.reason for s in change.skips] == ([reason] if stays else [])
+
+
 def test_a_scan_of_opset_8_stays() -> None:
     """onnx's converter leaves it its batch axis, which later ones do not have."""
     model = parse(

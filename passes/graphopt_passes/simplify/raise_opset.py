@@ -19,6 +19,7 @@ SOFTMAX_OPSET = 13
 SOFTMAXES = ("Softmax", "LogSoftmax", "Hardmax")
 RESIZE_OPSET = 11
 SCAN_OPSET = 9
+MASK_OPSET = 10
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ def _why_not(model: ir.Model, before: int, after: int) -> str | None:
     nodes = [node for graph in all_graphs(model) for node in graph]
     if before < SCAN_OPSET <= after and any(is_onnx(node, "Scan") for node in nodes):
         return "onnx cannot convert Scan, which lost its batch axis"
+    if before < MASK_OPSET <= after and any(map(_makes_mask, nodes)):
+        return "the mask of a Dropout would turn from numbers into booleans"
     if before < RESIZE_OPSET <= after:
         roundings = _roundings(model)
         if None in roundings:
@@ -94,6 +97,12 @@ def _why_not(model: ir.Model, before: int, after: int) -> str | None:
     if before < SOFTMAX_OPSET <= after and not all(map(_is_over_one_axis, hardmaxes)):
         return "onnx cannot convert a Hardmax over several axes"
     return None
+
+
+def _makes_mask(node: ir.Node) -> bool:
+    if not is_onnx(node, "Dropout") or len(node.outputs) < 2:
+        return False
+    return bool(node.outputs[1].uses()) or node.outputs[1].is_graph_output()
 
 
 def _roundings(model: ir.Model) -> set[str | None]:
