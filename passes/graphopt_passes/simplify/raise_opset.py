@@ -19,7 +19,8 @@ SOFTMAX_OPSET = 13
 SOFTMAXES = ("Softmax", "LogSoftmax", "Hardmax")
 RESIZE_OPSET = 11
 SCAN_OPSET = 9
-MASK_OPSET = 10
+MASK_OPSET = 12
+"""Masks were numbers first, then booleans that stayed false; now they say what was kept."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,8 @@ def _why_not(model: ir.Model, before: int, after: int) -> str | None:
     nodes = [node for graph in all_graphs(model) for node in graph]
     if before < SCAN_OPSET <= after and any(is_onnx(node, "Scan") for node in nodes):
         return "onnx cannot convert Scan, which lost its batch axis"
-    if before < MASK_OPSET <= after and any(map(_makes_mask, nodes)):
-        return "the mask of a Dropout would turn from numbers into booleans"
+    if before < MASK_OPSET and any(map(_makes_mask, nodes)):
+        return f"the mask of a Dropout, which is read, is another one before opset {MASK_OPSET}"
     if before < RESIZE_OPSET <= after:
         roundings = _roundings(model)
         if None in roundings:
