@@ -105,7 +105,7 @@ def optimize(
     gate = _gate(subject, working, judged, validate, budgets)
     if subject.source.notes:
         gate.check_read(working, subject.source.notes)
-    external_data = subject.source.has_external_data()
+    external_data = subject.source.external_data()
     context = Context(
         original=subject.source.model,
         samples=calibration.samples if calibration is not None else (),

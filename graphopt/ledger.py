@@ -72,10 +72,10 @@ class Size:
     opset: int
 
 
-def size_of(model: ir.Model, external_data: bool) -> Size:
-    """The size that a model has when it is saved, with external data or without."""
-    size = saving.stored_bytes(model, external_data or None)
-    return Size(node_count(model), size, opset_of(model))
+def size_of(model: ir.Model, external_data: bool | None) -> Size:
+    """The size that a model has when it is saved; see `graphopt.saving.save`."""
+    stored_bytes = saving.stored_bytes(model, external_data)
+    return Size(node_count(model), stored_bytes, opset_of(model))
 
 
 def size_as_given(source: Source) -> Size:
@@ -155,7 +155,7 @@ class Run:
         """
         saving.check_target(Path(path), source=self.source.path)
         if external_data is None:
-            external_data = self.source.has_external_data() or None
+            external_data = self.source.external_data()
         written_bytes = saving.save(
             self.model,
             path,

@@ -58,6 +58,10 @@ class Source:
         """Some of its weights are in files beside the graph."""
         return any(True for _ in external_tensors(self.model))
 
+    def external_data(self) -> bool | None:
+        """For `saving.save`: True where the weights came in files, None where it may choose."""
+        return self.has_external_data() or None
+
     def hash_ahead(self) -> None:
         """Begin to hash external data in a thread of its own, for `sha256` and for saving."""
         if self.has_external_data():

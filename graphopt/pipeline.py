@@ -31,7 +31,7 @@ class Pipeline:
     Attributes:
         model: as far as it has come; replaced by a rewritten clone when the gate lets that.
         size: of the model.
-        external_data: the model is going to be saved with external data.
+        external_data: with which the model is going to be saved; see `graphopt.saving.save`.
         gate: judges every rewritten clone.
         context: for the passes.
         strict: raise where a pass is rejected.
@@ -40,7 +40,7 @@ class Pipeline:
 
     model: ir.Model
     size: Size
-    external_data: bool
+    external_data: bool | None
     gate: Gate
     context: Context
     strict: bool = False

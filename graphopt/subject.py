@@ -171,7 +171,7 @@ class Subject:
         with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
             before = self.file(Path(folder) / "original.onnx")
             after = Path(folder) / "optimized.onnx"
-            saving.save(result, after, external_data=self.source.has_external_data() or None)
+            saving.save(result, after, external_data=self.source.external_data())
             models = [("original", before), ("optimized", after)]
             return time_models(models, samples=samples, provider=self.provider, threads=threads)
 

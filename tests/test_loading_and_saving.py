@@ -772,8 +772,11 @@ def test_a_run_can_be_saved_over_the_file_that_the_given_model_reads(tmp_path: P
     run.model.graph.initializers["w1"].const_value = ir.tensor(np.zeros((64, 64), np.float32))
     run.model.graph.initializers["w2"].const_value = ir.tensor(np.zeros((64, 64), np.float32))
     run.save(path)
-
     graphopt.save(given, tmp_path / "given.onnx")
+
+    assert not initializer(graphopt.load(path), "w1").any()
+    w1 = onnx.numpy_helper.to_array(two_layers().graph.initializer[0])
+    np.testing.assert_array_equal(initializer(graphopt.load(tmp_path / "given.onnx"), "w1"), w1)
 
 
 def test_weights_whose_file_is_gone_are_named(tmp_path: Path) -> None:
