@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx
@@ -336,7 +336,9 @@ def call(b: Builder) -> None:
     b.add("f", [value], b.shapes[value], domain="local")
 
 
-STEPS: tuple[Callable[[Builder], None], ...] = (
+Step = Callable[[Builder], None]
+
+STEPS: tuple[Step, ...] = (
     unary,
     cast,
     with_constant,
@@ -358,12 +360,16 @@ FUNCTION_SHARE = 0.1
 """Of the models; most passes leave functions to inline-functions."""
 
 
-def generate(seed: int) -> ir.Model:
-    """The model of a seed: 3 to 14 steps on an input x of [batch, 4, 6, 6]."""
+def generate(seed: int, focus: Sequence[Step] = ()) -> ir.Model:
+    """The model of a seed: 3 to 14 steps on an input x of [batch, 4, 6, 6].
+
+    With a focus, every other step is one of those.
+    """
     builder = Builder(seed)
     builder.shapes["x"] = (-1 if builder.batch == "N" else 2, 4, 6, 6)
     for _ in range(int(builder.random.integers(3, 15))):
-        step = STEPS[int(builder.random.integers(len(STEPS)))]
+        steps = focus if focus and builder.random.random() < 0.5 else STEPS
+        step = steps[int(builder.random.integers(len(steps)))]
         step(builder)
     if len(builder.shapes) == 1:
         unary(builder)
