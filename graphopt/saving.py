@@ -412,19 +412,24 @@ def _clear_locations(proto: onnx.ModelProto, tensors: Mapping[str, ir.TensorProt
 
 def _for_disk(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, ir.TensorProtocol]]:
     """As `skeleton.stubbed`, without the types and shapes that onnxruntime infers by itself."""
-    proto, tensors = stubbed(model)
+    proto, tensors = stubbed(model, _is_declared)
     for imported in proto.opset_import:
         if not imported.domain:
             imported.ClearField("domain")
     declared = {
         output.name
-        for graph in all_graphs(model)
+        for graph in list(all_graphs(model))[1:]
         for node in graph
         for output in node.outputs
-        if INFERRED not in output.meta
+        if _is_declared(output)
     }
-    for graph in nested_graphs(proto.graph):
+    for graph in list(nested_graphs(proto.graph))[1:]:
         kept = [info for info in graph.value_info if info.name in declared]
         del graph.value_info[:]
         graph.value_info.extend(kept)
     return proto, tensors
+
+
+def _is_declared(value: ir.Value) -> bool:
+    """The file said of which type the value is; initializers state that themselves."""
+    return value.producer() is not None and INFERRED not in value.meta
