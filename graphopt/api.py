@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
@@ -114,7 +115,8 @@ def optimize(
         scratch=Scratch() if external_data else None,
     )
     original = size_as_given(subject.source)
-    pipeline = Pipeline(working, original, external_data, gate, context, strict)
+    fresh = partial(subject.working_copy, keep_overridable)
+    pipeline = Pipeline(working, original, external_data, gate, context, fresh, strict)
     pipeline.run(chosen)
     stamp(pipeline.model, chosen, subject.source)
     progress("comparing with the original")

@@ -166,7 +166,7 @@ class Gate:
             candidate: the rewritten model.
             by: the pass that rewrote it.
         """
-        reason = self._why_malformed(candidate)
+        reason = self.why_malformed(candidate)
         if reason is not None or not self.loads:
             return reason
         try:
@@ -233,7 +233,8 @@ class Gate:
         """The same, as text."""
         return " ".join(map(str, self.budgets_for(by)))
 
-    def _why_malformed(self, candidate: ir.Model) -> str | None:
+    def why_malformed(self, candidate: ir.Model) -> str | None:
+        """What the checker has against the candidate, or what changed for a caller; or None."""
         invalid = why_invalid(candidate) if self.checks else None
         if invalid is not None:
             return f"the checker rejects it: {invalid}"

@@ -24,7 +24,8 @@ from graphopt.external_data import anchor_external_tensors, check_external_data,
 from graphopt.operators import ONNX_DOMAINS
 from graphopt.protos import describe_node, inner_graphs, scopes
 from graphopt.rewriting import replace_tensors, tensor_of, unshadow
-from graphopt.skeleton import from_proto, stubbed, why_invalid
+from graphopt.serializing import stubbed
+from graphopt.skeleton import from_proto, why_invalid
 
 ModelLike = str | Path | bytes | onnx.ModelProto | ir.Model
 

@@ -106,7 +106,8 @@ def _nested(graph: ir.Graph) -> Iterator[ir.Graph]:
         graph = waiting.pop()
         yield graph
         for node in graph:
-            waiting += subgraphs(node)
+            if node.attributes.data:
+                waiting += subgraphs(node)
 
 
 def node_count(model: ir.Model) -> int:
@@ -120,12 +121,12 @@ def node_count(model: ir.Model) -> int:
 def _count_nodes(graph: ir.Graph, model: ir.Model, known: dict[ir.OperatorIdentifier, int]) -> int:
     total = 0
     for node in graph:
-        key = node.op_identifier()
-        if key in model.functions:
+        if model.functions and (key := node.op_identifier()) in model.functions:
             if key not in known:
                 known[key] = _count_nodes(model.functions[key].graph, model, known)
             total += known[key]
         else:
-            total += not is_onnx(node, "Constant")
-        total += sum(_count_nodes(inner, model, known) for inner in subgraphs(node))
+            total += not (node.op_type == "Constant" and is_onnx(node, "Constant"))
+        if node.attributes.data:
+            total += sum(_count_nodes(inner, model, known) for inner in subgraphs(node))
     return total

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -12,13 +13,18 @@ from graphopt.contract import Change, Context, Effect, Pass
 from graphopt.errors import CheckFailed, GraphoptError
 from graphopt.gate import Gate
 from graphopt.ledger import Size, Step, Verdict, size_of
-from graphopt.operators import all_graphs, graphs_and_functions
+from graphopt.operators import ONNX_DOMAINS, all_graphs, attributes_of, graphs_and_functions
 from graphopt.recipes import Plan
 from graphopt.skeleton import infer_shapes
 
 logger = logging.getLogger("graphopt")
 
 _GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+
+Outcome = tuple[Change, Verdict, str | None]
+"""What a pass did, whether that stays, and why not."""
+
+Attempt = Callable[[Pass], Outcome]
 
 ROUNDS_MAXIMUM = 20
 """A plan that repeats ends after so many rounds even where passes keep undoing one another."""
@@ -28,12 +34,18 @@ ROUNDS_MAXIMUM = 20
 class Pipeline:
     """Passes at work on one model.
 
+    A gate that runs models judges after every pass, and what it rejects is rolled back to a
+    snapshot. Without that, all passes run first and the gate looks at the result once; only when
+    something is wrong do they run again, one by one, to find out which pass it was. So the work
+    on a graph of many nodes takes no snapshots.
+
     Attributes:
         model: as far as it has come; replaced by a rewritten clone when the gate lets that.
         size: of the model.
         external_data: with which the model is going to be saved; see `graphopt.saving.save`.
         gate: judges every rewritten clone.
         context: for the passes.
+        fresh: makes the model as it was before any pass.
         strict: raise where a pass is rejected.
         steps: the ledger.
     """
@@ -43,38 +55,70 @@ class Pipeline:
     external_data: bool | None
     gate: Gate
     context: Context
+    fresh: Callable[[], ir.Model]
     strict: bool = False
     steps: list[Step] = field(default_factory=list)
+    _unread: set[str] = field(default_factory=set)
     _spare: ir.Model | None = None
     _model_traits: list[object] = field(default_factory=list)
 
     def run(self, plan: Plan) -> None:
         """Run all passes, in order, once or until none of them finds anything.
 
-        A pass that was rejected or that refused is not asked again in later rounds.
+        A pass that was rejected or that refused is not asked again in later rounds, nor is one
+        that found nothing in the model as it is.
 
         Raises:
             CheckFailed: `strict`, and the gate rejected a pass.
         """
+        given = self.size
+        if not self.gate.loads and self._run_at_once(plan):
+            return
+        if not self.gate.loads:
+            self.model, self.size, self.steps = self.fresh(), given, []
         infer_shapes(self.model)
-        waiting = list(plan.passes)
-        for round_number in range(1, ROUNDS_MAXIMUM + 1):
-            steps = [self._step(one, round_number) for one in waiting]
-            self.steps += [s for s in steps if round_number == 1 or s.verdict != "unchanged"]
-            if not plan.repeat or not any(s.kept for s in steps):
-                return
-            waiting = [
-                p for p, s in zip(waiting, steps, strict=True) if s.verdict in ("kept", "unchanged")
-            ]
+        self._run_rounds(plan, self._try)
 
-    def _step(self, one: Pass, round_number: int) -> Step:
+    def _run_at_once(self, plan: Plan) -> bool:
+        """Whether all passes ran to the end and the gate accepts the result."""
+        infer_shapes(self.model)
+        try:
+            self._run_rounds(plan, self._apply)
+        except Exception:  # a pass may be anyone's code; one by one it will be named
+            logger.debug("a pass raised", exc_info=True)
+            return False
+        return self.gate.why_malformed(self.model) is None
+
+    def _run_rounds(self, plan: Plan, attempt: Attempt) -> None:
+        self._unread = _unread_initializers(self.model)
+        waiting = [(one, -1) for one in plan.passes]
+        version = 0
+        for round_number in range(1, ROUNDS_MAXIMUM + 1):
+            if round_number > 1:
+                infer_shapes(self.model)
+            left = []
+            for one, found_nothing_in in waiting:
+                if found_nothing_in == version:
+                    left.append((one, version))
+                    continue
+                step = self._step(one, round_number, attempt)
+                if round_number == 1 or step.verdict != "unchanged":
+                    self.steps.append(step)
+                version += step.kept
+                if step.verdict in ("kept", "unchanged"):
+                    left.append((one, -1 if step.kept else version))
+            waiting = left
+            if not plan.repeat or all(seen == version for _, seen in waiting):
+                return
+
+    def _step(self, one: Pass, round_number: int, attempt: Attempt) -> Step:
         started = time.perf_counter()
         self.context.progress(one.name)
         before = self.size
-        change, verdict, reason = self._try(one)
+        change, verdict, reason = attempt(one)
         while verdict == "rolled back" and (narrower := one.narrow()) is not None:
             one = narrower
-            change, verdict, reason = self._try(one)
+            change, verdict, reason = attempt(one)
         if verdict == "rolled back":
             logger.warning("%s was rolled back: %s", one, reason)
         if verdict == "rolled back" and self.strict:
@@ -95,6 +139,20 @@ class Pipeline:
             max_error=self.gate.budget_text(one) if one.effect is Effect.LOSSY else None,
         )
 
+    def _apply(self, one: Pass) -> Outcome:
+        """Apply the pass to the model itself."""
+        refusal = one.refuse(self.model, self.context)
+        if refusal is not None:
+            return Change(), "refused", refusal
+        change = one.apply(self.model, self.context)
+        if not change:
+            return change, "unchanged", None
+        _drop_orphans(self._unread, self.model)
+        if _lacks_types(self.model):
+            infer_shapes(self.model)
+        self.size = size_of(self.model, self.external_data)
+        return change, "kept", None
+
     def _clone(self) -> ir.Model:
         """A clone of the model, the last one again where the pass that had it left it alone.
 
@@ -104,7 +162,7 @@ class Pipeline:
             self._spare, self._model_traits = self.model.clone(), _traits(self.model)
         return self._spare
 
-    def _try(self, one: Pass) -> tuple[Change, Verdict, str | None]:
+    def _try(self, one: Pass) -> Outcome:
         """Apply the pass to a clone, which becomes the model only when the gate lets it."""
         candidate = self._clone()
         change = Change()
@@ -115,7 +173,7 @@ class Pipeline:
             change = one.apply(candidate, self.context)
             if not change:
                 return change, "unchanged", None
-            _drop_orphans(self.model, candidate)
+            _drop_orphans(self._unread, candidate)
             reason = self.gate.why_rejected(candidate, one)
         except GraphoptError as error:
             reason = str(error)
@@ -125,19 +183,39 @@ class Pipeline:
         if reason is not None:
             self._spare = None
             return change, "rolled back", reason
-        infer_shapes(candidate)
+        if _lacks_types(candidate):
+            infer_shapes(candidate)
         self.model, self.size, self._spare = candidate, size_of(candidate, self.external_data), None
         return change, "kept", None
 
 
-def _drop_orphans(before: ir.Model, after: ir.Model) -> None:
+def _unread_initializers(model: ir.Model) -> set[str]:
+    return {
+        name
+        for graph in all_graphs(model)
+        for name, value in graph.initializers.items()
+        if not (value.uses() or value.is_graph_output() or value.is_graph_input())
+    }
+
+
+def _drop_orphans(unread_before: set[str], after: ir.Model) -> None:
     """Remove the initializers that lost their last reader: what a pass replaced is not stored."""
-    read = {v.name for g in all_graphs(before) for v in g.initializers.values() if v.uses()}
+    orphans = _unread_initializers(after) - unread_before
+    if not orphans:
+        return
     for graph in all_graphs(after):
-        for name, value in list(graph.initializers.items()):
-            needed = value.uses() or value.is_graph_output() or value.is_graph_input()
-            if name in read and not needed:
-                del graph.initializers[name]
+        for name in orphans & graph.initializers.keys():
+            del graph.initializers[name]
+
+
+def _lacks_types(model: ir.Model) -> bool:
+    """A pass made values and left it to inference to say what they are."""
+    return any(
+        value.type is None and value.name and node.domain in ONNX_DOMAINS
+        for graph in all_graphs(model)
+        for node in graph
+        for value in node.outputs
+    )
 
 
 def _traits(model: ir.Model) -> list[object]:
@@ -162,10 +240,7 @@ def _node_traits(node: ir.Node) -> tuple[object, ...]:
         node.op_type,
         [v.name if v is not None else None for v in node.inputs],
         [v.name for v in node.outputs],
-        [
-            (name, None if attribute.type in _GRAPHS else id(attribute))
-            for name, attribute in node.attributes.items()
-        ],
+        [(a.name, None if a.type in _GRAPHS else id(a)) for a in attributes_of(node)],
         node.doc_string,
         list(node.metadata_props.items()),
     )

@@ -21,7 +21,7 @@ import onnx_ir as ir
 from graphopt.content import read_array
 from graphopt.errors import ModelError, RuntimeUnavailable, SampleError
 from graphopt.rewriting import constant_tensor
-from graphopt.skeleton import stubbed
+from graphopt.serializing import stubbed
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 

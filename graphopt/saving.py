@@ -28,10 +28,11 @@ from graphopt.data_file import DataFile
 from graphopt.errors import ModelError
 from graphopt.external_data import external_tensors
 from graphopt.loading import PROTO_LIMIT_BYTES, check_encodable
-from graphopt.operators import all_graphs
-from graphopt.protos import nested_graphs, tensors_of
+from graphopt.protos import tensors_of
 from graphopt.scratch import is_scratch
-from graphopt.skeleton import INFERRED, stubbed
+from graphopt.serializing import large_tensors, stubbed
+from graphopt.skeleton import INFERRED
+from graphopt.stored_size import graph_file_bytes
 
 INLINE_LIMIT_BYTES = 3 << 29
 """Weights above this (1.5 GiB) go to external data: a proto of 2 GiB cannot be read back."""
@@ -378,24 +379,10 @@ def stored_bytes(model: ir.Model, external_data: bool | None = None) -> int:
         model: not modified.
         external_data: as for `save`.
     """
-    proto, tensors = _for_disk(model)
-    if _goes_external(tensors) if external_data is None else external_data:
-        return proto.ByteSize() + sum(t.nbytes for t in tensors.values())
-    _clear_locations(proto, tensors)
-    added = 0
-    for stub in proto.graph.initializer:
-        if stub.name in tensors:
-            bare, data = stub.ByteSize(), tensors[stub.name].nbytes
-            full = bare + 1 + _varint_bytes(data) + data
-            added += full - bare + _varint_bytes(full) - _varint_bytes(bare)
-    graph_bytes = proto.graph.ByteSize()
-    outer = _varint_bytes(graph_bytes + added) - _varint_bytes(graph_bytes)
-    return proto.ByteSize() + added + outer
-
-
-def _varint_bytes(number: int) -> int:
-    """The bytes that protobuf takes for a length."""
-    return max(1, (number.bit_length() + 6) // 7)
+    if external_data is None:
+        external_data = _goes_external(large_tensors(model))
+    graph_bytes, beside_bytes = graph_file_bytes(model, _is_declared, inline=not external_data)
+    return graph_bytes + beside_bytes
 
 
 def _goes_external(tensors: Mapping[str, ir.TensorProtocol]) -> bool:
@@ -411,23 +398,8 @@ def _clear_locations(proto: onnx.ModelProto, tensors: Mapping[str, ir.TensorProt
 
 
 def _for_disk(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, ir.TensorProtocol]]:
-    """As `skeleton.stubbed`, without the types and shapes that onnxruntime infers by itself."""
-    proto, tensors = stubbed(model, _is_declared)
-    for imported in proto.opset_import:
-        if not imported.domain:
-            imported.ClearField("domain")
-    declared = {
-        output.name
-        for graph in list(all_graphs(model))[1:]
-        for node in graph
-        for output in node.outputs
-        if _is_declared(output)
-    }
-    for graph in list(nested_graphs(proto.graph))[1:]:
-        kept = [info for info in graph.value_info if info.name in declared]
-        del graph.value_info[:]
-        graph.value_info.extend(kept)
-    return proto, tensors
+    """As `serializing.stubbed`, without the types and shapes that onnxruntime infers by itself."""
+    return stubbed(model, _is_declared)
 
 
 def _is_declared(value: ir.Value) -> bool:

@@ -9,36 +9,22 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 
-from graphopt.operators import ONNX_DOMAINS, attributes_of, graphs_and_functions
+from graphopt.operators import ONNX_DOMAINS
 from graphopt.protos import is_map, nested_graphs
+from graphopt.serializing import LARGE_BYTES, MAPS, UNANNOTATED, Tell, everything, nothing, stubbed
 
 logger = logging.getLogger("graphopt")
-
-LARGE_BYTES = 1024
-"""Tensors above this size are left out of a skeleton; shape arithmetic is far smaller."""
-
-STUB = "graphopt-stub"
-"""Location of the external data of a stub. No such file exists."""
 
 INFERRED = "graphopt.inferred"
 """Key in `Value.meta`: type and shape come from `infer_shapes`, not from the file."""
 
 _SHAPE = "graphopt.shape"
 """Key in `Value.meta`: what `infer_shapes` found where the shape itself is what a file states."""
-
-
-_MAPS = "graphopt.maps"
-"""Key in `Graph.meta`: types that onnx-ir cannot hold, by the name of the input or output."""
-
-_ANNOTATION = "quant_parameter_tensor_names"
-"""Key in `Value.meta` under which onnx-ir keeps a quantization annotation."""
 
 
 def from_proto(proto: onnx.ModelProto) -> ir.Model:
@@ -58,160 +44,19 @@ def from_proto(proto: onnx.ModelProto) -> ir.Model:
             graph.value_info.extend(kept)
     model = ir.from_proto(proto)
     if maps:
-        model.graph.meta[_MAPS] = maps
+        model.graph.meta[MAPS] = maps
+    if not proto.graph.quantization_annotation:
+        model.graph.meta[UNANNOTATED] = True
     return model
 
 
 def type_text(value: ir.Value) -> str:
     """The type of an input or output of a model, in words."""
     graph = value.graph
-    maps = graph.meta.get(_MAPS, {}) if isinstance(graph, ir.Graph) else {}
+    maps = graph.meta.get(MAPS, {}) if isinstance(graph, ir.Graph) else {}
     if value.type is None and value.name in maps:
         return "sequence of maps" if maps[value.name].HasField("sequence_type") else "map"
     return str(value.type)
-
-
-@contextmanager
-def _inlined(model: ir.Model) -> Iterator[None]:
-    """Hold small external tensors in memory: a proto in bytes has no folder to find them in.
-
-    Those of bodies and attributes, that is; the initializers of the main graph are written here.
-    """
-    graphs = list(graphs_and_functions(model))
-    values = [
-        (value, value.const_value)
-        for graph in graphs[1:]
-        for value in graph.initializers.values()
-        if isinstance(value.const_value, ir.ExternalTensor)
-    ]
-    attributes = [
-        (node, attribute)
-        for graph in graphs
-        for node in graph
-        for attribute in attributes_of(node)
-        if isinstance(attribute.value, ir.ExternalTensor)
-    ]
-    try:
-        for value, tensor in values:
-            value.const_value = _in_memory(tensor)
-        for node, attribute in attributes:
-            loaded = _in_memory(attribute.value)
-            node.attributes[attribute.name] = ir.AttrTensor(attribute.name, loaded)
-        yield
-    finally:
-        for value, tensor in values:
-            value.const_value = tensor
-        for node, attribute in attributes:
-            node.attributes[attribute.name] = attribute
-
-
-def _in_memory(tensor: ir.ExternalTensor) -> ir.Tensor[np.ndarray]:
-    return ir.Tensor(np.array(tensor.numpy()), tensor.dtype, shape=tensor.shape, name=tensor.name)
-
-
-def stubbed(
-    model: ir.Model, tell: Callable[[ir.Value], bool] = lambda _: True
-) -> tuple[onnx.ModelProto, dict[str, ir.TensorProtocol]]:
-    """The model as a proto whose large initializers are stubs, and the tensors left out, by name.
-
-    A stub is an external tensor at the location `STUB` with the true element type and dimensions.
-    Initializers of subgraphs and tensors in attributes stay in the proto, external ones too.
-
-    Args:
-        model: not modified.
-        tell: of which values in the main graph, beside inputs and outputs, the proto is to tell the
-            type and shape.
-    """
-    shell = ir.Model(
-        ir.Graph((), (), nodes=(), name=model.graph.name, doc_string=model.graph.doc_string),
-        ir_version=model.ir_version,
-        producer_name=model.producer_name,
-        producer_version=model.producer_version,
-        domain=model.domain,
-        model_version=model.model_version,
-        doc_string=model.doc_string,
-        functions=list(model.functions.values()),
-        metadata_props=model.metadata_props,
-        device_configurations=model.device_configurations,
-    )
-    shell.graph.opset_imports.update(model.opset_imports)
-    shell.graph.metadata_props.update(model.graph.metadata_props)
-    with _inlined(model):
-        proto = ir.to_proto(shell)
-        tensors = _write(model, proto.graph, tell)
-    maps = model.graph.meta.get(_MAPS, {})
-    for info in (*proto.graph.input, *proto.graph.output):
-        if info.name in maps:
-            info.type.CopyFrom(maps[info.name])
-    return proto, tensors
-
-
-def _write(
-    model: ir.Model, proto: onnx.GraphProto, tell: Callable[[ir.Value], bool]
-) -> dict[str, ir.TensorProtocol]:
-    """Write the main graph; what `ir.to_proto` does, several times as fast."""
-    graph, tensors = model.graph, {}
-    inputs = {value.name for value in graph.inputs}
-    told = [v for n, v in graph.initializers.items() if n not in inputs]
-    for value in graph.inputs:
-        ir.serde.serialize_value_into(proto.input.add(), value)
-    for name, value in graph.initializers.items():
-        tensor = value.const_value
-        if tensor is None:
-            continue
-        if _is_large(tensor):
-            tensors[name] = tensor
-            shape = ir.Shape(tensor.shape.numpy())
-            tensor = ir.ExternalTensor(STUB, 0, tensor.nbytes, tensor.dtype, shape=shape, name=name)
-        elif isinstance(tensor, ir.ExternalTensor):
-            tensor = _in_memory(tensor)
-        written = proto.initializer.add()
-        ir.serde.serialize_tensor_into(written, tensor)
-        written.name = name
-    for node in graph:
-        _write_node(proto.node.add(), node, model.ir_version)
-        told += [v for v in node.outputs if v.name and not v.is_graph_output()]
-    for value in told:
-        if tell(value) and (value.type or value.shape or value.metadata_props or value.doc_string):
-            ir.serde.serialize_value_into(proto.value_info.add(), value)
-    for value in graph.outputs:
-        ir.serde.serialize_value_into(proto.output.add(), value)
-    for value in (*graph.inputs, *told, *graph.outputs):
-        _write_annotation(proto, value)
-    return tensors
-
-
-def _is_large(tensor: ir.TensorProtocol) -> bool:
-    return tensor.dtype != ir.DataType.STRING and tensor.nbytes > LARGE_BYTES
-
-
-def _write_node(proto: onnx.NodeProto, node: ir.Node, ir_version: int) -> None:
-    if node.overload or node.doc_string or node.metadata_props or node.device_configurations:
-        ir.serde.serialize_node_into(proto, node, model_ir_version=ir_version)
-        return
-    proto.op_type = node.op_type
-    if node.domain:
-        proto.domain = node.domain
-    if node.name:
-        proto.name = node.name
-    proto.input.extend(["" if v is None else v.name or "" for v in node.inputs])
-    outputs = [v.name or "" for v in node.outputs]
-    while outputs and not outputs[-1]:
-        outputs.pop()
-    proto.output.extend(outputs)
-    for attribute in attributes_of(node):
-        if attribute.is_ref():
-            ir.serde.serialize_reference_attribute_into(proto.attribute.add(), attribute)
-        else:
-            ir.serde.serialize_attribute_into(proto.attribute.add(), attribute)
-
-
-def _write_annotation(proto: onnx.GraphProto, value: ir.Value) -> None:
-    parameters = value.meta.get(_ANNOTATION)
-    if parameters:
-        annotation = proto.quantization_annotation.add(tensor_name=value.name)
-        for key, name in parameters.items():
-            annotation.quant_parameter_tensor_names.add(key=key, value=name)
 
 
 def without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -250,15 +95,9 @@ def _copy_field(message: onnx.ModelProto | onnx.GraphProto, field: object, conte
         setattr(message, name, content)
 
 
-def skeleton(
-    model: ir.Model, tell: Callable[[ir.Value], bool] = lambda _: True
-) -> onnx.ModelProto:
+def skeleton(model: ir.Model, tell: Tell = everything) -> onnx.ModelProto:
     """The model without its weights; see the head of this file, and `stubbed` for `tell`."""
     return without_weights(stubbed(model, tell)[0])
-
-
-def _nothing(value: ir.Value) -> bool:
-    return False
 
 
 def _is_made_by_foreign(value: ir.Value) -> bool:
@@ -268,7 +107,10 @@ def _is_made_by_foreign(value: ir.Value) -> bool:
 
 def why_invalid(model: ir.Model | onnx.ModelProto) -> str | None:
     """What the onnx checker has against the model, in its words; None when it accepts it."""
-    light = without_weights(model) if isinstance(model, onnx.ModelProto) else skeleton(model, _nothing)
+    if isinstance(model, onnx.ModelProto):
+        light = without_weights(model)
+    else:
+        light = skeleton(model, nothing)
     for graph in nested_graphs(light.graph):
         for value in (*graph.input, *graph.output):
             # The checker wants a shape, and onnxruntime does not. What it says is not looked at.

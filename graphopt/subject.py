@@ -110,11 +110,12 @@ class Subject:
         working = self.source.model.clone()
         loading.allow_new_initializers(working)
         frozen = () if keep_overridable else loading.freeze_overridable_inputs(working)
-        if frozen:
-            self.notes.append(
-                f"{len(frozen)} initializers that were also inputs are constants now "
-                "(--keep-overridable leaves them open)"
-            )
+        note = (
+            f"{len(frozen)} initializers that were also inputs are constants now "
+            "(--keep-overridable leaves them open)"
+        )
+        if frozen and note not in self.notes:
+            self.notes.append(note)
         return working
 
     def is_random(self) -> bool:

@@ -7,7 +7,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from graphopt.skeleton import INFERRED, STUB, infer_shapes, skeleton, stubbed, why_invalid
+from graphopt.serializing import STUB, stubbed
+from graphopt.skeleton import INFERRED, infer_shapes, skeleton, why_invalid
 from graphopt.testing import parse
 
 

@@ -38,6 +38,9 @@ BOUND = 32
 For every other operator the size is known once its inputs are constants, perhaps a round later.
 """
 
+BATCH_BYTES = 1 << 24
+"""Results that are computed together."""
+
 
 @dataclass(frozen=True)
 class FoldConstants(Pass):
@@ -67,8 +70,15 @@ class FoldConstants(Pass):
         change = Change()
         for graph in all_graphs(model):
             _fold_shapes(graph, context, change)
+            folds = []
             for region in _regions(_foldable(graph, self.max_bytes, change)):
-                _fold(graph, region, model, context, change)
+                fold = _fold_of(region, model, change)
+                if fold is not None:
+                    folds.append(fold)
+            for batch in _batches(folds):
+                _evaluate_all(batch, model, change)
+                for fold in batch:
+                    _apply(graph, fold, context, change)
         return change
 
 
@@ -172,10 +182,27 @@ def _regions(nodes: list[ir.Node]) -> Iterator[list[ir.Node]]:
         yield sorted(region, key=order.__getitem__)
 
 
-def _fold(
-    graph: ir.Graph, region: list[ir.Node], model: ir.Model, context: Context, change: Change
-) -> None:
-    """Fold as much of the region as does not grow the file.
+@dataclass
+class _Fold:
+    """What is to be folded of a region.
+
+    Attributes:
+        region: the nodes that must be computed.
+        nodes: those of them that go.
+        results: what stays of them.
+        total_bytes: of the results.
+        arrays: the results, once they are computed.
+    """
+
+    region: list[ir.Node]
+    nodes: list[ir.Node]
+    results: list[ir.Value]
+    total_bytes: int
+    arrays: dict[ir.Value, np.ndarray] | None = None
+
+
+def _fold_of(region: list[ir.Node], model: ir.Model, change: Change) -> _Fold | None:
+    """As much of the region as can be folded without growing the file; None where that is nothing.
 
     Nodes whose result is too large are taken out of `folded` one by one, the largest first; they
     stay in the graph and are computed at run time, while what else depends on them is folded.
@@ -186,26 +213,60 @@ def _fold(
         results = [o for n in folded for o in n.outputs if _is_read_outside(o, folded)]
         if not results:
             # Nothing reads it: that is for drop-unused.
-            return
+            return None
         sizes = {v: _bytes(v) for v in results}
         arrays = None
         if None in sizes.values():
             arrays = _evaluate(region, results, model, change)
             if arrays is None:
-                return
+                return None
             sizes = {v: a.nbytes for v, a in arrays.items()}
-        added = sum((sizes[v] or 0) + _label_bytes(v) for v in results)
-        if added <= _removed_bytes(folded, node_bytes):
-            if arrays is None:
-                arrays = _evaluate(region, results, model, change)
-            if arrays is not None:
-                _replace(graph, list(folded), arrays, context)
-                change.count("node folded", len(folded))
-            return
+        total = sum(sizes[v] or 0 for v in results)
+        if total + sum(map(_label_bytes, results)) <= _removed_bytes(folded, node_bytes):
+            return _Fold(region, list(folded), results, total, arrays)
         largest = max(results, key=lambda v: sizes[v] or 0).producer()
         assert largest is not None
         change.skip(largest, "writing its result out would make the file larger")
         del folded[largest]
+    return None
+
+
+def _batches(folds: list[_Fold]) -> Iterator[list[_Fold]]:
+    """Starting onnxruntime takes longer than most folds, so that many are computed at once."""
+    batch: list[_Fold] = []
+    waiting_bytes = 0
+    for fold in folds:
+        if batch and waiting_bytes + fold.total_bytes > BATCH_BYTES:
+            yield batch
+            batch, waiting_bytes = [], 0
+        batch.append(fold)
+        waiting_bytes += fold.total_bytes
+    if batch:
+        yield batch
+
+
+def _evaluate_all(batch: list[_Fold], model: ir.Model, change: Change) -> None:
+    """Compute what is not yet computed: all at once, and where one fails, one by one."""
+    batch = [fold for fold in batch if fold.arrays is None]
+    nodes = [node for fold in batch for node in fold.region]
+    results = [value for fold in batch for value in fold.results]
+    if not batch:
+        return
+    try:
+        arrays = dict(zip(results, evaluate(nodes, results, model.opset_imports), strict=True))
+    except GraphoptError:
+        for fold in batch:
+            fold.arrays = _evaluate(fold.region, fold.results, model, change)
+        return
+    for fold in batch:
+        fold.arrays = {value: arrays[value] for value in fold.results}
+
+
+def _apply(graph: ir.Graph, fold: _Fold, context: Context, change: Change) -> None:
+    if fold.arrays is None:
+        return
+    _replace(graph, fold.nodes, fold.arrays, context)
+    change.count("node folded", len(fold.nodes))
 
 
 def _is_read_outside(value: ir.Value, nodes: Container[ir.Node]) -> bool:
