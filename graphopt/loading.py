@@ -18,6 +18,7 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
+from graphopt.collection import no_collection
 from graphopt.content import digest, digests
 from graphopt.errors import ModelError
 from graphopt.external_data import anchor_external_tensors, check_external_data, external_tensors
@@ -92,6 +93,7 @@ def load(model: ModelLike, *, drop_training_info: bool = False) -> ir.Model:
     return open_model(model, drop_training_info=drop_training_info).model
 
 
+@no_collection()
 def open_model(model: ModelLike, *, drop_training_info: bool = False) -> Source:
     """Load a model from a path, bytes, an onnx proto or an `ir.Model`, which is never modified.
 

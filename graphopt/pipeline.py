@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
+from graphopt.collection import no_collection
 from graphopt.contract import Change, Context, Effect, Pass
 from graphopt.errors import CheckFailed, GraphoptError
 from graphopt.gate import Gate
@@ -79,6 +80,7 @@ class Pipeline:
         infer_shapes(self.model)
         self._run_rounds(plan, self._try)
 
+    @no_collection()
     def _run_at_once(self, plan: Plan) -> bool:
         """Whether all passes ran to the end and the gate accepts the result."""
         infer_shapes(self.model)

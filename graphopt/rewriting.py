@@ -95,25 +95,39 @@ def static_shape(value: ir.Value | None) -> tuple[int, ...] | None:
 
 
 class Names:
-    """Gives names that no value or node of the model has yet."""
+    """Gives names that no value or node of the model has yet.
+
+    The model is looked through when the first name is asked for: most passes never do.
+    """
 
     def __init__(self, model: ir.Model) -> None:
+        self._model = model
         self._taken: set[str] = set()
-        for graph in all_graphs(model):
-            self._taken.update(v.name for v in graph.inputs if v.name)
-            self._taken.update(graph.initializers)
-            for node in graph:
-                self._taken.update(o.name for o in node.outputs if o.name)
-                if node.name:
-                    self._taken.add(node.name)
+        self._last: dict[str, int] = {}
 
     def new(self, hint: str) -> str:
         """The hint itself, or the hint with a number."""
-        name, number = hint, 1
+        if not self._taken:
+            self._taken = _names_in(self._model)
+        name, number = hint, self._last.get(hint, 0)
         while name in self._taken:
-            name, number = f"{hint}_{number}", number + 1
+            number += 1
+            name = f"{hint}_{number}"
+        self._last[hint] = number
         self._taken.add(name)
         return name
+
+
+def _names_in(model: ir.Model) -> set[str]:
+    taken: set[str] = set()
+    for graph in all_graphs(model):
+        taken.update(v.name for v in graph.inputs if v.name)
+        taken.update(graph.initializers)
+        for node in graph:
+            taken.update(o.name for o in node.outputs if o.name)
+            if node.name:
+                taken.add(node.name)
+    return taken
 
 
 def unshadow(model: ir.Model) -> int:

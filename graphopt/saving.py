@@ -23,6 +23,7 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
+from graphopt.collection import no_collection
 from graphopt.content import digest
 from graphopt.data_file import DataFile
 from graphopt.errors import ModelError
@@ -30,9 +31,9 @@ from graphopt.external_data import external_tensors
 from graphopt.loading import PROTO_LIMIT_BYTES, check_encodable
 from graphopt.protos import tensors_of
 from graphopt.scratch import is_scratch
-from graphopt.serializing import large_tensors, stubbed
+from graphopt.serializing import stubbed
 from graphopt.skeleton import INFERRED
-from graphopt.stored_size import graph_file_bytes
+from graphopt.stored_size import stored_size
 
 INLINE_LIMIT_BYTES = 3 << 29
 """Weights above this (1.5 GiB) go to external data: a proto of 2 GiB cannot be read back."""
@@ -379,10 +380,10 @@ def stored_bytes(model: ir.Model, external_data: bool | None = None) -> int:
         model: not modified.
         external_data: as for `save`.
     """
+    size = stored_size(model, _is_declared)
     if external_data is None:
-        external_data = _goes_external(large_tensors(model))
-    graph_bytes, beside_bytes = graph_file_bytes(model, _is_declared, inline=not external_data)
-    return graph_bytes + beside_bytes
+        external_data = size.has_external or size.large_bytes > INLINE_LIMIT_BYTES
+    return size.reference_bytes + size.large_bytes if external_data else size.inline_bytes
 
 
 def _goes_external(tensors: Mapping[str, ir.TensorProtocol]) -> bool:
@@ -397,6 +398,7 @@ def _clear_locations(proto: onnx.ModelProto, tensors: Mapping[str, ir.TensorProt
             stub.ClearField("data_location")
 
 
+@no_collection()
 def _for_disk(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, ir.TensorProtocol]]:
     """As `serializing.stubbed`, without the types and shapes that onnxruntime infers by itself."""
     return stubbed(model, _is_declared)

@@ -116,15 +116,6 @@ def is_large(tensor: ir.TensorProtocol) -> bool:
     return tensor.dtype != ir.DataType.STRING and tensor.nbytes > LARGE_BYTES
 
 
-def large_tensors(model: ir.Model) -> dict[str, ir.TensorProtocol]:
-    """The initializers of the main graph that `stubbed` leaves out, by name."""
-    return {
-        name: value.const_value
-        for name, value in model.graph.initializers.items()
-        if value.const_value is not None and is_large(value.const_value)
-    }
-
-
 def stub_of(tensor: ir.TensorProtocol) -> ir.ExternalTensor:
     """What stands for a large tensor."""
     shape = ir.Shape(tensor.shape.numpy())

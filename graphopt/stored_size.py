@@ -7,6 +7,7 @@ from pass to pass: attributes and tensors never change, so theirs is computed on
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import onnx
 import onnx_ir as ir
@@ -29,31 +30,50 @@ _BYTES = "graphopt.bytes"
 """Key in the `meta` of an attribute or tensor: the bytes that it takes, its own name left out."""
 
 
-def graph_file_bytes(model: ir.Model, tell: Tell, inline: bool) -> tuple[int, int]:
-    """The bytes of the graph file, and of the large tensors beside it.
+@dataclass(frozen=True)
+class StoredSize:
+    """What a model takes on disk, in either form.
+
+    Attributes:
+        inline_bytes: of the graph file with all weights in it.
+        reference_bytes: of the graph file where large tensors are beside it, and each leaves a
+            reference, whose offset is counted roughly.
+        large_bytes: of the large tensors.
+        has_external: one of those is in external data already.
+    """
+
+    inline_bytes: int
+    reference_bytes: int
+    large_bytes: int
+    has_external: bool
+
+
+def stored_size(model: ir.Model, tell: Tell) -> StoredSize:
+    """The bytes that a model takes.
 
     Args:
         model: not modified.
         tell: of which values the file states type and shape; as for `serializing.stubbed`.
-        inline: the large tensors are in the graph file; otherwise each leaves a reference, whose
-            offset is counted roughly.
     """
     shell = model_shell(model)
     graph_bytes = shell.graph.ByteSize()
     outer_bytes = shell.ByteSize() - _field(graph_bytes)
-    beside = 0
-    parts = []
-    for name, value in model.graph.initializers.items():
-        tensor = value.const_value
-        if tensor is None:
-            continue
-        size = _text(name) + _tensor_bytes(tensor, inline)
-        beside += tensor.nbytes if is_large(tensor) and not inline else 0
-        parts.append(size)
-    parts += [_node_bytes(node, model.ir_version, tell) for node in model.graph]
-    parts += _value_bytes(model.graph, tell)
-    total = graph_bytes + sum(map(_field, parts)) + _annotation_bytes(model.graph)
-    return outer_bytes + _field(total), beside
+    tensors = [
+        (_text(name), value.const_value, _tensor_bytes(value.const_value))
+        for name, value in model.graph.initializers.items()
+        if value.const_value is not None
+    ]
+    nodes = sum(_field(_node_bytes(node, model.ir_version, tell)) for node in model.graph)
+    common = graph_bytes + nodes + _annotation_bytes(model.graph)
+    common += sum(map(_field, _value_bytes(model.graph, tell)))
+    inline = sum(_field(name + size.inline) for name, _, size in tensors)
+    references = sum(_field(name + size.reference) for name, _, size in tensors)
+    return StoredSize(
+        inline_bytes=outer_bytes + _field(common + inline),
+        reference_bytes=outer_bytes + _field(common + references),
+        large_bytes=sum(size.beside for _, _, size in tensors),
+        has_external=any(s.beside and isinstance(t, ir.ExternalTensor) for _, t, s in tensors),
+    )
 
 
 def _varint(number: int) -> int:
@@ -75,18 +95,13 @@ def _node_bytes(node: ir.Node, ir_version: int, tell: Tell) -> int:
         proto = onnx.NodeProto()
         write_node(proto, node, ir_version, tell)
         return proto.ByteSize()
-    size = _text(node.op_type)
-    if node.domain:
-        size += _text(node.domain)
-    if node.name:
-        size += _text(node.name)
-    for value in node.inputs:
-        size += 2 if value is None or value.name is None else _text(value.name)
+    texts = [node.op_type]
+    texts += [text for text in (node.domain, node.name) if text]
+    texts += ["" if value is None else value.name or "" for value in node.inputs]
     outputs = [value.name or "" for value in node.outputs]
     while outputs and not outputs[-1]:
         outputs.pop()
-    for name in outputs:
-        size += _text(name)
+    size = sum(map(_text, texts + outputs))
     for attribute in attributes_of(node):
         size += _field(_attribute_bytes(attribute))
     return size
@@ -104,16 +119,29 @@ def _attribute_bytes(attribute: ir.Attr) -> int:
     return known
 
 
-def _tensor_bytes(tensor: ir.TensorProtocol, inline: bool) -> int:
+@dataclass(frozen=True)
+class _TensorSize:
+    """Bytes of the message, its name left out: with its data, without, and those of the data."""
+
+    inline: int
+    reference: int
+    beside: int
+
+
+def _tensor_bytes(tensor: ir.TensorProtocol) -> _TensorSize:
+    known: _TensorSize | None = tensor.meta.get(_BYTES)
+    if known is None:
+        known = tensor.meta[_BYTES] = _measured(tensor)
+    return known
+
+
+def _measured(tensor: ir.TensorProtocol) -> _TensorSize:
     if not is_large(tensor):
-        known: int | None = tensor.meta.get(_BYTES)
-        if known is None:
-            known = tensor.meta[_BYTES] = _bare_bytes(tensor)
-        return known
-    if not inline:
-        return _bare_bytes(stub_of(tensor))
+        size = _bare_bytes(tensor)
+        return _TensorSize(size, size, 0)
     proto = onnx.TensorProto(data_type=tensor.dtype.value, dims=tensor.shape.numpy())
-    return proto.ByteSize() + _field(tensor.nbytes)
+    inline = proto.ByteSize() + _field(tensor.nbytes)
+    return _TensorSize(inline, _bare_bytes(stub_of(tensor)), tensor.nbytes)
 
 
 def _bare_bytes(tensor: ir.TensorProtocol) -> int:

@@ -13,6 +13,7 @@ from graphopt import loading, runtime, saving
 from graphopt import samples as sampling
 from graphopt.benchmark import BenchmarkReport
 from graphopt.benchmark import benchmark as time_models
+from graphopt.collection import no_collection
 from graphopt.contract import Sample
 from graphopt.errors import ModelError, SampleError
 from graphopt.loading import ModelLike, Source
@@ -100,6 +101,7 @@ class Subject:
             )
         return calibration, judged
 
+    @no_collection()
     def working_copy(self, keep_overridable: bool) -> ir.Model:
         """A clone for the passes to start from.
 
