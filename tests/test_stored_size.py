@@ -38,8 +38,7 @@ def test_of_an_exported_model(tmp_path: Path) -> None:
 def test_of_long_names_other_alphabets_and_texts_beside_nodes(tmp_path: Path) -> None:
     model = parse(
         """
-        agraph (float[N, 300] x) => (float[N, 300] y)
-        <float[300] w>
+        agraph (float[N, 300] x, float[300] w) => (float[N, 300] y)
         { a = Mul(x, w)  y = LeakyRelu<alpha = 0.5>(a) }
         """,
         w=np.ones(300, np.float32),
@@ -55,8 +54,10 @@ def test_of_long_names_other_alphabets_and_texts_beside_nodes(tmp_path: Path) ->
 
 
 def test_with_external_data_only_offsets_are_rough(tmp_path: Path) -> None:
-    model = parse("agraph (float[900] x) => (float[900] y) <float[900] w> { y = Add(x, w) }",
-                  w=np.ones(900, np.float32))  # fmt: skip
+    model = parse(
+        "agraph (float[900] x, float[900] w) => (float[900] y) { y = Add(x, w) }",
+        w=np.ones(900, np.float32),
+    )
 
     reckoned = stored_bytes(model, external_data=True)
 
