@@ -8,12 +8,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from generated import generate
-from graphopt_models import DIGITS_CNN
 
 from graphopt.loading import open_model
 from graphopt.saving import save, stored_bytes
 from graphopt.skeleton import infer_shapes
 from graphopt.testing import parse
+from graphopt_models import DIGITS_CNN
 
 
 def assert_reckoned(model: ir.Model, folder: Path) -> None:

@@ -7,7 +7,7 @@ from graphopt.recipes import Recipe
 BASIC = Recipe(
     summary="lossless: fewer nodes and bytes, the same outputs, standard operators only",
     passes=(
-        "inline-functions,raise-opset,lift-constants,drop-unused,drop-defaults,drop-identity,fold-constants,"
+        "inline-functions,raise-opset,lift-constants,drop-unused,drop-defaults,drop-identity,fold-shapes,fold-constants,inline-branches,"
         "merge-duplicates,merge-common-subexpressions,merge-transposes,merge-reshapes,fuse-pad,"
         "drop-zero-bias,fuse-batchnorm,fuse-scale,fuse-bias,drop-unused"
     ),

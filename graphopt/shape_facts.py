@@ -1,0 +1,130 @@
+"""What is known of shapes, and of the small integer tensors that are computed from them.
+
+onnx infers shapes too, and those are the start; but it loses a dimension as soon as a node computes
+with it. Here dimensions that are not known are symbols (see `graphopt.sizes`), and the values of
+shape arithmetic are followed element by element. Each node is looked at by itself: where nothing is
+known of an operator, what onnx inferred stays, and what it did not is a symbol of its own.
+
+Dimensions of two inputs are never taken to be equal because they carry the same name: exporters
+leave these names to users. Only where an operator broadcasts the two against each other, so that
+one must be the other or 1, are they taken to be one.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from graphopt.operators import is_onnx, subgraphs
+from graphopt.rewriting import small_array
+from graphopt.shape_rules import FOLLOWED, LARGEST_CONTENT, RULES, Fact, Shape, part
+from graphopt.sizes import Algebra, Polynomial, Size
+from graphopt.skeleton import known_shape
+
+
+class ShapeFacts:
+    """The facts about all values of a model, its subgraphs included."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self.algebra = Algebra()
+        self._facts: dict[ir.Value, Fact] = {}
+        self._names: dict[Polynomial, str] = {}
+        for value in model.graph.inputs:
+            self._name_dimensions(value)
+        self._follow(model.graph)
+
+    def of(self, value: ir.Value | None) -> Fact:
+        """The fact about a value."""
+        if value is None:
+            return Fact()
+        if value not in self._facts:
+            self._facts[value] = self._about_given(value)
+        return self._facts[value]
+
+    def shape(self, value: ir.Value | None) -> Shape | None:
+        """The shape of a value; None where not even its rank is known."""
+        return self.of(value).shape
+
+    def content(self, value: ir.Value | None) -> Shape | None:
+        """The elements of a small tensor of integers or booleans, if it is followed."""
+        return self.of(value).content
+
+    # -------------------------------------------------------------- the walk
+
+    def _follow(self, graph: ir.Graph) -> None:
+        for node in graph:
+            for body in subgraphs(node):
+                self._follow(body)
+            rule = RULES.get(node.op_type) if is_onnx(node, node.op_type) else None
+            if is_onnx(node, "Split"):
+                for index, value in enumerate(node.outputs):
+                    self._facts[value] = self._completed(value, part(self, node, index))
+                continue
+            found = rule(self, node) if rule is not None else None
+            for value in node.outputs:
+                self._facts[value] = self._completed(value, found)
+                found = None
+
+    def _completed(self, value: ir.Value, found: Fact | None) -> Fact:
+        """What a rule found, and where it did not, what onnx inferred."""
+        shape = self.inferred(value)
+        if found is not None and found.shape is not None:
+            shape = _agreed(found.shape, shape)
+        content = found.content if found is not None else None
+        if value.dtype not in FOLLOWED:
+            return Fact(shape, None)
+        if content is None:
+            content = self._unknown_content(value, shape)
+        if content is not None and len(content) > LARGEST_CONTENT:
+            content = None
+        return Fact(shape, content)
+
+    def _unknown_content(self, value: ir.Value, shape: Shape | None) -> Shape | None:
+        if shape is None or len(shape) > 1 or value.dtype is ir.DataType.BOOL:
+            return None
+        count = shape[0] if shape else 1
+        if not isinstance(count, int) or count > LARGEST_CONTENT:
+            return None
+        return tuple(self.algebra.atom(("element", value, i)) for i in range(count))
+
+    def inferred(self, value: ir.Value) -> Shape | None:
+        """The shape that onnx inferred, with symbols for what it did not."""
+        shape = known_shape(value)
+        if shape is None:
+            return None
+        return tuple(
+            d if isinstance(d, int) else self.unknown(value, i) for i, d in enumerate(shape)
+        )
+
+    def unknown(self, value: ir.Value, axis: int) -> Size:
+        """The symbol for a dimension that is not known."""
+        return self.algebra.atom((value, axis), is_dimension=True)
+
+    def _name_dimensions(self, value: ir.Value) -> None:
+        for axis, dim in enumerate(known_shape(value) or ()):
+            if isinstance(dim, ir.SymbolicDim) and dim.value:
+                atom = self.unknown(value, axis)
+                assert isinstance(atom, Polynomial)
+                self._names[atom] = dim.value
+
+    def are_named_alike(self, first: Size, second: Size) -> bool:
+        """Two dimensions of inputs carry one name."""
+        if not isinstance(first, Polynomial) or not isinstance(second, Polynomial):
+            return False
+        return first in self._names and self._names[first] == self._names.get(second)
+
+    def _about_given(self, value: ir.Value) -> Fact:
+        """Of an input, an initializer or a value of a function."""
+        shape = self.inferred(value)
+        if value.dtype not in FOLLOWED:
+            return Fact(shape)
+        array = small_array(value, LARGEST_CONTENT)
+        if array is None or array.ndim > 1:
+            return self._completed(value, Fact(shape))
+        return Fact(shape, tuple(int(number) for number in array.reshape(-1)))
+
+
+def _agreed(found: Shape, inferred: Shape | None) -> Shape:
+    """Of two correct shapes, the integers of both."""
+    if inferred is None or len(found) != len(inferred):
+        return found
+    return tuple(i if isinstance(i, int) else f for f, i in zip(found, inferred, strict=True))

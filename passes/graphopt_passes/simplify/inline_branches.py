@@ -1,0 +1,110 @@
+"""inline-branches: put the branch that an If always takes where the If is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from graphopt.contract import Change, Context, Effect, Pass
+from graphopt.operators import all_graphs, is_onnx
+from graphopt.rewriting import Names, can_replace, constant_tensor, replace_value
+
+
+@dataclass(frozen=True)
+class InlineBranches(Pass):
+    """Put the branch that an If always takes where the If is, in subgraphs too.
+
+    That is where its condition is a constant. The initializers of the branch move along, and what
+    has the name of another value gets a new one.
+    """
+
+    name: ClassVar[str] = "inline-branches"
+    effect: ClassVar[Effect] = Effect.EXACT
+
+    def apply(self, model: ir.Model, context: Context) -> Change:
+        """Outer before inner, so that a branch is looked into once it is inlined."""
+        change = Change()
+        found = _constant_ifs(model)
+        names, taken = Names(model), _names(model) if found else Counter[str]()
+        while found:
+            for node, branch in found:
+                _inline(node, branch, names, taken)
+                change.count("branch of If inlined")
+            found = _constant_ifs(model)
+        return change
+
+
+def _constant_ifs(model: ir.Model) -> list[tuple[ir.Node, ir.Graph]]:
+    """The Ifs of one level that always take the same branch, and that branch."""
+    for graph in all_graphs(model):
+        found = []
+        for node in graph:
+            branch = _branch(node) if is_onnx(node, "If") else None
+            if branch is not None:
+                found.append((node, branch))
+        if found:
+            return found
+    return []
+
+
+def _branch(node: ir.Node) -> ir.Graph | None:
+    condition = constant_tensor(node.inputs[0])
+    if condition is None or condition.size != 1:
+        return None
+    taken = bool(condition.numpy().reshape(()))
+    attribute = node.attributes.get("then_branch" if taken else "else_branch")
+    if attribute is None or attribute.is_ref():
+        return None
+    branch = attribute.as_graph()
+    return branch if len(branch.outputs) == len(node.outputs) and not branch.inputs else None
+
+
+def _names(model: ir.Model) -> Counter[str]:
+    """How many values and nodes have each name; in two branches it may be the same."""
+    return Counter(
+        item.name
+        for graph in all_graphs(model)
+        for item in (*graph.initializers.values(), *graph, *(o for n in graph for o in n.outputs))
+        if item.name
+    )
+
+
+def _inline(node: ir.Node, branch: ir.Graph, names: Names, taken: Counter[str]) -> None:
+    graph = node.graph
+    assert isinstance(graph, ir.Graph)
+    results = list(branch.outputs)
+    branch.outputs.clear()
+    for name, value in list(branch.initializers.items()):
+        del branch.initializers[name]
+        _rename(value, names, taken)
+        graph.register_initializer(value)
+    for inner in list(branch):
+        branch.remove(inner)
+        items: list[ir.Node | ir.Value] = [inner, *inner.outputs]
+        for item in items:
+            _rename(item, names, taken)
+        graph.insert_before(node, inner)
+    for output, result in zip(node.outputs, results, strict=True):
+        if not can_replace(output, result):
+            result = _passed_on(node, result, names)
+        replace_value(output, result)
+    graph.remove(node, safe=True)
+
+
+def _rename(item: ir.Node | ir.Value, names: Names, taken: Counter[str]) -> None:
+    if item.name and taken[item.name] > 1:
+        taken[item.name] -= 1
+        item.name = names.new(item.name)
+
+
+def _passed_on(node: ir.Node, value: ir.Value, names: Names) -> ir.Value:
+    """The output of a new Identity: a graph cannot return what is not made in it."""
+    assert isinstance(node.graph, ir.Graph)
+    made = ir.Node("", "Identity", [value], name=names.new(f"{value.name}_passed"))
+    made.outputs[0].name = names.new(f"{value.name}_out")
+    made.outputs[0].type, made.outputs[0].shape = value.type, value.shape
+    node.graph.insert_before(node, made)
+    return made.outputs[0]
