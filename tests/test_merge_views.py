@@ -18,7 +18,7 @@ from graphopt.skeleton import infer_shapes
 from graphopt.testing import apply_pass, assert_equivalent, assert_rewrites, assert_unchanged, parse
 from graphopt_models.llama import TINY, write_llama
 from graphopt_passes.share.lost_fusions import WEIGHT_ONLY
-from graphopt_passes.share.merge_views import MergeViews
+from graphopt_passes.share.merge_views import TOO_LARGE, MergeViews
 from graphopt_passes.share.views import BLOCK_ELEMENTS, find_views
 
 ALL = MergeViews(min_bytes=0)
@@ -185,20 +185,58 @@ def test_several_views_of_one_and_a_view_of_a_view() -> None:
     assert_equivalent(before, model, Effect.EXACT)
 
 
-def test_packed_and_text_are_left() -> None:
-    four_bits = ir.Value(
-        name="a",
-        const_value=ir.tensor(np.zeros((4, 6), np.int8), dtype=ir.DataType.INT8, name="a"),
-    )
-    model = parse(
+def test_types_that_cannot_be_sliced_or_have_no_bytes_are_left() -> None:
+    codes = numbers(4, 6)
+    for dtype in (ir.DataType.FLOAT8E4M3FN, ir.DataType.INT4):
+        model = reading(codes, codes.T)
+        for value in model.graph.initializers.values():
+            array = value.const_value.numpy().astype(dtype.numpy())
+            value.const_value = ir.tensor(array, dtype=dtype, name=value.name)
+            value.dtype = dtype
+        assert not ALL.apply(model, Context(original=model))
+    texts = parse(
         "agraph (int64 i) => (string[3] y, string[2, 3] z)"
         ' <string[2, 3] s = {"a", "b", "c", "d", "e", "f"},'
         ' string[3, 2] t = {"a", "d", "b", "e", "c", "f"}>'
-        " { y = Gather(s, i) u = Identity(t) z = Identity(s) }"
+        " { y = Gather(t, i) z = Identity(s) }"
     )
+    assert not ALL.apply(texts, Context(original=texts))
 
-    assert find_views([four_bits]) == []
-    assert not ALL.apply(model, Context(original=model))
+
+@pytest.mark.slow
+def test_over_1_gib_a_node_would_run_at_every_inference(tmp_path: Path) -> None:
+    """Files with nothing but holes in them, but for a few numbers."""
+    rows, columns = 16_400, 16_400
+    tensors = []
+    for name, places in (("w", [(0, 5), (77, 99)]), ("v", [(5, 0), (99, 77)])):
+        with open(tmp_path / name, "wb") as file:
+            file.truncate(rows * columns * 4)
+            for number, (row, column) in enumerate(places, 1):
+                file.seek((row * columns + column) * 4)
+                file.write(np.float32(number).tobytes())
+        shape = ir.Shape([rows, columns])
+        tensors.append(
+            ir.ExternalTensor(
+                name, 0, rows * columns * 4, ir.DataType.FLOAT,
+                shape=shape, name=name, base_dir=tmp_path,
+            )
+        )  # fmt: skip
+    text = (
+        "agraph (int64[N] i, float[B, S, 16400] x, float[16400, 16400] w, float[16400, 16400] v)"
+        " => (float[N, 16400] e, float[B, S, 16400] y) { e = Gather(w, i)  y = MatMul(x, v) }"
+    )
+    model = parse(text)
+    for tensor in tensors:
+        value = next(v for v in model.graph.inputs if v.name == tensor.name)
+        model.graph.inputs.remove(value)
+        value.const_value = tensor
+        model.graph.register_initializer(value)
+    infer_shapes(model)
+
+    change = MergeViews().apply(model, Context(original=model))
+
+    assert [(skip.node, skip.reason) for skip in change.skips] == [("v", TOO_LARGE)]
+    assert not change
 
 
 def test_outputs_and_overridable_initializers_stay() -> None:

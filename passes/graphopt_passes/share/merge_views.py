@@ -29,9 +29,31 @@ GEMM_OPSET = 11
 """From here on, Gemm does without C."""
 
 FOLDED_BYTES_MAXIMUM = 1 << 30
-"""onnxruntime computes at load no result that is larger: it would at every inference."""
+"""onnxruntime computes no larger result at load (unless told to, by an option of the session)."""
 
-_ELEMENT_BYTES = (1, 2, 4, 8)
+TOO_LARGE = (
+    "it holds the numbers of another initializer, but over 1 GiB onnxruntime would make it from "
+    "that one at every inference"
+)
+
+_TYPES = frozenset(
+    {
+        ir.DataType.BFLOAT16,
+        ir.DataType.BOOL,
+        ir.DataType.DOUBLE,
+        ir.DataType.FLOAT,
+        ir.DataType.FLOAT16,
+        ir.DataType.INT8,
+        ir.DataType.INT16,
+        ir.DataType.INT32,
+        ir.DataType.INT64,
+        ir.DataType.UINT8,
+        ir.DataType.UINT16,
+        ir.DataType.UINT32,
+        ir.DataType.UINT64,
+    }
+)
+"""Of the types of whole bytes, those that Reshape, Transpose and Slice all take."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +89,7 @@ class MergeViews(Pass):
             elif _is_transposed_product(view, opset_of(model)):
                 _let_gemm_transpose(view, change)
             elif _bytes(view.value) > FOLDED_BYTES_MAXIMUM:
-                change.skip(view.value, "it is too large for onnxruntime to make it at load")
+                change.skip(view.value, TOO_LARGE)
             else:
                 _make(view, names, change)
         return change
@@ -79,7 +101,9 @@ def _candidates(model: ir.Model, min_bytes: int) -> list[ir.Value]:
         value
         for graph in all_graphs(model)
         for value in graph.initializers.values()
-        if _is_large(value.const_value, min_bytes) and not value.is_graph_input()
+        if _is_large(value.const_value, min_bytes)
+        and not value.is_graph_input()
+        and (value.uses() or value.is_graph_output())
     ]
     return sorted(
         found,
@@ -92,9 +116,9 @@ def _candidates(model: ir.Model, min_bytes: int) -> list[ir.Value]:
 
 
 def _is_large(tensor: ir.TensorProtocol | None, min_bytes: int) -> bool:
-    if tensor is None or tensor.dtype == ir.DataType.STRING:
+    if tensor is None or tensor.dtype not in _TYPES:
         return False
-    return tensor.dtype.itemsize in _ELEMENT_BYTES and tensor.nbytes >= max(1, min_bytes)
+    return tensor.nbytes >= max(1, min_bytes)
 
 
 def _is_right_operand(node: ir.Node, index: int) -> bool:

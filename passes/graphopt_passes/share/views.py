@@ -138,15 +138,16 @@ def _diagonal(tensor: ir.TensorProtocol) -> Hashable:
 
 def _fingerprint(tensor: ir.TensorProtocol) -> Hashable:
     """A number that depends on which elements a tensor has and not on their order."""
-    total = np.uint64(0)
+    bits = bits_of(tensor)
+    factor = _FIRST_FACTOR.astype(bits)
+    half = np.array(4 * bits.itemsize, bits)
+    total = 0
     for elements in _elements(tensor):
-        mixed = elements.astype(np.uint64)
-        mixed *= _FIRST_FACTOR
-        mixed ^= mixed >> np.uint64(32)
-        mixed *= _SECOND_FACTOR
-        mixed ^= mixed >> np.uint64(29)
-        total = np.add(total, mixed.sum(dtype=np.uint64), dtype=np.uint64)
-    return int(total)
+        mixed = elements * factor
+        mixed ^= mixed >> half
+        mixed *= factor
+        total += int(mixed.sum(dtype=np.uint64))
+    return total
 
 
 def _elements(tensor: ir.TensorProtocol) -> Iterator[npt.NDArray[np.unsignedinteger]]:
