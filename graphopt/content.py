@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import mmap
 import os
 import threading
@@ -82,6 +83,60 @@ def read_array(tensor: ir.TensorProtocol) -> np.ndarray:
     return raw.view(tensor.dtype.numpy()).reshape(tuple(tensor.shape.numpy()))
 
 
+def part(tensor: ir.TensorProtocol, start: int, stop: int) -> ir.TensorProtocol:
+    """The bytes of a tensor from `start` up to `stop`, as a tensor of uint8 over the same data."""
+    if isinstance(tensor, ir.ExternalTensor):
+        offset, shape = (tensor.offset or 0) + start, ir.Shape([stop - start])
+        return ir.ExternalTensor(
+            tensor.path,
+            offset,
+            stop - start,
+            ir.DataType.UINT8,
+            shape=shape,
+            name=tensor.name or "",
+        )
+    flat = np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)
+    return ir.tensor(flat[start:stop], name=tensor.name)
+
+
+def bits_of(tensor: ir.TensorProtocol) -> np.dtype[np.unsignedinteger]:
+    """The unsigned integers as which elements of 1, 2, 4 or 8 bytes are compared by their bits."""
+    return np.dtype(f"<u{int(tensor.dtype.itemsize)}")
+
+
+def read_block(tensor: ir.TensorProtocol, block: Sequence[slice]) -> np.ndarray:
+    """The bits of a block of a tensor, as unsigned integers of the size of its elements.
+
+    Args:
+        tensor: of elements of 1, 2, 4 or 8 bytes.
+        block: a slice with both ends for each axis, of which there is at least one.
+
+    Raises:
+        ModelError: the external data is gone, cannot be read, or is too short.
+    """
+    bits = bits_of(tensor)
+    if not isinstance(tensor, ir.ExternalTensor):
+        return np.ascontiguousarray(tensor.numpy()[tuple(block)]).view(bits)
+    shape = tuple(tensor.shape.numpy())
+    result = np.empty([s.stop - s.start for s in block], bits)
+    # A block that is as wide as the tensor is read several rows at a time.
+    split = len(shape) - 1
+    while split and result.shape[split] == shape[split]:
+        split -= 1
+    strides = [bits.itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    first = sum(s.start * stride for s, stride in zip(block, strides, strict=True))
+    with open_data(tensor) as file:
+        for index in np.ndindex(result.shape[:split]):
+            ahead = sum(i * stride for i, stride in zip(index, strides, strict=False))
+            file.seek((tensor.offset or 0) + first + ahead)
+            run = result[index]
+            if file.readinto(run.data) != run.nbytes:
+                raise ModelError(
+                    f"the data file {tensor.path} ended while tensor {tensor.name!r} was read"
+                )
+    return result
+
+
 def open_data(tensor: ir.ExternalTensor) -> io.FileIO:
     """The file of a tensor in external data, unbuffered, at its beginning.
 
@@ -132,7 +187,10 @@ def digests(tensors: Sequence[ir.TensorProtocol]) -> Iterator[bytes]:
 
 
 def equal_groups(
-    items: Iterable[T], tensor_of: Callable[[T], ir.TensorProtocol]
+    items: Iterable[T],
+    tensor_of: Callable[[T], ir.TensorProtocol],
+    *,
+    same_shape: bool = True,
 ) -> Iterator[list[T]]:
     """Groups of two and more whose tensors have the same element type, shape and bytes.
 
@@ -142,14 +200,27 @@ def equal_groups(
     Args:
         items: in the order in which a group will have them.
         tensor_of: gives the tensor of an item.
+        same_shape: shapes must be the same; otherwise only the number of elements.
 
     Raises:
         ModelError: external data cannot be read.
     """
+    yield from groups_by(items, tensor_of, _kind if same_shape else _size, _probe, digest)
+
+
+def groups_by(
+    items: Iterable[T],
+    tensor_of: Callable[[T], ir.TensorProtocol],
+    *keys: Callable[[ir.TensorProtocol], Hashable],
+) -> list[list[T]]:
+    """Groups of two and more whose tensors agree in all keys.
+
+    A key is asked only of tensors that another one agrees with in all keys before it.
+    """
     groups = [list(items)]
-    for key in (_kind, _probe, digest):
-        groups = [part for group in groups for part in _split(group, tensor_of, key)]
-    yield from groups
+    for key in keys:
+        groups = [found for group in groups for found in _split(group, tensor_of, key)]
+    return groups
 
 
 def _split(
@@ -158,13 +229,18 @@ def _split(
     key: Callable[[ir.TensorProtocol], Hashable],
 ) -> Iterator[list[T]]:
     parts: dict[Hashable, list[T]] = defaultdict(list)
-    for item in items:
-        parts[key(tensor_of(item))].append(item)
-    yield from (part for part in parts.values() if len(part) > 1)
+    if len(items) > 1:
+        for item in items:
+            parts[key(tensor_of(item))].append(item)
+    yield from (found for found in parts.values() if len(found) > 1)
 
 
 def _kind(tensor: ir.TensorProtocol) -> Hashable:
     return tensor.dtype, tuple(tensor.shape.numpy())
+
+
+def _size(tensor: ir.TensorProtocol) -> Hashable:
+    return tensor.dtype, tensor.size
 
 
 def _probe(tensor: ir.TensorProtocol) -> Hashable:

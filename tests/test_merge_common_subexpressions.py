@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx_ir as ir
 import pytest
+from optimized import kernels
 
 from graphopt.contract import Context, Effect
 from graphopt.testing import (
@@ -12,6 +15,7 @@ from graphopt.testing import (
     assert_unchanged,
     parse,
 )
+from graphopt_passes.share.lost_fusions import WEIGHT_ONLY
 from graphopt_passes.share.merge_common_subexpressions import MergeCommonSubexpressions
 
 
@@ -305,3 +309,64 @@ def test_ten_thousand_equal_chains() -> None:
     change = MergeCommonSubexpressions().apply(model, Context(original=model))
 
     assert change.counts == {"Neg merged": 9_999, "Abs merged": 9_999}
+
+
+CODES = np.random.default_rng(0).integers(-99, 99, (64, 64)).astype(np.int8)
+SCALES = np.linspace(0.01, 0.02, 64, dtype=np.float32)
+
+
+@pytest.mark.parametrize("made", ["Constant", "Gather", "Reshape"])
+def test_weights_that_become_matmulnbits_are_made_for_each(made: str, tmp_path: Path) -> None:
+    """Each has a DequantizeLinear of its own, and data that nothing else reads."""
+    make = {
+        "Constant": "{0} = Constant()",
+        "Gather": "{0} = Gather(table, codes)",
+        "Reshape": "{0} = Reshape(flat, shape)",
+    }[made]
+    model = parse(
+        f"""
+        agraph (float[2, 3, 64] x, float[2, 3, 64] z, float[64] s, float[64] s2, int8[4096] flat,
+                int8[200] table, int32[64, 64] codes, int64[2] shape)
+            => (float[2, 3, 64] y, float[2, 3, 64] y2)
+        {{
+            {make.format("w")}  a = DequantizeLinear<axis=1>(w, s)   y = MatMul(x, a)
+            {make.format("v")}  b = DequantizeLinear<axis=1>(v, s2)  y2 = MatMul(z, b)
+        }}
+        """,
+        s=SCALES,
+        s2=SCALES.copy(),
+        table=np.arange(-100, 100, dtype=np.int8),
+        codes=CODES.astype(np.int32) + 100,
+        flat=CODES.reshape(-1),
+        shape=np.int64([64, 64]),
+    )
+    for node in model.graph:
+        if node.op_type == "Constant":
+            node.attributes["value"] = ir.AttrTensor("value", ir.tensor(CODES))
+    before = kernels(model, tmp_path)
+
+    change = assert_unchanged(MergeCommonSubexpressions(), model)
+
+    assert [skip.reason for skip in change.skips] == [WEIGHT_ONLY]
+    assert kernels(model, tmp_path) == before
+
+
+def test_a_weight_that_is_shared_anyway_has_nothing_to_lose(tmp_path: Path) -> None:
+    """Two DequantizeLinear of one initializer are not fused; one of two readers is split again."""
+    model = parse(
+        """
+        agraph (float[2, 3, 64] x, float[2, 3, 64] z, int8[64, 64] w, float[64] s)
+            => (float[2, 3, 64] y, float[2, 3, 64] y2)
+        {
+            a = DequantizeLinear<axis=1>(w, s)  y = MatMul(x, a)
+            b = DequantizeLinear<axis=1>(w, s)  y2 = MatMul(z, b)
+        }
+        """,
+        w=CODES,
+        s=SCALES,
+    )
+    before = kernels(model, tmp_path)
+
+    assert apply_pass(MergeCommonSubexpressions(), model).counts == {"DequantizeLinear merged": 1}
+    assert before == {"DequantizeLinear": 2, "MatMul": 2}
+    assert kernels(model, tmp_path) == before

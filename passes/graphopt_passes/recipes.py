@@ -6,10 +6,15 @@ from graphopt.recipes import Recipe
 
 BASIC = Recipe(
     summary="lossless: fewer nodes and bytes, the same outputs, standard operators only",
-    passes=(
-        "inline-functions,raise-opset,lift-constants,drop-unused,drop-defaults,drop-identity,fold-shapes,fold-constants,inline-branches,"
-        "merge-duplicates,merge-common-subexpressions,merge-transposes,merge-reshapes,fuse-pad,"
-        "drop-zero-bias,fuse-batchnorm,fuse-scale,fuse-bias,drop-unused"
+    passes=",".join(
+        (
+            "inline-functions,raise-opset,lift-constants,drop-unused,drop-defaults,drop-identity",
+            "fold-shapes,fold-constants,inline-branches,merge-common-subexpressions",
+            "merge-transposes,merge-reshapes",
+            "fuse-pad,drop-zero-bias,fuse-batchnorm,fuse-scale,fuse-bias",
+            # After the fusions, which leave a shared weight alone.
+            "merge-duplicates,merge-views,drop-unused",
+        )
     ),
     repeat=True,
 )

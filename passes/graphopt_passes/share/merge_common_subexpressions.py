@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Hashable
+from collections.abc import Container, Hashable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,6 +14,7 @@ from graphopt.content import digest
 from graphopt.contract import Change, Context, Effect, Pass
 from graphopt.operators import is_onnx, is_random, subgraphs
 from graphopt.rewriting import can_replace, replace_value
+from graphopt_passes.share.lost_fusions import WEIGHT_ONLY, unshared_values
 
 COMMUTATIVE = frozenset(
     {
@@ -73,12 +74,16 @@ class MergeCommonSubexpressions(Pass):
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Merge in one walk in topological order, so that equal chains merge as a whole."""
         change = Change()
-        _merge_in(model.graph, ChainMap(), model, change)
+        _merge_in(model.graph, ChainMap(), model, unshared_values(model), change)
         return change
 
 
 def _merge_in(
-    graph: ir.Graph, seen: ChainMap[Hashable, ir.Node], model: ir.Model, change: Change
+    graph: ir.Graph,
+    seen: ChainMap[Hashable, ir.Node],
+    model: ir.Model,
+    unshared: Container[ir.Value],
+    change: Change,
 ) -> None:
     """Merge the nodes of a graph.
 
@@ -87,18 +92,19 @@ def _merge_in(
         seen: the nodes that were met and stay, by what they compute: those of outer graphs that
             come before, and in a map of its own those of this graph.
         model: the model of the graph.
+        unshared: what must get no further reader.
         change: where to record.
     """
     for node in graph:
         for inner in subgraphs(node):
-            _merge_in(inner, seen.new_child(), model, change)
+            _merge_in(inner, seen.new_child(), model, unshared, change)
         key = _key(node)
         if key is None:
             continue
         first = seen.setdefault(key, node)
         if first is node:
             continue
-        reason = _why_apart(node, first, model)
+        reason = _why_apart(node, first, model, unshared)
         if reason is not None:
             change.skip(node, reason)
             continue
@@ -113,7 +119,9 @@ def _is_used(value: ir.Value) -> bool:
     return value.is_graph_output() or bool(value.uses())
 
 
-def _why_apart(node: ir.Node, first: ir.Node, model: ir.Model) -> str | None:
+def _why_apart(
+    node: ir.Node, first: ir.Node, model: ir.Model, unshared: Container[ir.Value]
+) -> str | None:
     """Why the node must stay although `first` computes the same; None when it may go."""
     if is_random(node):
         return "it draws at random, and two draws differ"
@@ -123,6 +131,8 @@ def _why_apart(node: ir.Node, first: ir.Node, model: ir.Model) -> str | None:
         return "it calls a function of the model, and those are not looked into"
     if node.domain not in PURE_DOMAINS or node.op_type in IMPURE:
         return f"{node.domain or 'ai.onnx'}.{node.op_type} may do more than compute its outputs"
+    if any(output in unshared for output in (*node.outputs, *first.outputs)):
+        return WEIGHT_ONLY
     for output, kept in zip(node.outputs, first.outputs, strict=True):
         if not _is_used(output):
             continue

@@ -266,6 +266,8 @@ def _apply(graph: ir.Graph, fold: _Fold, context: Context, change: Change) -> No
     if fold.arrays is None:
         return
     _replace(graph, fold.nodes, fold.arrays, context)
+    # They are in the graph now, or in a file; here they would all be held until the last.
+    fold.arrays = None
     change.count("node folded", len(fold.nodes))
 
 
