@@ -53,6 +53,7 @@ def optimize(
     validate: bool = True,
     benchmark: bool = True,
     threads: int = 1,
+    hash_ahead: bool = True,
     progress: Progress = _quiet,
 ) -> Run:
     """Optimize a model: run passes, keep what the samples prove harmless, measure the result.
@@ -78,6 +79,8 @@ def optimize(
         validate: run the model; without, only the checker and the interface are gates.
         benchmark: time the original against the result.
         threads: intra-op threads of the benchmark.
+        hash_ahead: hash external data beside the passes; only `Run.save(reuse_data=True)` does
+            without.
         progress: called with a few words on what goes on.
 
     Returns:
@@ -94,7 +97,8 @@ def optimize(
     _check_samples_given(chosen, samples, random_samples)
     subject = open_subject(model, provider, validate or benchmark, drop_training_info, progress)
     _check_budgets(budgets, subject.source.model)
-    subject.source.hash_ahead()
+    if hash_ahead:
+        subject.source.hash_ahead()
     runs = validate or benchmark
     if runs or samples is not None or random_samples is not None:
         feed = subject.feed(samples, random_samples, state)

@@ -21,7 +21,7 @@ from rich.logging import RichHandler
 
 import graphopt
 from graphopt import demo as demonstration
-from graphopt import json_report, report, saving
+from graphopt import json_report, report, saving, sharing
 from graphopt.errors import CheckFailed, GraphoptError, SpecError
 from graphopt.recipes import recipe as recipe_of
 from graphopt.recipes import recipe_names
@@ -98,6 +98,14 @@ def optimize(
     drop_training_info: Annotated[
         bool, typer.Option("--drop-training-info", help="Drop a training graph.")
     ] = False,
+    reuse_data: Annotated[
+        bool,
+        typer.Option(
+            "--reuse-data",
+            help="Leave weights that do not change in the data file of MODEL: the result reads it "
+            "too, so it must stay where it is, and OUT must be in its folder.",
+        ),
+    ] = False,
     validate: Annotated[
         bool, typer.Option("--validate/--no-validate", help="Run the model to judge passes.")
     ] = True,
@@ -108,7 +116,7 @@ def optimize(
     json: Json = None,
 ) -> None:
     """Optimize MODEL: run passes, keep what the samples prove harmless, measure the result."""
-    saving.check_target(output, source=model)
+    saving.check_target(output, source=model, reuse_data=reuse_data)
     _check_json(json, [model], [output, samples])
     pairs = _states(state)
     with _progress() as progress:
@@ -130,11 +138,12 @@ def optimize(
             validate=validate,
             benchmark=benchmark,
             threads=threads,
+            hash_ahead=not reuse_data,
             progress=progress,
         )
         if not (strict and run.failures):
             progress("saving")
-            run = run.save(output)
+            run = run.save(output, reuse_data=reuse_data)
     _show(report.render_run(run), json, json_report.run_to_json(run))
     if run.failures:
         raise CheckFailed("; ".join(run.failures))
@@ -197,6 +206,30 @@ def benchmark(
             progress=progress,
         )
     _show(report.render_benchmark(found), json, json_report.benchmark_to_json(found))
+
+
+@app.command()
+def share(
+    models: Annotated[
+        list[Path], typer.Argument(metavar="MODEL", help="The .onnx files, two or more.")
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="DIR", help="Folder to write to.")
+    ],
+    validate: Annotated[
+        bool, typer.Option("--validate/--no-validate", help="Run the models before and after.")
+    ] = True,
+    json: Json = None,
+) -> None:
+    """Store the weights of several models once: all graphs and one data file go into DIR.
+
+    Each graph keeps its file name. Any of them can be deleted, or moved together with a copy of the
+    data file, without harm to the others, as long as DIR/graphopt-shared.*.data stays where it is.
+    """
+    _check_json(json, models, [output / model.name for model in models])
+    with _progress() as progress:
+        found = sharing.share(models, output, validate=validate, progress=progress)
+    _show(report.render_sharing(found), json, json_report.sharing_to_json(found))
 
 
 @app.command()

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
+from google.protobuf.message import DecodeError
 
-from graphopt.content import remember
+from graphopt.content import CHUNK_BYTES, remember
 from graphopt.errors import ModelError
 from graphopt.operators import graphs_and_functions
 from graphopt.protos import tensors_of
@@ -148,3 +149,43 @@ def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
         held = [value.const_value for value in graph.initializers.values()]
         held += [a.value for node in graph for a in node.attributes.values()]
         yield from (tensor for tensor in held if isinstance(tensor, ir.ExternalTensor))
+
+
+def reads(graph: Path, file: Path) -> bool:
+    """A graph file keeps tensors in that data file; a look at its raw bytes rules that out at once.
+
+    Raises:
+        OSError: the graph cannot be read.
+    """
+    if not _mentions(graph, file.name.encode()):
+        return False
+    return any(place.exists() and place.samefile(file) for place in data_files_of(graph) or ())
+
+
+def _mentions(path: Path, word: bytes) -> bool:
+    tail = b""
+    with open(path, "rb", buffering=0) as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            if word in tail + chunk:
+                return True
+            tail = (tail + chunk)[-len(word) :]
+    return False
+
+
+def data_files_of(graph: Path) -> set[Path] | None:
+    """The data files that a graph file names, there or not; None where it is no graph.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(graph.read_bytes())
+    except DecodeError:
+        return None
+    return {
+        graph.parent / entry.value
+        for tensor in tensors_of(proto)
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }

@@ -8,6 +8,7 @@ import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from graphopt.api import Validation
@@ -17,6 +18,7 @@ from graphopt.demo import Demonstration
 from graphopt.inspection import Inspection
 from graphopt.ledger import Run, Step
 from graphopt.recipes import Recipe
+from graphopt.sharing import Sharing
 from graphopt.spec import describe_type, options_of
 from graphopt.validation import OutputError
 
@@ -115,6 +117,16 @@ def validation_to_json(found: Validation) -> dict[str, Any]:
         "notes": list(found.notes),
         "versions": versions(),
     }
+
+
+def sharing_to_json(found: Sharing) -> dict[str, Any]:
+    """What models stored together take, as plain data."""
+    content = {"schema_version": SCHEMA_VERSION, **asdict(found)}
+    content["models"] = [
+        {k: str(v) if isinstance(v, Path) else v for k, v in model.items()}
+        for model in content["models"]
+    ]
+    return {**content, "data": found.data and str(found.data), "versions": versions()}
 
 
 def inspection_to_json(found: Inspection, tried: Run) -> dict[str, Any]:

@@ -86,6 +86,7 @@ def size_as_given(source: Source) -> Size:
 VERSION_KEY = "graphopt.version"
 PIPELINE_KEY = "graphopt.pipeline"
 INPUT_KEY = "graphopt.input_sha256"
+INPUT_GRAPH_KEY = "graphopt.input_graph_sha256"
 """Keys in a model's `metadata_props` that say where it comes from."""
 
 
@@ -93,8 +94,11 @@ def stamp(model: ir.Model, plan: Plan, source: Source) -> None:
     """Write into the model where it comes from.
 
     Where the hash of the input takes reading external data, `Run.save` adds it: the data is read
-    there anyway.
+    there anyway. Where it is not, because the result goes on using it, the hash of the graph file
+    has to do.
     """
+    for key in (INPUT_KEY, INPUT_GRAPH_KEY):
+        model.metadata_props.pop(key, None)
     model.metadata_props[VERSION_KEY] = version("graphopt")
     model.metadata_props[PIPELINE_KEY] = plan.recipe or str(plan)
     if not source.has_external_data():
@@ -139,32 +143,62 @@ class Run:
         """Hash of the input; see `Source.sha256`."""
         return self.source.sha256()
 
-    def save(self, path: str | Path, *, external_data: bool | None = None) -> Run:
+    def save(
+        self, path: str | Path, *, external_data: bool | None = None, reuse_data: bool = False
+    ) -> Run:
         """Write the optimized model; see `graphopt.saving.save`.
 
         By default it has external data if the input had, or if it would not fit into one file. The
         written file is loaded into onnxruntime before it replaces what was there, unless the
         run was told not to validate.
 
+        Args:
+            path: of the graph file.
+            external_data: see `graphopt.saving.save`.
+            reuse_data: leave weights that did not change in the data files of the input, which must
+                lie in the folder of the path and stay there.
+
         Returns:
-            The run, its `optimized.stored_bytes` replaced by what is on the disk now.
+            The run, its `optimized.stored_bytes` replaced by what is on the disk now: the bytes of
+            the graph and of the weights that it reads, wherever they are.
 
         Raises:
             ModelError: the path is that of the input, cannot be written, or the written file does
-                not load.
+                not load; or there is no data to reuse, or it is in another folder.
         """
         saving.check_target(Path(path), source=self.source.path)
+        given = {Path(tensor.path) for tensor in external_tensors(self.source.model)}
+        if reuse_data:
+            saving.check_has_data(given)
+            saving.check_reuse(Path(path), given)
         if external_data is None:
             external_data = self.source.external_data()
         written_bytes = saving.save(
             self.model,
             path,
             external_data=external_data,
-            keep=[Path(tensor.path) for tensor in external_tensors(self.source.model)],
-            metadata=lambda: {INPUT_KEY: self.input_sha256},
+            reuse_data=reuse_data,
+            keep=given,
+            metadata=lambda: (
+                {INPUT_GRAPH_KEY: self.source.graph_sha256}
+                if reuse_data
+                else {INPUT_KEY: self.input_sha256}
+            ),
             verify=self._load if self.validated else None,
         )
-        return replace(self, optimized=replace(self.optimized, stored_bytes=written_bytes))
+        optimized = replace(self.optimized, stored_bytes=written_bytes)
+        notes = self._reuse_notes() if reuse_data else ()
+        return replace(self, optimized=optimized, notes=(*self.notes, *notes))
+
+    def _reuse_notes(self) -> tuple[str, ...]:
+        reused = saving.reused_bytes(self.model)
+        if not reused:
+            return ("every weight was rewritten: the result reads no data file of the input",)
+        return tuple(
+            f"{count:,} bytes of the result are weights in {file.name}, which the input and the "
+            "result both read now: keep it where it is"
+            for file, count in reused.items()
+        )
 
     def _load(self, path: Path) -> None:
         Session(path, Reference.AS_DEPLOYED, provider=self.provider)

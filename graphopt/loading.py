@@ -158,7 +158,8 @@ def _view(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     )
 
 
-def _read_file(path: Path) -> bytes:
+def check_file(path: Path) -> None:
+    """Raise ModelError when a file cannot be that of a model, before it is read."""
     check_encodable(path)
     try:
         if not path.exists():
@@ -170,6 +171,13 @@ def _read_file(path: Path) -> bytes:
                 f"{path} is over 2 GiB in one file, which protobuf cannot hold; export the model "
                 "with external data"
             )
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _read_file(path: Path) -> bytes:
+    check_file(path)
+    try:
         data = path.read_bytes()
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}") from None

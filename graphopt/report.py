@@ -17,6 +17,7 @@ from graphopt.inspection import Inspection, Port, Weight
 from graphopt.json_report import summary
 from graphopt.ledger import Run, Size, Step
 from graphopt.recipes import Recipe
+from graphopt.sharing import Sharing
 from graphopt.spec import describe_type, options_of
 from graphopt.validation import OutputError
 
@@ -152,6 +153,30 @@ def render_validation(found: Validation) -> RenderableType:
     """The errors of all outputs, and the notes."""
     notes = [Text(f"note: {note}", style="dim") for note in found.notes]
     return Group(render_numerics(found.numerics), *notes)
+
+
+def render_sharing(found: Sharing) -> RenderableType:
+    """One row per model, and what they take together."""
+    table = _table("model", ">bytes before", ">graph", ">weights", ">of these shared")
+    for model in found.models:
+        table.add_row(
+            str(model.path),
+            f"{model.bytes_before:,}",
+            f"{model.graph_bytes:,}",
+            f"{model.weight_bytes:,}",
+            f"{model.shared_bytes:,}",
+        )
+    lines = [
+        f"bytes {found.bytes_before:,} -> {found.bytes_after:,} "
+        f"({found.bytes_after / found.bytes_before:.3f}x)"
+    ]
+    if found.data is not None:
+        lines.append(
+            f"all read {found.data}: {found.data_bytes:,} bytes, distinct tensors "
+            f"{found.distinct_bytes:,}"
+        )
+    notes = [Text(f"note: {note}", style="dim") for note in found.notes]
+    return Group(table, "", *(Text(line, style="bold") for line in lines), *notes)
 
 
 def render_inspection(found: Inspection, tried: Run) -> RenderableType:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,13 @@ import onnx_ir as ir
 import pytest
 
 from graphopt import data_file
-from graphopt.data_file import ALIGNMENT_BYTES, BLOCK_BYTES, BUFFER_BYTES, DataFile
+from graphopt.data_file import (
+    ALIGNMENT_BYTES,
+    BLOCK_BYTES,
+    BUFFER_BYTES,
+    CLONED_BYTES,
+    DataFile,
+)
 
 SIZES_BYTES = (
     1,
@@ -128,3 +136,90 @@ def test_external_data_keeps_its_alignment_and_never_grows(tmp_path: Path) -> No
         assert (offset - (tensor.offset or 0)) % ALIGNMENT_BYTES == 0
         old = original[tensor.offset : (tensor.offset or 0) + tensor.nbytes]
         assert content[offset : offset + tensor.nbytes] == old
+
+
+def scattered(folder: Path) -> tuple[Path, list[ir.ExternalTensor]]:
+    """Tensors of a file: large and small, side by side and apart, at even and odd offsets."""
+    source, generator = folder / "source", np.random.default_rng(2)
+    tensors, offset = [], 5
+    for size in (CLONED_BYTES, 100, CLONED_BYTES + 4097, 3 * CLONED_BYTES, 5000, CLONED_BYTES - 1):
+        shape = ir.Shape([size])
+        tensors.append(
+            ir.ExternalTensor(source, offset, size, ir.DataType.UINT8, shape=shape, name="")
+        )
+        offset += size + int(generator.choice([0, 64, 7000]))
+    source.write_bytes(generator.bytes(offset))
+    return source, tensors
+
+
+def check_scattered(folder: Path) -> None:
+    source, given = scattered(folder)
+    original = np.fromfile(source, np.uint8)
+    in_memory = [
+        ir.Tensor(np.full(size, 7, np.uint8)) for size in (3, BUFFER_BYTES + 1, 9, 1, 2, 4)
+    ]
+    path = folder / "data"
+    with DataFile(path) as file:
+        offsets = []
+        for tensor, other in zip(given, in_memory, strict=True):
+            offsets.append(file.append(tensor))
+            file.append(other)
+        file.sync()
+        assert path.stat().st_size == file.size_bytes
+    content = np.fromfile(path, np.uint8)
+    for tensor, offset in zip(given, offsets, strict=True):
+        start = tensor.offset or 0
+        np.testing.assert_array_equal(
+            content[offset : offset + tensor.nbytes], original[start : start + tensor.nbytes]
+        )
+
+
+def test_large_tensors_of_other_files_are_there_with_or_without_shared_blocks(
+    tmp_path: Path,
+) -> None:
+    check_scattered(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="blocks are shared on Linux only")
+def test_a_file_system_may_share_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    ranges = []
+
+    def clone(handle: int, request: int, argument: bytes) -> int:
+        """What Btrfs and XFS do, by copying."""
+        source, start, length, target = struct.unpack("=qQQQ", argument)
+        assert request == 0x4020940D
+        assert start % BLOCK_BYTES == length % BLOCK_BYTES == target % BLOCK_BYTES == 0
+        assert length > 0
+        content = os.pread(source, length, start)
+        assert len(content) == length
+        # The handle is one for direct writes.
+        with open(f"/proc/self/fd/{handle}", "r+b") as file:
+            file.seek(target)
+            file.write(content)
+        ranges.append(length)
+        return 0
+
+    monkeypatch.setattr(fcntl, "ioctl", clone)
+    check_scattered(tmp_path)
+    assert len(ranges) == 3
+    assert sum(ranges) >= 5 * CLONED_BYTES - 3 * BLOCK_BYTES
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="blocks are shared on Linux only")
+@pytest.mark.parametrize("error", [errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY])
+def test_a_file_system_that_shares_no_blocks_is_asked_once(
+    error: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fcntl
+
+    asked = []
+
+    def refuse(*arguments: Any) -> int:
+        asked.append(arguments)
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(fcntl, "ioctl", refuse)
+    check_scattered(tmp_path)
+    assert len(asked) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -20,17 +21,21 @@ ort = pytest.importorskip("onnxruntime")
 
 KILLS = 50
 LINES_MAXIMUM = 50
+FEW_LINES_MAXIMUM = 25
 
 # Saves on command, each in a fork of its own, and kills it after some seconds or at some line of
-# saving.py and data_file.py. It never loads onnxruntime, whose threads would not survive the fork.
+# the modules that write. It never loads onnxruntime, whose threads would not survive the fork.
 SERVER = """
     import json, os, signal, sys, time
+    from pathlib import Path
     import graphopt
-    from graphopt import data_file, saving
+    from graphopt import data_file, file_set, saving, sharing
+
+    FILES = {module.__file__ for module in (data_file, file_set, saving, sharing)}
 
     def traced(count, last):
         def trace(frame, event, argument):
-            if frame.f_code.co_filename not in (saving.__file__, data_file.__file__):
+            if frame.f_code.co_filename not in FILES:
                 return None
             if event == "line":
                 count[0] += 1
@@ -41,7 +46,12 @@ SERVER = """
 
     def save(order, lines):
         sys.settrace(traced(lines, order.get("line")) if "line" in order else None)
-        graphopt.save(models[order["model"]], order["path"], external_data=order["external"])
+        if "share" in order:
+            paths = [Path(path) for path in order["share"]]
+            sharing.share(paths, Path(order["path"]), validate=False, progress=lambda _: None)
+        else:
+            graphopt.save(models[order["model"]], order["path"], external_data=order["external"],
+                          reuse_data=order["reuse"])
         sys.settrace(None)
 
     models = {}
@@ -89,12 +99,24 @@ class Saver:
         assert answer.get("status", 0) in (0, 9)
         return answer
 
-    def save(self, model: str, external: bool, **kill: float) -> dict[str, Any]:
-        return self.order(model=model, external=external, path=str(self.path), **kill)
+    def save(
+        self, model: str, external: bool, reuse: bool = False, **kill: float
+    ) -> dict[str, Any]:
+        path = str(self.path)
+        return self.order(model=model, external=external, reuse=reuse, path=path, **kill)
 
-    def which_is_there(self) -> str:
+    def share(self, folder: Path, paths: list[Path], **kill: float) -> dict[str, Any]:
+        return self.order(share=[str(path) for path in paths], path=str(folder), **kill)
+
+    def load(self, name: str, source: Path) -> None:
+        """Let the server load a model, and know it by its outputs."""
+        session = ort.InferenceSession(source, providers=["CPUExecutionProvider"])
+        (self.expected[name],) = session.run(None, {"x": self.x})
+        self.order(model=name, load=str(source))
+
+    def which_is_there(self, path: Path | None = None) -> str:
         """The name of the model that the target is, by its outputs."""
-        session = ort.InferenceSession(self.path, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(path or self.path, providers=["CPUExecutionProvider"])
         (result,) = session.run(None, {"x": self.x})
         (name,) = [n for n, value in self.expected.items() if np.array_equal(value, result)]
         return name
@@ -128,9 +150,7 @@ def start(folder: Path, width: int) -> Iterator[Saver]:
         source = folder / f"{name}.onnx"
         # Weights of B are copied from file to file, those of A from memory.
         onnx.save(two_layers(seed, width), source, save_as_external_data=name == "B")
-        session = ort.InferenceSession(source, providers=["CPUExecutionProvider"])
-        (saver.expected[name],) = session.run(None, {"x": x})
-        saver.order(model=name, load=str(source))
+        saver.load(name, source)
     yield saver
     process.communicate()
 
@@ -192,3 +212,71 @@ def test_a_save_that_is_killed_at_any_line_leaves_a_whole_model(
         assert seen == sorted(seen)
     assert set(seen) == {"A", "B"}
     check_end(small, "B", external)
+
+
+def beside(saver: Saver, name: str, seed: int) -> None:
+    """A model in the folder of the target: one weight in the graph, the other in a data file."""
+    proto = two_layers(seed, 64)
+    source = saver.path.with_name(f"{name}.onnx")
+    onnx.save(proto, source, save_as_external_data=True, location=f"{name}.bin")
+    mixed = onnx.load(source, load_external_data=False)
+    mixed.graph.initializer[1].CopyFrom(onnx.load(source).graph.initializer[1])
+    source.write_bytes(mixed.SerializeToString())
+    saver.load(name, source)
+
+
+@pytest.mark.parametrize("old", ["A", "C"], ids=["over all new data", "over reused data"])
+def test_a_save_that_reuses_data_and_is_killed_at_any_line_leaves_a_whole_model(
+    old: str, small: Saver
+) -> None:
+    for seed, name in enumerate("CD", start=2):
+        beside(small, name, seed)
+    sources = small.files()
+    assert sources == {"C.onnx", "C.bin", "D.onnx", "D.bin"}
+    small.save(old, True, old == "C")
+    count = small.save("D", True, True, line=0)["lines"]
+    seen = []
+    for line in range(1, count + 1, -(-count // FEW_LINES_MAXIMUM)):
+        small.save(old, True, old == "C")
+        assert small.save("D", True, True, line=line)["killed"]
+        seen.append(small.which_is_there())
+        assert seen == sorted(seen)
+    assert set(seen) == {old, "D"}
+    for name in "CD":
+        assert small.which_is_there(small.path.with_name(f"{name}.onnx")) == name
+    small.save("D", True, True)
+    (data,) = [name for name in small.files() - sources if name != "m.onnx"]
+    assert data.startswith("m.onnx.")
+    # Half of the weights: the others are in D.bin.
+    assert small.path.with_name(data).stat().st_size == 4 * 64 * 64
+    assert b"D.bin" in small.path.read_bytes()
+
+
+def test_a_share_that_is_killed_at_any_line_leaves_whole_models(
+    small: Saver, tmp_path: Path
+) -> None:
+    names = "CDEF"
+    for seed, name in enumerate(names, start=2):
+        (tmp_path / name).mkdir()
+        source = tmp_path / name / ("one.onnx" if name in "CE" else "two.onnx")
+        onnx.save(two_layers(seed, 64), source)
+        small.load(name, source)
+    folder = tmp_path / "shared"
+    old = [tmp_path / "C" / "one.onnx", tmp_path / "D" / "two.onnx"]
+    new = [tmp_path / "E" / "one.onnx", tmp_path / "F" / "two.onnx"]
+    small.share(folder, old)
+    shutil.copytree(folder, tmp_path / "old")
+    count = small.share(folder, new, line=0)["lines"]
+    seen = []
+    for line in range(1, count + 1, -(-count // FEW_LINES_MAXIMUM)):
+        shutil.rmtree(folder)
+        shutil.copytree(tmp_path / "old", folder)
+        assert small.share(folder, new, line=line)["killed"]
+        seen.append(
+            "".join(small.which_is_there(folder / name) for name in ("one.onnx", "two.onnx"))
+        )
+        assert seen == sorted(seen)
+    # In between, the first has its name and the second has not.
+    assert {"CD", "EF"} <= set(seen) <= {"CD", "ED", "EF"}
+    assert not small.share(folder, new)["killed"]
+    assert len(list(folder.iterdir())) == 3

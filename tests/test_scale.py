@@ -55,9 +55,13 @@ OPTIMIZE = """
 """
 
 
-def peak_bytes(model: Path, output: Path) -> int:
+def peak_bytes(model: Path, output: Path, *options: str) -> int:
     """Peak resident memory of a process that optimizes the model without running it."""
-    arguments = ["optimize", model, "-o", output, "--no-validate", "--no-benchmark"]
+    return peak_of("optimize", model, "-o", output, "--no-validate", "--no-benchmark", *options)
+
+
+def peak_of(*arguments: str | Path) -> int:
+    """Peak resident memory of a run of the command line."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(OPTIMIZE), *map(str, arguments)],
         capture_output=True,
@@ -128,6 +132,28 @@ def test_memory_does_not_grow_where_every_weight_is_rewritten(tmp_path: Path) ->
 
     assert peak - base < GROWTH_MAXIMUM
     assert len(graphopt.load(tmp_path / "out.onnx").graph) == 48
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_where_data_is_reused_or_shared(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_llama(tmp_path / f"{name}.tiny.onnx", **TINY, seed=0)
+        write_llama(tmp_path / f"{name}.onnx", **MODEL_64_MB, seed=0)
+
+    peaks = {}
+    for tail in (".tiny.onnx", ".onnx"):
+        a, b = (tmp_path / f"{name}{tail}" for name in ("a", "b"))
+        shared = peak_of("share", a, b, "-o", tmp_path / "shared", "--no-validate")
+        reused = peak_bytes(a, tmp_path / f"o{tail}", "--reuse-data")
+        peaks[tail] = (shared, reused)
+
+    for small, large in zip(*peaks.values(), strict=True):
+        assert large - small < GROWTH_MAXIMUM
+    assert not list(tmp_path.glob("o.onnx.*"))
+    stored = sum(file.stat().st_size for file in (tmp_path / "shared").glob("*.data"))
+    assert stored < 1.01 * sum(
+        (tmp_path / f"a{tail}").with_suffix(".onnx.data").stat().st_size for tail in peaks
+    )
 
 
 @pytest.mark.slow
