@@ -38,7 +38,7 @@ BOUND = 32
 For every other operator the size is known once its inputs are constants, perhaps a round later.
 """
 
-BATCH_BYTES = 1 << 24
+BATCH_BYTES = 1 << 20
 """Results that are computed together."""
 
 

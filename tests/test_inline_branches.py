@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import pytest
+
+from graphopt.testing import assert_rewrites, assert_unchanged, parse
+from graphopt_passes.simplify.inline_branches import InlineBranches
+
+IF = """
+<ir_version: 8, opset_import: ["" : 17]>
+agraph (float[2] x, bool free) => (float[2] y)
+<bool yes = {1}, bool no = {0}>
+{
+    a = Relu(x)
+    {before}
+    b = If({condition}) <
+        then_branch = then () => (float[2] t) <float[2] w = {1.0, 2.0}> {
+            k = Mul(a, w)  t = Neg(k)
+        },
+        else_branch = other () => (float[2] e) { k = Abs(a)  e = Exp(k) }
+    >
+    y = Sigmoid(b)
+}
+"""
+
+
+def model(condition: str, before: str = "") -> str:
+    return IF.replace("{condition}", condition).replace("{before}", before)
+
+
+@pytest.mark.parametrize(
+    ("condition", "branch", "weight"),
+    [
+        ("yes", "k = Mul(a, w)  b = Neg(k)", ", float[2] w = {1.0, 2.0}"),
+        ("no", "k = Abs(a)  b = Exp(k)", ""),
+    ],
+)
+def test_the_branch_that_is_always_taken_is_put_in_place(
+    condition: str, branch: str, weight: str
+) -> None:
+    after = f"""
+        <ir_version: 8, opset_import: ["" : 17]>
+        agraph (float[2] x, bool free) => (float[2] y)
+        <bool yes = {{1}}, bool no = {{0}}{weight}>
+        {{ a = Relu(x)  {branch}  y = Sigmoid(b) }}
+        """
+
+    change = assert_rewrites(InlineBranches(), parse(model(condition)), parse(after))
+
+    assert change.counts == {"branch of If inlined": 1}
+
+
+def test_an_if_that_depends_on_an_input_stays() -> None:
+    assert_unchanged(InlineBranches(), parse(model("free")))
+
+
+def test_names_of_two_branches_do_not_meet() -> None:
+    first = """
+    c = If(no) <
+        then_branch = then1 () => (float[2] t1) { k = Neg(x)  t1 = Abs(k) },
+        else_branch = other1 () => (float[2] e1) { k = Tanh(x)  e1 = Abs(k) }
+    >
+    """
+    before = model("yes", first).replace("y = Sigmoid(b)", "y = Add(b, c)")
+    after = """
+        <ir_version: 8, opset_import: ["" : 17]>
+        agraph (float[2] x, bool free) => (float[2] y)
+        <bool yes = {1}, bool no = {0}, float[2] w = {1.0, 2.0}>
+        {
+            a = Relu(x)
+            k1 = Tanh(x)  c = Abs(k1)
+            k = Mul(a, w)  b = Neg(k)
+            y = Add(b, c)
+        }
+        """
+
+    assert_rewrites(InlineBranches(), parse(before), parse(after))
+
+
+def test_a_branch_that_returns_a_constant() -> None:
+    before = """
+        <ir_version: 8, opset_import: ["" : 17]>
+        agraph (float[2] x) => (float[2] y, float[2] z)
+        <bool yes = {1}>
+        {
+            y, z = If(yes) <
+                then_branch = then () => (float[2] t, float[2] w) <float[2] w = {1.0, 2.0}> {
+                    t = Identity(x)
+                },
+                else_branch = other () => (float[2] e, float[2] f) { e = Exp(x)  f = Neg(x) }
+            >
+        }
+        """
+    after = """
+        <ir_version: 8, opset_import: ["" : 17]>
+        agraph (float[2] x) => (float[2] y, float[2] z)
+        <bool yes = {1}, float[2] w = {1.0, 2.0}>
+        { y = Identity(x)  z = Identity(w) }
+        """
+
+    assert_rewrites(InlineBranches(), parse(before), parse(after))
+
+
+def test_an_if_in_the_branch_that_is_taken_is_looked_at_too() -> None:
+    before = """
+        <ir_version: 8, opset_import: ["" : 17]>
+        agraph (float[2] x) => (float[2] y)
+        <bool yes = {1}>
+        {
+            y = If(yes) <
+                then_branch = then () => (float[2] t) {
+                    t = If(yes) <
+                        then_branch = inner () => (float[2] i) { i = Neg(x) },
+                        else_branch = outer () => (float[2] o) { o = Abs(x) }
+                    >
+                },
+                else_branch = other () => (float[2] e) { e = Exp(x) }
+            >
+        }
+        """
+    after = """
+        <ir_version: 8, opset_import: ["" : 17]>
+        agraph (float[2] x) => (float[2] y) <bool yes = {1}> { y = Neg(x) }
+        """
+
+    assert_rewrites(InlineBranches(), parse(before), parse(after))
