@@ -101,6 +101,19 @@ def test_a_minus_one_that_stood_there_stays() -> None:
     assert constant(after, after.graph[0], 1) == [0, -1]
 
 
+def test_a_shape_in_which_zero_stands_for_zero_may_copy_sizes_too() -> None:
+    after = folded(
+        """
+        n = Shape<start = 0, end = 1>(x)
+        shape = Concat<axis = 0>(n, rest)
+        y = Reshape<allowzero = 1>(x, shape)
+        """,
+        "int64[1] rest = {-1}",
+    )
+
+    assert operators(after) == ["Reshape"] and not after.graph[0].attributes
+
+
 def test_a_known_size_of_a_shape_is_a_constant() -> None:
     after = folded(
         """

@@ -123,3 +123,47 @@ def test_an_if_in_the_branch_that_is_taken_is_looked_at_too() -> None:
         """
 
     assert_rewrites(InlineBranches(), parse(before), parse(after))
+
+
+SQUEEZE = """
+<ir_version: 8, opset_import: ["" : 17]>
+agraph (float[N, 4, 1] x, float[1, 4, 1] k) => (float[a, b] y)
+<int64[1] last = {2}, int64[1] first = {0}, int64 two = {2}, int64 one = {1}>
+{
+    s = Shape(x)
+    m = Gather(s, two)
+    c = Equal(m, one)
+    z = If(c) <
+        then_branch = then () => (float[p, q] t) { t = Squeeze(x, last) },
+        else_branch = other () => (float[p, q, r] e) { e = Identity(x) }
+    >
+    READER
+}
+"""
+
+
+def test_a_branch_with_whose_rank_the_model_cannot_run_is_never_taken() -> None:
+    model = SQUEEZE.replace("READER", "u = Unsqueeze(z, last)  h = Relu(u)  y = Conv(h, k)")
+    after = """
+        <ir_version: 8, opset_import: ["" : 17]>
+        agraph (float[N, 4, 1] x, float[1, 4, 1] k) => (float[a, b] y)
+        <int64[1] last = {2}, int64[1] first = {0}, int64 two = {2}, int64 one = {1}>
+        {
+            s = Shape(x)  m = Gather(s, two)  c = Equal(m, one)
+            z = Squeeze(x, last)  u = Unsqueeze(z, last)  h = Relu(u)  y = Conv(h, k)
+        }
+        """
+
+    assert_rewrites(InlineBranches(), parse(model), parse(after))
+
+
+@pytest.mark.parametrize(
+    "reader",
+    [
+        "y = Softmax(z)",
+        "h = MatMul(z, z)  y = Relu(h)",
+        "u = Unsqueeze(z, first)  y = ReduceSum<keepdims = 0>(u)",
+    ],
+)
+def test_where_either_rank_will_do_the_if_stays(reader: str) -> None:
+    assert_unchanged(InlineBranches(), parse(SQUEEZE.replace("READER", reader)))

@@ -20,6 +20,7 @@ NOT_PASSES = {
     "lost_fusions.py",
     "misfit.py",
     "no_change.py",
+    "ranks.py",
     "recipes.py",
     "views.py",
 }

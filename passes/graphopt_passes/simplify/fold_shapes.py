@@ -320,16 +320,16 @@ class _Folding:
     def _state_target(self, node: ir.Node) -> None:
         """Give a Reshape a constant shape."""
         target = self.facts.content(input_of(node, 1))
-        if (
-            target is None
-            or is_constant(node.inputs[1])
-            or node.attributes.get_int("allowzero", 0) != 0 != 0
-        ):
+        if target is None or is_constant(node.inputs[1]):
+            return
+        if node.attributes.get_int("allowzero", 0) != 0 and 0 in target:
             return
         stated = _stated(target, self.facts.shape(node.inputs[0]))
         if stated is None:
             self.change.skip(node, "its shape has sizes that are neither known nor in its input")
             return
+        # A size that is copied is what it was, 0 or not.
+        node.attributes.pop("allowzero", None)
         self._set_constant(node, 1, stated, "shape")
         self.change.count("shape of Reshape stated")
 

@@ -11,14 +11,17 @@ import onnx_ir as ir
 from graphopt.contract import Change, Context, Effect, Pass
 from graphopt.operators import all_graphs, is_onnx
 from graphopt.rewriting import Names, can_replace, constant_tensor, replace_value
+from graphopt.skeleton import known_shape
+from graphopt_passes.simplify.ranks import PossibleRanks, Ranks
 
 
 @dataclass(frozen=True)
 class InlineBranches(Pass):
     """Put the branch that an If always takes where the If is, in subgraphs too.
 
-    That is where its condition is a constant. The initializers of the branch move along, and what
-    has the name of another value gets a new one.
+    That is where its condition is a constant, or where the other branch gives a tensor of a rank
+    with which what follows cannot run (`squeeze` is exported like that). The initializers of the
+    branch move along, and what has the name of another value gets a new one.
     """
 
     name: ClassVar[str] = "inline-branches"
@@ -39,10 +42,14 @@ class InlineBranches(Pass):
 
 def _constant_ifs(model: ir.Model) -> list[tuple[ir.Node, ir.Graph]]:
     """The Ifs of one level that always take the same branch, and that branch."""
+    ranks = None
     for graph in all_graphs(model):
         found = []
         for node in graph:
-            branch = _branch(node) if is_onnx(node, "If") else None
+            if not is_onnx(node, "If"):
+                continue
+            ranks = ranks or PossibleRanks(model)
+            branch = _branch(node, ranks)
             if branch is not None:
                 found.append((node, branch))
         if found:
@@ -50,16 +57,26 @@ def _constant_ifs(model: ir.Model) -> list[tuple[ir.Node, ir.Graph]]:
     return []
 
 
-def _branch(node: ir.Node) -> ir.Graph | None:
+def _branch(node: ir.Node, ranks: PossibleRanks) -> ir.Graph | None:
+    """The branch that is always taken."""
+    attributes = [node.attributes.get(name) for name in ("then_branch", "else_branch")]
+    branches = [a.as_graph() for a in attributes if a is not None and not a.is_ref()]
+    if len(branches) != 2:
+        return None
+    if any(b.inputs or len(b.outputs) != len(node.outputs) for b in branches):
+        return None
     condition = constant_tensor(node.inputs[0])
-    if condition is None or condition.size != 1:
-        return None
-    taken = bool(condition.numpy().reshape(()))
-    attribute = node.attributes.get("then_branch" if taken else "else_branch")
-    if attribute is None or attribute.is_ref():
-        return None
-    branch = attribute.as_graph()
-    return branch if len(branch.outputs) == len(node.outputs) and not branch.inputs else None
+    if condition is not None and condition.size == 1:
+        return branches[0 if condition.numpy().reshape(()) else 1]
+    accepted = [ranks.of(output) for output in node.outputs]
+    possible = [b for b in branches if all(map(_fits, b.outputs, accepted))]
+    return possible[0] if len(possible) == 1 else None
+
+
+def _fits(result: ir.Value, accepted: Ranks) -> bool:
+    """What reads the output of the If can run with this result of a branch."""
+    shape = known_shape(result)
+    return shape is None or accepted is None or len(shape) in accepted
 
 
 def _names(model: ir.Model) -> Counter[str]:
