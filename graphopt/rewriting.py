@@ -7,7 +7,13 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.operators import all_graphs, graphs_and_functions, opset_of, subgraphs
+from graphopt.operators import (
+    all_graphs,
+    graphs_and_functions,
+    nodes_within,
+    opset_of,
+    subgraphs,
+)
 from graphopt.packing import holds_tensor, is_constant
 from graphopt.skeleton import known_shape, state_shape
 
@@ -191,6 +197,16 @@ def add_initializer(graph: ir.Graph, array: np.ndarray | ir.TensorProtocol, name
     )
     graph.register_initializer(value)
     return value
+
+
+def remove_node(node: ir.Node) -> None:
+    """Remove a node that nothing reads from its graph, and what its bodies read from its readers."""
+    graph = node.graph
+    assert isinstance(graph, ir.Graph)
+    for inner in nodes_within(node):
+        for index in range(len(inner.inputs)) if inner is not node else ():
+            inner.replace_input_with(index, None)
+    graph.remove(node, safe=True)
 
 
 def can_replace(old: ir.Value, new: ir.Value) -> bool:

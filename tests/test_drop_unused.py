@@ -60,3 +60,24 @@ def test_keeps_a_node_that_only_a_subgraph_reads_and_unused_inputs() -> None:
         }
         """,
     )
+
+
+def test_what_only_an_unused_body_reads_goes_with_it() -> None:
+    before = """
+        <ir_version: 8, opset_import: ["" : 17]>
+        agraph (float[2] x, bool c) => (float[2] y)
+        <float[2] w = {1.0, 2.0}>
+        {
+            z = If(c) <
+                then_branch = then () => (float[2] t) { t = Mul(x, w) },
+                else_branch = other () => (float[2] e) { e = Neg(x) }
+            >
+            y = Abs(x)
+        }
+        """
+    after = """
+        <ir_version: 8, opset_import: ["" : 17]>
+        agraph (float[2] x, bool c) => (float[2] y) { y = Abs(x) }
+        """
+
+    assert_rewrites(DropUnused(), parse(before), parse(after))

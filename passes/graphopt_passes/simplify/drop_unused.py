@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from graphopt.contract import Change, Context, Effect, Pass
 from graphopt.operators import subgraphs
+from graphopt.rewriting import remove_node
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def _drop_from(graph: ir.Graph, change: Change) -> None:
     # Backwards, so that the readers of a node are gone before the node is looked at.
     for node in reversed(graph):
         if not any(o.uses() or o.is_graph_output() for o in node.outputs):
-            graph.remove(node, safe=True)
+            remove_node(node)
             change.count("node removed")
             continue
         for inner in subgraphs(node):

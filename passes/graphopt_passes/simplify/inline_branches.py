@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from graphopt.contract import Change, Context, Effect, Pass
 from graphopt.operators import all_graphs, is_onnx
-from graphopt.rewriting import Names, can_replace, constant_tensor, replace_value
+from graphopt.rewriting import Names, can_replace, constant_tensor, remove_node, replace_value
 from graphopt.skeleton import known_shape
 from graphopt_passes.simplify.ranks import PossibleRanks, Ranks
 
@@ -108,7 +108,7 @@ def _inline(node: ir.Node, branch: ir.Graph, names: Names, taken: Counter[str]) 
         if not can_replace(output, result):
             result = _passed_on(node, result, names)
         replace_value(output, result)
-    graph.remove(node, safe=True)
+    remove_node(node)
 
 
 def _rename(item: ir.Node | ir.Value, names: Names, taken: Counter[str]) -> None:
