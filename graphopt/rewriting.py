@@ -200,7 +200,7 @@ def add_initializer(graph: ir.Graph, array: np.ndarray | ir.TensorProtocol, name
 
 
 def remove_node(node: ir.Node) -> None:
-    """Remove a node that nothing reads from its graph, and what its bodies read from its readers."""
+    """Remove a node that nothing reads; its bodies then read nothing any more either."""
     graph = node.graph
     assert isinstance(graph, ir.Graph)
     for inner in nodes_within(node):

@@ -1,4 +1,4 @@
-from graphopt.testing import assert_rewrites, assert_unchanged
+from graphopt.testing import assert_rewrites, assert_unchanged, parse
 from graphopt_passes.simplify.drop_unused import DropUnused
 
 
