@@ -19,6 +19,7 @@ from graphopt.gate import Gate, interface_of
 from graphopt.inspection import Inspection, inspect_model
 from graphopt.ledger import Run, Step, size_as_given, size_of, stamp
 from graphopt.loading import ModelLike
+from graphopt.operators import other_operators
 from graphopt.pipeline import Pipeline
 from graphopt.recipes import Plan, plan
 from graphopt.recording import Feed, compare, record
@@ -48,6 +49,7 @@ def optimize(
     opset: int | None = None,
     gate_samples: int | None = None,
     strict: bool = False,
+    standard_ops_only: bool = False,
     keep_overridable: bool = False,
     drop_training_info: bool = False,
     validate: bool = True,
@@ -74,6 +76,8 @@ def optimize(
         opset: raise the model to this opset.
         gate_samples: how many samples are kept for the gate alone.
         strict: raise at the first pass that the gate rejects.
+        standard_ops_only: reject passes that write operators which ONNX does not define; those
+            that the model has already may stay.
         keep_overridable: leave initializers that are also inputs open to callers.
         drop_training_info: drop a training graph instead of refusing the model.
         validate: run the model; without, only the checker and the interface are gates.
@@ -108,6 +112,8 @@ def optimize(
         calibration, judged = None, None
     working = subject.working_copy(keep_overridable)
     gate = _gate(subject, working, judged, validate, budgets)
+    if standard_ops_only:
+        gate.allowed_operators = other_operators(working).keys()
     if subject.source.notes:
         gate.check_read(working, subject.source.notes)
     external_data = subject.source.external_data()

@@ -92,6 +92,9 @@ def optimize(
     strict: Annotated[
         bool, typer.Option("--strict", help="Stop at the first rejected pass; write nothing.")
     ] = False,
+    standard_ops_only: Annotated[
+        bool, typer.Option("--standard-ops-only", help="Reject passes that write other operators.")
+    ] = False,
     keep_overridable: Annotated[
         bool, typer.Option("--keep-overridable", help="Leave initializers that are inputs open.")
     ] = False,
@@ -133,6 +136,7 @@ def optimize(
             opset=opset,
             gate_samples=gate_samples,
             strict=strict,
+            standard_ops_only=standard_ops_only,
             keep_overridable=keep_overridable,
             drop_training_info=drop_training_info,
             validate=validate,

@@ -8,7 +8,7 @@ does not add up from pass to pass. LOSSY is judged as deployed, against the orig
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from graphopt.contract import Effect, Pass
 from graphopt.errors import ModelError, SampleError
-from graphopt.operators import all_graphs, nodes_within
+from graphopt.operators import all_graphs, nodes_within, other_operators
 from graphopt.recording import Feed, Recording, compare, record
 from graphopt.runtime import Reference, Session
 from graphopt.skeleton import type_text, why_invalid
@@ -108,6 +108,7 @@ class Gate:
         loads: candidates are loaded into onnxruntime.
         checks: the checker is asked; False where it rejects the original itself.
         provider: where candidates run.
+        allowed_operators: those outside the standard that a candidate may hold; None allows all.
         budgets: for LOSSY passes; empty leaves each pass its own default.
         original: outputs of the original under each reference, recorded when first needed.
         before: outputs of the current model, as written.
@@ -123,6 +124,7 @@ class Gate:
     loads: bool = True
     checks: bool = True
     provider: str = "cpu"
+    allowed_operators: Container[str] | None = None
     budgets: tuple[Budget, ...] = ()
     original: dict[Reference, Recording] = field(default_factory=dict)
     before: Recording | None = None
@@ -238,6 +240,10 @@ class Gate:
         invalid = why_invalid(candidate) if self.checks else None
         if invalid is not None:
             return f"the checker rejects it: {invalid}"
+        if self.allowed_operators is not None:
+            others = [o for o in other_operators(candidate) if o not in self.allowed_operators]
+            if others:
+                return f"it writes {', '.join(sorted(others))}, and only standard operators may be"
         return why_other_interface(self.interface, interface_of(candidate))
 
     def _why_not_equal(self, written: Session, model: ir.Model, effect: Effect) -> str | None:

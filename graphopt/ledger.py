@@ -15,7 +15,7 @@ from graphopt.benchmark import BenchmarkReport
 from graphopt.contract import Effect, Skip
 from graphopt.external_data import external_tensors
 from graphopt.loading import Source
-from graphopt.operators import node_count, opset_of
+from graphopt.operators import node_count, opset_of, other_operators
 from graphopt.recipes import Plan
 from graphopt.runtime import Reference, Session
 from graphopt.validation import OutputError
@@ -65,22 +65,31 @@ class Step:
 
 @dataclass(frozen=True)
 class Size:
-    """Nodes (Constant nodes do not count), bytes on disk and default opset of a model."""
+    """Nodes (Constant nodes do not count), bytes on disk and default opset of a model.
+
+    `other_nodes` are those of operators that ONNX does not define, such as onnxruntime's own.
+    """
 
     nodes: int
     stored_bytes: int
     opset: int
+    other_nodes: int
 
 
 def size_of(model: ir.Model, external_data: bool | None) -> Size:
     """The size that a model has when it is saved; see `graphopt.saving.save`."""
     stored_bytes = saving.stored_bytes(model, external_data)
-    return Size(node_count(model), stored_bytes, opset_of(model))
+    return _size(model, stored_bytes)
 
 
 def size_as_given(source: Source) -> Size:
     """The size of a model as it was given."""
-    return Size(node_count(source.model), source.stored_bytes, opset_of(source.model))
+    return _size(source.model, source.stored_bytes)
+
+
+def _size(model: ir.Model, stored_bytes: int) -> Size:
+    other_nodes = other_operators(model).total()
+    return Size(node_count(model), stored_bytes, opset_of(model), other_nodes)
 
 
 VERSION_KEY = "graphopt.version"

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 
 import onnx_ir as ir
 
 ONNX_DOMAINS = ("", "ai.onnx")
+
+STANDARD_DOMAINS = (*ONNX_DOMAINS, "ai.onnx.ml", "ai.onnx.preview.training")
+"""Of the operators that ONNX itself defines."""
 
 RANDOM = frozenset(
     {
@@ -108,6 +112,19 @@ def _nested(graph: ir.Graph) -> Iterator[ir.Graph]:
         for node in graph:
             if node.attributes.data:
                 waiting += subgraphs(node)
+
+
+def other_operators(model: ir.Model) -> Counter[str]:
+    """Nodes of operators that ONNX does not define, by domain and name; functions are looked into.
+
+    Calls of the model's own functions are none of them.
+    """
+    return Counter(
+        f"{node.domain}.{node.op_type}"
+        for graph in graphs_and_functions(model)
+        for node in graph
+        if node.domain not in STANDARD_DOMAINS and node.op_identifier() not in model.functions
+    )
 
 
 def node_count(model: ir.Model) -> int:

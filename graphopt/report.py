@@ -42,8 +42,9 @@ def render_run(run: Run) -> RenderableType:
 
 
 def _sizes(original: Size, optimized: Size) -> Text:
+    others = f", of these {optimized.other_nodes} of operators that ONNX does not define"
     return Text(
-        f"nodes {original.nodes} -> {optimized.nodes}, "
+        f"nodes {original.nodes} -> {optimized.nodes}{others if optimized.other_nodes else ''}, "
         f"bytes {original.stored_bytes:,} -> {optimized.stored_bytes:,} "
         f"({optimized.stored_bytes / original.stored_bytes:.3f}x), "
         f"opset {original.opset} -> {optimized.opset}",

@@ -18,3 +18,16 @@ BASIC = Recipe(
     ),
     repeat=True,
 )
+
+TRANSFORMERS = Recipe(
+    summary=(
+        "basic, then fusions into onnxruntime's own operators (com.microsoft): the result runs on "
+        "onnxruntime only"
+    ),
+    # Before basic's own fusions, which leave nothing of the graphs that these look for.
+    passes=(
+        "inline-functions,raise-opset,lift-constants,drop-identity,fold-constants,"
+        f"fuse-transformers,{BASIC.passes}"
+    ),
+    repeat=True,
+)
