@@ -226,7 +226,10 @@ class _Folding:
         if parts is None:
             return
         old = [v for v in node.inputs if v is not None and not is_constant(v)]
-        freed = sum(len(v.uses()) == 1 and v.producer() is not None for v in old)
+        kept = {id(part) for part in parts}
+        freed = sum(
+            len(v.uses()) == 1 and v.producer() is not None and id(v) not in kept for v in old
+        )
         made = sum(not isinstance(part, ir.Value | np.ndarray) for part in parts)
         if made >= freed:
             return
