@@ -66,8 +66,8 @@ class Pipeline:
     def run(self, plan: Plan) -> None:
         """Run all passes, in order, once or until none of them finds anything.
 
-        A pass that was rejected or that refused is not asked again in later rounds, nor is one
-        that found nothing in the model as it is.
+        A pass that was rejected is not asked again in later rounds, nor is one that refused or
+        found nothing in the model as it is.
 
         Raises:
             CheckFailed: `strict`, and the gate rejected a pass.
@@ -104,10 +104,10 @@ class Pipeline:
                     left.append((one, version))
                     continue
                 step = self._step(one, round_number, attempt)
-                if round_number == 1 or step.verdict != "unchanged":
+                if round_number == 1 or step.verdict not in ("unchanged", "refused"):
                     self.steps.append(step)
                 version += step.kept
-                if step.verdict in ("kept", "unchanged"):
+                if step.verdict != "rolled back":
                     left.append((one, -1 if step.kept else version))
             waiting = left
             if not plan.repeat or all(seen == version for _, seen in waiting):

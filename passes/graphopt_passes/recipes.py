@@ -10,7 +10,9 @@ BASIC = Recipe(
         (
             "inline-functions,raise-opset,lift-constants,drop-unused,drop-defaults,drop-identity",
             "fold-shapes,fold-constants,inline-branches,merge-common-subexpressions",
-            "merge-transposes,merge-reshapes",
+            "merge-transposes,merge-reshapes,absorb-unsqueezes,merge-shuffles,merge-slices,merge-concats",
+            "merge-pads,merge-expands,merge-casts,merge-clips,simplify-logic,simplify-signs",
+            "merge-arithmetic,merge-reductions",
             "fuse-pad,drop-zero-bias,fuse-batchnorm,fuse-scale,fuse-bias",
             # After the fusions, which leave a shared weight alone.
             "merge-duplicates,merge-views,drop-unused",
