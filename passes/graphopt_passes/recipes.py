@@ -12,10 +12,12 @@ BASIC = Recipe(
             "fold-shapes,fold-constants,inline-branches,merge-common-subexpressions",
             "merge-transposes,merge-reshapes,absorb-unsqueezes,merge-shuffles,merge-slices,merge-concats",
             "merge-pads,merge-expands,merge-casts,merge-clips,simplify-logic,simplify-signs",
-            "merge-arithmetic,merge-reductions",
+            "merge-reductions",
             "fuse-pad,drop-zero-bias,fuse-batchnorm,fuse-scale,fuse-bias",
             # After the fusions, which leave a shared weight alone.
-            "merge-duplicates,merge-views,drop-unused",
+            "merge-duplicates,merge-views",
+            # After those: of a constant that stays for others, it makes no second one.
+            "merge-arithmetic,drop-unused",
         )
     ),
     repeat=True,
