@@ -97,3 +97,12 @@ def test_shuffles_that_stay() -> None:
         " c1 = Reshape(w, v) c2 = Transpose<perm=[0, 2, 1, 3]>(c1) c3 = Reshape(c2, q)"
         " d1 = Reshape(u, k) d2 = Transpose<perm=[0, 2, 1, 3]>(d1) d3 = Reshape(d2, l) }",
     )
+
+
+def test_a_shuffled_shape_is_another_matter() -> None:
+    assert_unchanged(
+        MergeShuffles(),
+        "agraph (int64[4] x, float[2, 3, 4, 5] w) => (float[A, B, C, D] y) <int64[2] s = {2, 2},"
+        " int64[1] t = {4}> { a = Reshape(x, s) b = Transpose(a) c = Reshape(b, t)"
+        " y = Reshape(w, c) }",
+    )

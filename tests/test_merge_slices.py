@@ -13,7 +13,8 @@ from graphopt.testing import (
     assert_unchanged,
     parse,
 )
-from graphopt_passes.simplify.merge_slices import WHOLE, MergeSlices, _within
+from graphopt_passes.simplify.merge_slices import MergeSlices, _within
+from graphopt_passes.simplify.no_change import WHOLE
 
 BOUNDS = [*itertools.product((0, 1, 3, 9, -2, -9), (0, 2, 5, WHOLE, -1, -3, -9), (1, 2))]
 

@@ -23,15 +23,13 @@ from graphopt_passes.simplify.chains import (
     rank_of,
     why_refused,
 )
+from graphopt_passes.simplify.no_change import WHOLE
 from graphopt_passes.simplify.reductions import (
     REDUCTIONS,
     become_reduction,
     keeps_dimensions,
     reduced_axes,
 )
-
-WHOLE = 2**31 - 1
-"""A slice that ends here takes everything: no dimension is larger, and exporters write this."""
 
 
 @dataclass(frozen=True)

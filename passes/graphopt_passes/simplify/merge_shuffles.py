@@ -33,7 +33,7 @@ LARGEST_AXIS = 1 << 16
 """A longer axis is not followed through a Reshape that merges or splits it."""
 
 SMALLEST_BLOCK = 4
-"""Elements that lie together. Gather copies block by block, and Transpose is faster for less."""
+"""Elements that lie together: Gather copies them at once, and for fewer, Transpose is faster."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,8 @@ def _chains_around(node: ir.Node) -> Iterator[list[ir.Node]]:
     reader = only_reader(node.outputs[0])
     while reader is not None and len(after) <= LONGEST_SIDE:
         if reader.graph is not node.graph or not is_onnx(reader, *RESHAPES):
+            break
+        if reader.inputs[0] is not after[-1].outputs[0]:
             break
         after.append(reader)
         reader = only_reader(reader.outputs[0])

@@ -26,9 +26,7 @@ from graphopt_passes.simplify.chains import (
     split_sizes,
     why_refused,
 )
-
-WHOLE = 2**31 - 1
-"""A slice that ends here takes everything: no dimension is larger, and exporters write this."""
+from graphopt_passes.simplify.no_change import WHOLE
 
 
 @dataclass(frozen=True)
