@@ -165,12 +165,14 @@ def reductions(b: Builder) -> None:
         return
     batch, c, h, w = b.shapes[value]
     if b.random.random() < 0.4:
-        order = [0, 2, 3, 1]
-        first = hidden(b, "Transpose", [value], (batch, h, w, c), perm=order)
-        b.add("ReduceSum", [first, integers(b, 1, 2)], (batch, c), keepdims=0)
-        return
-    first = hidden(b, "ReduceSum", [value, integers(b, 3)], (batch, c, h), keepdims=0)
-    b.add("ReduceSum", [first, integers(b, -1)], (batch, c), keepdims=0)
+        first = hidden(b, "Transpose", [value], (batch, h, w, c), perm=[0, 2, 3, 1])
+        axes = integers(b, 1, 2)
+    else:
+        first = hidden(b, "ReduceSum", [value, integers(b, 3)], (batch, c, h), keepdims=0)
+        axes = integers(b, -1)
+    total = hidden(b, "ReduceSum", [first, axes], (batch, c), keepdims=0)
+    # Times another number each time: no step subtracts a sum from itself.
+    b.add("Mul", [total, b.constant(np.float32(b.random.uniform(0.5, 2)))], (batch, c))
 
 
 def shuffles(b: Builder) -> None:
