@@ -77,7 +77,7 @@ class FuseGelu(Pass):
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Fuse wherever the values in between are read by nothing else."""
-        return fuse_all(model, context, Rule(ERF, _by_erf), Rule(TANH, _by_tanh))
+        return fuse_all(model, context, Rule(ERF, "Erf", _by_erf), Rule(TANH, "Tanh", _by_tanh))
 
 
 def _by_erf(match: Match) -> Fused:

@@ -51,8 +51,8 @@ def _rules() -> list[Rule]:
     sums = [Op("Add", Op("MatMul", *pair), Any("c")) for pair in SIDES]
     products = [Op("MatMul", *pair) for pair in SIDES[:-1]]
     gemms = [Op("Gemm", *pair, more=True) for pair in SIDES[:-1]]
-    rules = [Rule(pattern, _of_matmul) for pattern in (*sums, *products)]
-    return rules + [Rule(pattern, _of_gemm) for pattern in gemms]
+    rules = [Rule(pattern, "MatMul", _of_matmul) for pattern in (*sums, *products)]
+    return rules + [Rule(pattern, "Gemm", _of_gemm) for pattern in gemms]
 
 
 def _of_matmul(match: Match) -> Fused | None:

@@ -77,11 +77,11 @@ class FuseHardSwish(Pass):
         return fuse_all(
             model,
             context,
-            Rule(SWISH, _swish),
-            Rule(SWISH_BY_SIGMOID, _swish_by_sigmoid),
-            Rule(SIGMOID, _sigmoid),
-            Rule(SIGMOID_BY_DIVISION, _sigmoid),
-            Rule(SIGMOID_OF_SUM, _sigmoid),
+            Rule(SWISH, "Clip|Min", _swish),
+            Rule(SWISH_BY_SIGMOID, "HardSigmoid", _swish_by_sigmoid),
+            Rule(SIGMOID, "Clip|Min", _sigmoid),
+            Rule(SIGMOID_BY_DIVISION, "Clip|Min", _sigmoid),
+            Rule(SIGMOID_OF_SUM, "Clip|Min", _sigmoid),
         )
 
 

@@ -72,12 +72,12 @@ class FuseRelu(Pass):
         return fuse_all(
             model,
             context,
-            Rule(RELU, _relu),
-            Rule(LARGER, _leaky_by_max),
-            Rule(CHOSEN, _leaky),
-            Rule(PARAMETRIC, _leaky_by_slope),
-            Rule(DIFFERENCE, _leaky),
-            Rule(SUM, _leaky),
+            Rule(RELU, "Max", _relu),
+            Rule(LARGER, "Max", _leaky_by_max),
+            Rule(CHOSEN, "Where", _leaky),
+            Rule(PARAMETRIC, "PRelu", _leaky_by_slope),
+            Rule(DIFFERENCE, "Relu", _leaky),
+            Rule(SUM, "Relu", _leaky),
         )
 
 

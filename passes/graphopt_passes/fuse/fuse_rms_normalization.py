@@ -62,7 +62,7 @@ class FuseRmsNormalization(Pass):
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Fuse wherever the values in between are read by nothing else."""
-        return fuse_all(model, context, *(Rule(pattern, _fused) for pattern in PATTERNS))
+        return fuse_all(model, context, *(Rule(pattern, "Sqrt", _fused) for pattern in PATTERNS))
 
 
 def _fused(match: Match) -> Fused:

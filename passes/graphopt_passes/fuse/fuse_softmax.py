@@ -63,9 +63,9 @@ class FuseSoftmax(Pass):
         return fuse_all(
             model,
             context,
-            Rule(SHIFTED, _softmax),
-            Rule(PLAIN, _softmax),
-            Rule(LOGARITHM, _log_softmax),
+            Rule(SHIFTED, "Exp", _softmax),
+            Rule(PLAIN, "Exp", _softmax),
+            Rule(LOGARITHM, "Softmax", _log_softmax),
         )
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -31,6 +31,9 @@ COMMUTATIVE = frozenset({"Add", "Max", "Min", "Mul"})
 
 STEPS_MAXIMUM = 8
 """A product is looked for through at most so many nodes, so that long chains cost no more."""
+
+READERS_MAXIMUM = 4
+"""No pattern has more readers of a value within."""
 
 ROUNDINGS = 4
 """A number that a pattern asks for may be off by the rounding of so many constants."""
@@ -374,11 +377,14 @@ class Rule:
 
     Attributes:
         pattern: what is looked for.
+        anchor: an operator that is in it for certain, or several apart by "|" one of which is. The
+            rarer it is, the less is looked at.
         fused: the node in its place. None where the match is not what is meant; raises `Misfit`
             where it nearly is.
     """
 
     pattern: Pattern
+    anchor: str
     fused: Callable[[Match], Fused | None]
 
 
@@ -391,15 +397,11 @@ def fuse_all(model: ir.Model, context: Context, *rules: Rule) -> Change:
     Returns:
         What was fused, and with its reason what was not.
     """
-    by_root: dict[str, list[Rule]] = {}
-    for rule in rules:
-        for kind in rule.pattern.roots():
-            by_root.setdefault(kind, []).append(rule)
     total, names = Change(), Names(model)
     while True:
         change = Change()
         for graph in all_graphs(model):
-            for match, fused in _matches(graph, by_root, change):
+            for match, fused in _matches(graph, rules, change):
                 _replace(match, fused, names, context)
                 change.count(f"{fused.op_type} fused")
         total.counts.update(change.counts)
@@ -409,15 +411,16 @@ def fuse_all(model: ir.Model, context: Context, *rules: Rule) -> Change:
 
 
 def _matches(
-    graph: ir.Graph, by_root: Mapping[str, list[Rule]], change: Change
+    graph: ir.Graph, rules: Sequence[Rule], change: Change
 ) -> Iterator[tuple[Match, Fused]]:
     """What can be fused, one after the other; what nearly can is told once, at its largest."""
     told: set[ir.Node] = set()
-    for node in tuple(reversed(graph)):
-        # A node that was fused away has no graph any more.
-        if node.graph is None or node.op_type not in by_root or len(node.outputs) != 1:
+    candidates = _candidates(graph, rules)
+    for node in [node for node in reversed(graph) if node in candidates]:
+        if node.graph is None:
+            # It was fused away.
             continue
-        for rule in by_root[node.op_type]:
+        for rule in candidates[node]:
             match = next(rule.pattern.find(node.outputs[0], Match(node)), None)
             if match is None:
                 continue
@@ -433,6 +436,37 @@ def _matches(
                 continue
             yield match, fused
             break
+
+
+def _candidates(graph: ir.Graph, rules: Sequence[Rule]) -> dict[ir.Node, list[Rule]]:
+    """The rules for which a node can be the last: those with an anchor not far before it."""
+    by_anchor: dict[str, list[ir.Node]] = {}
+    for node in graph:
+        by_anchor.setdefault(node.op_type, []).append(node)
+    candidates: dict[ir.Node, list[Rule]] = {}
+    near = {}
+    for rule in rules:
+        if rule.anchor not in near:
+            starts = [node for kind in rule.anchor.split("|") for node in by_anchor.get(kind, ())]
+            near[rule.anchor] = _near(graph, starts)
+        roots = rule.pattern.roots()
+        for node in near[rule.anchor]:
+            if node.op_type in roots and len(node.outputs) == 1:
+                candidates.setdefault(node, []).append(rule)
+    return candidates
+
+
+def _near(graph: ir.Graph, starts: Iterable[ir.Node]) -> dict[ir.Node, None]:
+    """The nodes themselves, and what a few steps lead to over values with few readers."""
+    found = dict.fromkeys(starts)
+    frontier = list(found)
+    for _ in range(STEPS_MAXIMUM):
+        outputs = [output for node in frontier for output in node.outputs]
+        uses = [output.uses() for output in outputs]
+        readers = {use.node: None for some in uses if len(some) <= READERS_MAXIMUM for use in some}
+        frontier = [node for node in readers if node not in found and node.graph is graph]
+        found.update(dict.fromkeys(frontier))
+    return found
 
 
 def _replace(match: Match, fused: Fused, names: Names, context: Context) -> None:
