@@ -6,6 +6,7 @@ is valid, and the interface stays.
 
 from __future__ import annotations
 
+import generated_fusions
 import generated_transformers
 import generated_views
 import numpy as np
@@ -27,7 +28,11 @@ LOSSLESS = [n for n in pass_names() if pass_class(n).effect is not Effect.LOSSY]
 QUICK, QUICK_ACTIONS_MINIMUM = range(60), 1
 MANY, MANY_ACTIONS_MINIMUM = range(60, 2060), 40
 
-FOCUS: dict[str, tuple[Step, ...]] = {**generated_transformers.FOCUS, **generated_views.FOCUS}
+FOCUS: dict[str, tuple[Step, ...]] = {
+    **generated_fusions.FOCUS,
+    **generated_transformers.FOCUS,
+    **generated_views.FOCUS,
+}
 """Steps that a pass needs to find something to do, where the general mix seldom has any."""
 
 
