@@ -190,8 +190,10 @@ def product(b: Builder) -> None:
     left = b.add("Flatten", [x], (batch, width))
     if b.random.random() < 0.3:
         turned = b.add("Transpose", [left], (width, batch), perm=[1, 0])
-        left = b.add("Relu", [turned], (width, batch))
-        left = b.add("Transpose", [left], (batch, width), perm=[1, 0])
+        bent = b.add("Relu", [turned], (width, batch))
+        left = b.add("Transpose", [bent], (batch, width), perm=[1, 0])
+        # Other steps take it that the batch comes first.
+        del b.shapes[turned], b.shapes[bent]
     if b.random.random() < 0.5:
         value = b.add("MatMul", [left, b.normal(width, 6)], (batch, 6))
     else:

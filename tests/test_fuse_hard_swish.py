@@ -53,8 +53,15 @@ def test_fuses_hard_sigmoid(body: str, alpha: float, beta: float) -> None:
     assert attributes(changed) == {"alpha": pytest.approx(alpha), "beta": pytest.approx(beta)}
 
 
-def test_fuses_half_precision() -> None:
-    assert_fuses(FuseHardSwish(), model(SWISH[0], NUMBERS, kind="float16"), "HardSwish")
+@pytest.mark.parametrize("body", SWISH)
+def test_fuses_half_precision(body: str) -> None:
+    assert_fuses(FuseHardSwish(), model(body, NUMBERS, kind="float16"), "HardSwish")
+
+
+def test_leaves_a_number_that_half_precision_tells_from_six() -> None:
+    body, numbers = SWISH[0].replace("six", "more"), NUMBERS + " more=6.02"
+    (reason,) = reasons(FuseHardSwish(), model(body, numbers, kind="float16"))
+    assert reason == "x * clip(x + 3, 0, 6.01953) * 0.166126 is not HardSwish"
 
 
 def test_leaves_double_of_which_onnxruntime_has_no_kernel() -> None:

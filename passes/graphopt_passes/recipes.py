@@ -11,7 +11,9 @@ BASIC = Recipe(
             "inline-functions,raise-opset,lift-constants,drop-unused,drop-defaults,drop-identity",
             "fold-shapes,fold-constants,inline-branches,merge-common-subexpressions",
             "merge-transposes,merge-reshapes",
-            "fuse-pad,drop-zero-bias,fuse-batchnorm,fuse-scale,fuse-bias",
+            "fuse-pad,drop-zero-bias,fuse-batchnorm,fuse-scale,fuse-bias,fuse-gemm",
+            "fuse-relu,fuse-hard-swish,fuse-gelu,fuse-softmax",
+            "fuse-layer-normalization,fuse-rms-normalization",
             # After the fusions, which leave a shared weight alone.
             "merge-duplicates,merge-views,drop-unused",
         )

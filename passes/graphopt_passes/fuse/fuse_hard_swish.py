@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import onnx_ir as ir
 
 from graphopt.contract import Change, Context, Effect, Pass
 from graphopt.rewriting import why_too_old
+from graphopt_passes.fuse.affine import PRECISION
 from graphopt_passes.fuse.misfit import Misfit
 from graphopt_passes.fuse.pattern import (
     Any,
@@ -28,9 +29,6 @@ FIRST_OPSET = 14
 
 ALPHA, BETA = 1 / 6, 0.5
 """HardSwish is x * HardSigmoid(x) with these."""
-
-CLOSE = 1e-6
-"""How far attributes, which are float32, may be off."""
 
 X = Any("x")
 
@@ -88,7 +86,7 @@ class FuseHardSwish(Pass):
 def _swish(match: Match) -> Fused:
     _check_kernel(match)
     scale, high = match.numbers["scale"], match.numbers["high"]
-    if high != 6 or not _is(scale, ALPHA):
+    if high != 6 or not match.is_close(scale, ALPHA):
         raise Misfit(f"x * clip(x + 3, 0, {high:g}) * {scale:g} is not HardSwish")
     return Fused("HardSwish", [match["x"]])
 
@@ -97,7 +95,10 @@ def _swish_by_sigmoid(match: Match) -> Fused:
     _check_kernel(match)
     attributes = match.named["sigmoid"].attributes
     alpha, beta = attributes.get_float("alpha", 0.2), attributes.get_float("beta", 0.5)
-    if not _is(alpha, ALPHA) or not _is(beta, BETA):
+    dtype = match["x"].dtype
+    assert dtype is not None
+    stated = replace(match, precision=PRECISION[dtype])
+    if not stated.is_close(alpha, ALPHA) or not stated.is_close(beta, BETA):
         raise Misfit(f"its HardSigmoid has alpha {alpha:g} and beta {beta:g}")
     return Fused("HardSwish", [match["x"]])
 
@@ -105,7 +106,7 @@ def _swish_by_sigmoid(match: Match) -> Fused:
 def _sigmoid(match: Match) -> Fused:
     _check_kernel(match)
     scale, high, shift = (match.numbers[name] for name in ("scale", "high", "shift"))
-    if not _is(scale * high, 1.0):
+    if not match.is_close(scale * high, 1.0):
         raise Misfit(f"it is clipped to {scale * high:g}, not to 1")
     slope = match.numbers.get("slope", 1.0) / match.numbers.get("divisor", 1.0)
     return Fused("HardSigmoid", [match["x"]], {"alpha": scale * slope, "beta": scale * shift})
@@ -114,7 +115,3 @@ def _sigmoid(match: Match) -> Fused:
 def _check_kernel(match: Match) -> None:
     # onnxruntime has no HardSigmoid of float64.
     match.check_elementwise(ir.DataType.FLOAT, ir.DataType.FLOAT16)
-
-
-def _is(number: float, wanted: float) -> bool:
-    return abs(number - wanted) <= CLOSE * wanted

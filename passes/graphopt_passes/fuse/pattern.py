@@ -35,8 +35,11 @@ STEPS_MAXIMUM = 8
 READERS_MAXIMUM = 4
 """No pattern has more readers of a value within."""
 
-ROUNDINGS = 4
-"""A number that a pattern asks for may be off by the rounding of so many constants."""
+ROUNDINGS = 2
+"""A number that a pattern asks for may be off by so many times the precision of its constants.
+
+Rounding costs each half of that, and a number is made of four at most.
+"""
 
 Factors = Iterator[tuple[float, "Match"]]
 
@@ -106,8 +109,11 @@ class Match:
             if known is None:
                 return replace(self, numbers={**self.numbers, wanted: found})
             wanted = known
-        close = abs(found - wanted) <= ROUNDINGS * self.precision * abs(wanted)
-        return self if close else None
+        return self if self.is_close(found, wanted) else None
+
+    def is_close(self, found: float, wanted: float) -> bool:
+        """The numbers are the same, but for the rounding of the constants that were met."""
+        return abs(found - wanted) <= ROUNDINGS * self.precision * abs(wanted)
 
     def check_private(self) -> None:
         """Raise Misfit where something else needs a value that the fused node would not make."""
