@@ -9,7 +9,6 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from graphopt.contract import Change, Context, Effect, Pass
-from graphopt.rewriting import why_too_old
 from graphopt_passes.fuse.misfit import Misfit
 from graphopt_passes.fuse.pattern import (
     Any,
@@ -71,13 +70,11 @@ class FuseGelu(Pass):
     name: ClassVar[str] = "fuse-gelu"
     effect: ClassVar[Effect] = Effect.ROUNDING
 
-    def refuse(self, model: ir.Model, context: Context) -> str | None:
-        """Older opsets have no Gelu."""
-        return why_too_old(model, FIRST_OPSET)
-
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Fuse wherever the values in between are read by nothing else."""
-        return fuse_all(model, context, Rule(ERF, "Erf", _by_erf), Rule(TANH, "Tanh", _by_tanh))
+        return fuse_all(
+            model, context, FIRST_OPSET, Rule(ERF, "Erf", _by_erf), Rule(TANH, "Tanh", _by_tanh)
+        )
 
 
 def _by_erf(match: Match) -> Fused:

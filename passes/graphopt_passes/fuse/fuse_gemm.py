@@ -11,7 +11,7 @@ import onnx_ir as ir
 from graphopt.contract import Change, Context, Effect, Pass
 from graphopt.operators import is_onnx
 from graphopt.packing import is_constant
-from graphopt.rewriting import input_of, why_too_old
+from graphopt.rewriting import input_of
 from graphopt.skeleton import known_shape
 from graphopt_passes.fuse.misfit import Misfit
 from graphopt_passes.fuse.pattern import Any, Fused, Match, Op, Rule, fuse_all
@@ -38,13 +38,9 @@ class FuseGemm(Pass):
     name: ClassVar[str] = "fuse-gemm"
     effect: ClassVar[Effect] = Effect.ROUNDING
 
-    def refuse(self, model: ir.Model, context: Context) -> str | None:
-        """In older opsets Gemm must have a C."""
-        return why_too_old(model, FIRST_OPSET)
-
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Fuse wherever the values in between are read by nothing else."""
-        return fuse_all(model, context, *_rules())
+        return fuse_all(model, context, FIRST_OPSET, *_rules())
 
 
 def _rules() -> list[Rule]:

@@ -8,7 +8,6 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from graphopt.contract import Change, Context, Effect, Pass
-from graphopt.rewriting import why_too_old
 from graphopt_passes.fuse.affine import PRECISION
 from graphopt_passes.fuse.misfit import Misfit
 from graphopt_passes.fuse.pattern import (
@@ -66,15 +65,12 @@ class FuseHardSwish(Pass):
     name: ClassVar[str] = "fuse-hard-swish"
     effect: ClassVar[Effect] = Effect.ROUNDING
 
-    def refuse(self, model: ir.Model, context: Context) -> str | None:
-        """Older opsets have no HardSwish."""
-        return why_too_old(model, FIRST_OPSET)
-
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Fuse wherever the values in between are read by nothing else."""
         return fuse_all(
             model,
             context,
+            FIRST_OPSET,
             Rule(SWISH, "Clip|Min", _swish),
             Rule(SWISH_BY_SIGMOID, "HardSigmoid", _swish_by_sigmoid),
             Rule(SIGMOID, "Clip|Min", _sigmoid),

@@ -8,7 +8,6 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from graphopt.contract import Change, Context, Effect, Pass
-from graphopt.rewriting import why_too_old
 from graphopt_passes.fuse.normalization import (
     SCALE,
     cast,
@@ -83,13 +82,11 @@ class FuseLayerNormalization(Pass):
     name: ClassVar[str] = "fuse-layer-normalization"
     effect: ClassVar[Effect] = Effect.ROUNDING
 
-    def refuse(self, model: ir.Model, context: Context) -> str | None:
-        """Older opsets have no LayerNormalization."""
-        return why_too_old(model, FIRST_OPSET)
-
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Fuse wherever the values in between are read by nothing else."""
-        return fuse_all(model, context, *(Rule(pattern, "Sqrt", _fused) for pattern in PATTERNS))
+        return fuse_all(
+            model, context, FIRST_OPSET, *(Rule(pattern, "Sqrt", _fused) for pattern in PATTERNS)
+        )
 
 
 def _fused(match: Match) -> Fused:

@@ -8,7 +8,6 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from graphopt.contract import Change, Context, Effect, Pass
-from graphopt.rewriting import why_too_old
 from graphopt_passes.fuse.misfit import Misfit
 from graphopt_passes.fuse.pattern import (
     Any,
@@ -62,15 +61,12 @@ class FuseRelu(Pass):
     name: ClassVar[str] = "fuse-relu"
     effect: ClassVar[Effect] = Effect.ROUNDING
 
-    def refuse(self, model: ir.Model, context: Context) -> str | None:
-        """Opsets below 7 give the same operators other meanings."""
-        return why_too_old(model, FIRST_OPSET)
-
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Fuse wherever the values in between are read by nothing else."""
         return fuse_all(
             model,
             context,
+            FIRST_OPSET,
             Rule(RELU, "Max", _relu),
             Rule(LARGER, "Max", _leaky_by_max),
             Rule(CHOSEN, "Where", _leaky),

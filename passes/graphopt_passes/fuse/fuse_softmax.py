@@ -8,7 +8,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from graphopt.contract import Change, Context, Effect, Pass
-from graphopt.rewriting import stated_integers, why_too_old
+from graphopt.rewriting import stated_integers
 from graphopt.skeleton import known_shape
 from graphopt_passes.fuse.misfit import Misfit
 from graphopt_passes.fuse.pattern import (
@@ -54,15 +54,12 @@ class FuseSoftmax(Pass):
     name: ClassVar[str] = "fuse-softmax"
     effect: ClassVar[Effect] = Effect.ROUNDING
 
-    def refuse(self, model: ir.Model, context: Context) -> str | None:
-        """Older opsets have another Softmax."""
-        return why_too_old(model, FIRST_OPSET)
-
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Fuse wherever the values in between are read by nothing else."""
         return fuse_all(
             model,
             context,
+            FIRST_OPSET,
             Rule(SHIFTED, "Exp", _softmax),
             Rule(PLAIN, "Exp", _softmax),
             Rule(LOGARITHM, "Softmax", _log_softmax),

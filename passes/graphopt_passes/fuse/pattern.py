@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from graphopt.contract import Change, Context
 from graphopt.operators import all_graphs, is_onnx
-from graphopt.rewriting import Names, add_initializer, constant_tensor
+from graphopt.rewriting import Names, add_initializer, constant_tensor, why_too_old
 from graphopt.skeleton import known_shape
 from graphopt_passes.fuse.affine import PRECISION
 from graphopt_passes.fuse.misfit import Misfit
@@ -117,8 +117,10 @@ class Match:
 
     def check_private(self) -> None:
         """Raise Misfit where something else needs a value that the fused node would not make."""
-        inside = set(self.nodes)
-        for node in inside - {self.root}:
+        inside = dict.fromkeys(self.nodes)
+        for node in inside:
+            if node is self.root:
+                continue
             value = node.outputs[0]
             if value.is_graph_output():
                 raise Misfit(f"{value.name}, which {node.op_type} makes within, is an output")
@@ -394,20 +396,26 @@ class Rule:
     fused: Callable[[Match], Fused | None]
 
 
-def fuse_all(model: ir.Model, context: Context, *rules: Rule) -> Change:
+def fuse_all(model: ir.Model, context: Context, first_opset: int, *rules: Rule) -> Change:
     """Apply rules wherever they fit, in subgraphs too, until none does.
 
     Nodes are met from the outputs backwards, so that of patterns that end in one another the
     largest is taken. At one node the first rule that fits counts.
 
+    Args:
+        model: rewritten in place.
+        context: of the run.
+        first_opset: that has the operators which the rules make.
+        rules: in the order in which they are tried.
+
     Returns:
         What was fused, and with its reason what was not.
     """
-    total, names = Change(), Names(model)
+    total, names, too_old = Change(), Names(model), why_too_old(model, first_opset)
     while True:
         change = Change()
         for graph in all_graphs(model):
-            for match, fused in _matches(graph, rules, change):
+            for match, fused in _matches(graph, rules, too_old, change):
                 _replace(match, fused, names, context)
                 change.count(f"{fused.op_type} fused")
         total.counts.update(change.counts)
@@ -417,7 +425,7 @@ def fuse_all(model: ir.Model, context: Context, *rules: Rule) -> Change:
 
 
 def _matches(
-    graph: ir.Graph, rules: Sequence[Rule], change: Change
+    graph: ir.Graph, rules: Sequence[Rule], too_old: str | None, change: Change
 ) -> Iterator[tuple[Match, Fused]]:
     """What can be fused, one after the other; what nearly can is told once, at its largest."""
     told: set[ir.Node] = set()
@@ -435,6 +443,8 @@ def _matches(
                 if fused is None:
                     continue
                 match.check_private()
+                if too_old is not None:
+                    raise Misfit(too_old)
             except Misfit as reason:
                 if node not in told:
                     change.skip(node, str(reason))
