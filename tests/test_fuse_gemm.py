@@ -171,3 +171,7 @@ def test_leaves_a_product_alone() -> None:
 def test_leaves_opsets_in_which_gemm_needs_a_c() -> None:
     old = matrices("m = MatMul(a, b) y = Add(m, c)", opset=10)
     assert reasons(FuseGemm(), old) == ["opset 10 is older than 11; raise it first"]
+
+
+def test_leaves_a_product_that_is_added_to_itself() -> None:
+    assert reasons(FuseGemm(), matrices("m = MatMul(a, b) y = Add(m, m)")) == []

@@ -115,6 +115,10 @@ class Match:
         """The numbers are the same, but for the rounding of the constants that were met."""
         return abs(found - wanted) <= ROUNDINGS * self.precision * abs(wanted)
 
+    def is_sound(self) -> bool:
+        """No value that was named is made within: x + x is no x with something added to it."""
+        return not any(value.producer() in self.nodes for value in self.values.values())
+
     def check_private(self) -> None:
         """Raise Misfit where something else needs a value that the fused node would not make."""
         inside = dict.fromkeys(self.nodes)
@@ -435,7 +439,8 @@ def _matches(
             # It was fused away.
             continue
         for rule in candidates[node]:
-            match = next(rule.pattern.find(node.outputs[0], Match(node)), None)
+            found = rule.pattern.find(node.outputs[0], Match(node))
+            match = next((match for match in found if match.is_sound()), None)
             if match is None:
                 continue
             try:
