@@ -153,6 +153,22 @@ def root_of_squares(b: Builder, value: str, axes: list[int]) -> str:
     return b.add("Sqrt", [plus(b, mean, number(b, 0.5))], b.shapes[mean])
 
 
+def with_last_only(step: Step) -> Step:
+    """What normalizations make within is for them alone.
+
+    The mean of what is normalized already, for one, is nothing but the noise of rounding.
+    """
+
+    def hidden(b: Builder) -> None:
+        before = set(b.shapes)
+        step(b)
+        *within, _ = [name for name in b.shapes if name not in before]
+        for name in within:
+            del b.shapes[name]
+
+    return hidden
+
+
 def layer_normalization(b: Builder) -> None:
     x = chosen(b)
     axes = last_axes(b, x)
@@ -206,8 +222,8 @@ FOCUS: dict[str, tuple[Step, ...]] = {
     "fuse-gelu": (gelu,),
     "fuse-gemm": (product,),
     "fuse-hard-swish": (hard_swish,),
-    "fuse-layer-normalization": (layer_normalization,),
+    "fuse-layer-normalization": (with_last_only(layer_normalization),),
     "fuse-relu": (relu,),
-    "fuse-rms-normalization": (rms_normalization,),
+    "fuse-rms-normalization": (with_last_only(rms_normalization),),
     "fuse-softmax": (softmax,),
 }
