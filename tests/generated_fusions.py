@@ -154,9 +154,10 @@ def root_of_squares(b: Builder, value: str, axes: list[int]) -> str:
 
 
 def with_last_only(step: Step) -> Step:
-    """What normalizations make within is for them alone.
+    """The step, but what it makes within is for it alone.
 
-    The mean of what is normalized already, for one, is nothing but the noise of rounding.
+    Other steps would make noise of it: the mean of what is normalized already is nothing but
+    rounding, and HardSwish of numbers above 3, less these numbers, is too.
     """
 
     def hidden(b: Builder) -> None:
@@ -221,7 +222,7 @@ def product(b: Builder) -> None:
 FOCUS: dict[str, tuple[Step, ...]] = {
     "fuse-gelu": (gelu,),
     "fuse-gemm": (product,),
-    "fuse-hard-swish": (hard_swish,),
+    "fuse-hard-swish": (with_last_only(hard_swish),),
     "fuse-layer-normalization": (with_last_only(layer_normalization),),
     "fuse-relu": (relu,),
     "fuse-rms-normalization": (with_last_only(rms_normalization),),
