@@ -84,8 +84,11 @@ def gelu(b: Builder) -> None:
 
 
 def hard_swish(b: Builder) -> None:
+    """Of numbers on both sides of where it is flat."""
     x = chosen(b)
     shape = b.shapes[x]
+    x = b.add("Sin", [x], shape)
+    x = times(b, x, number(b, 4.0))
     low, high = b.constant(np.float32(0)), b.constant(np.float32(6))
     clipped = b.add("Clip", [plus(b, x, number(b, 3.0)), low, high], shape)
     if b.random.random() < 0.3:
@@ -231,5 +234,5 @@ FOCUS: dict[str, tuple[Step, ...]] = {
     "fuse-layer-normalization": (with_last_only(layer_normalization),),
     "fuse-relu": (relu,),
     "fuse-rms-normalization": (with_last_only(rms_normalization),),
-    "fuse-softmax": (softmax,),
+    "fuse-softmax": (with_last_only(softmax),),
 }
