@@ -87,7 +87,7 @@ def hard_swish(b: Builder) -> None:
     """Of numbers on both sides of where it is flat."""
     x = chosen(b)
     shape = b.shapes[x]
-    x = b.add("Sin", [x], shape)
+    x = b.add("Tanh", [times(b, x, number(b, 0.1))], shape)
     x = times(b, x, number(b, 4.0))
     low, high = b.constant(np.float32(0)), b.constant(np.float32(6))
     clipped = b.add("Clip", [plus(b, x, number(b, 3.0)), low, high], shape)
