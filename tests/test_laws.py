@@ -7,6 +7,7 @@ is valid, and the interface stays.
 from __future__ import annotations
 
 import generated_chains
+import generated_fusions
 import generated_transformers
 import generated_views
 import numpy as np
@@ -30,6 +31,7 @@ MANY, MANY_ACTIONS_MINIMUM = range(60, 2060), 40
 
 FOCUS: dict[str, tuple[Step, ...]] = {
     **generated_chains.FOCUS,
+    **generated_fusions.FOCUS,
     **generated_transformers.FOCUS,
     **generated_views.FOCUS,
 }

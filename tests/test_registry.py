@@ -21,6 +21,8 @@ NOT_PASSES = {
     "lost_fusions.py",
     "misfit.py",
     "no_change.py",
+    "normalization.py",
+    "pattern.py",
     "ranks.py",
     "recipes.py",
     "reductions.py",

@@ -10,10 +10,13 @@ BASIC = Recipe(
         (
             "inline-functions,raise-opset,lift-constants,drop-unused,drop-defaults,drop-identity",
             "fold-shapes,fold-constants,inline-branches,merge-common-subexpressions",
-            "merge-transposes,merge-reshapes,absorb-unsqueezes,merge-shuffles,merge-slices,merge-concats",
-            "merge-pads,merge-expands,merge-casts,merge-clips,simplify-logic,simplify-signs",
-            "merge-reductions",
-            "fuse-pad,drop-zero-bias,fuse-batchnorm,fuse-scale,fuse-bias",
+            "merge-transposes,merge-reshapes",
+            # Before anything takes their numbers apart.
+            "fuse-layer-normalization,fuse-rms-normalization,fuse-gelu,fuse-hard-swish,fuse-relu",
+            "fuse-softmax",
+            "absorb-unsqueezes,merge-shuffles,merge-slices,merge-concats,merge-pads,merge-expands",
+            "merge-casts,merge-clips,simplify-logic,simplify-signs,merge-reductions",
+            "fuse-pad,drop-zero-bias,fuse-batchnorm,fuse-scale,fuse-bias,fuse-gemm",
             # After the fusions, which leave a shared weight alone.
             "merge-duplicates,merge-views",
             # After those: of a constant that stays for others, it makes no second one.
