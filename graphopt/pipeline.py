@@ -98,6 +98,7 @@ class Pipeline:
         for round_number in range(1, ROUNDS_MAXIMUM + 1):
             if round_number > 1:
                 infer_shapes(self.model)
+                self._spare = None
             left = []
             for one, found_nothing_in in waiting:
                 if found_nothing_in == version:

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from graphopt.operators import (
     all_graphs,
     graphs_and_functions,
+    is_onnx,
     nodes_within,
     opset_of,
     subgraphs,
@@ -209,8 +210,19 @@ def remove_node(node: ir.Node) -> None:
     graph.remove(node, safe=True)
 
 
+def is_read_as_scalar(value: ir.Value) -> bool:
+    """A Range reads the value."""
+    return any(is_onnx(use.node, "Range") for use in value.uses())
+
+
 def can_replace(old: ir.Value, new: ir.Value) -> bool:
-    """`replace_value` would succeed: no output of a graph would lose its name or its producer."""
+    """`replace_value` would succeed: no output of a graph would lose its name or its producer.
+
+    Nor would a Range read a constant that is no scalar: other values onnxruntime looks at when it
+    runs, and takes one element of any rank.
+    """
+    if is_constant(new) and known_shape(new) != () and is_read_as_scalar(old):
+        return False
     if not old.is_graph_output():
         return True
     return (

@@ -111,6 +111,16 @@ def _batch_of_first(facts: ShapeFacts, node: ir.Node) -> Fact | None:
     return Fact((shape[0], *inferred[1:]))
 
 
+def _recurrent(facts: ShapeFacts, node: ir.Node) -> Fact | None:
+    """GRU, LSTM and RNN: all states, of shape [steps, directions, batch, hidden]."""
+    data, weight = facts.shape(input_of(node, 0)), facts.shape(input_of(node, 2))
+    if data is None or weight is None or len(data) != 3 or len(weight) != 3:
+        return None
+    if node.attributes.get_int("layout", 0) != 0:
+        return None
+    return Fact((data[0], weight[0], data[1], weight[2]))
+
+
 def _transpose(facts: ShapeFacts, node: ir.Node) -> Fact | None:
     shape = facts.shape(input_of(node, 0))
     if shape is None:
@@ -547,6 +557,7 @@ RandomUniformLike Reciprocal Relu ReverseSequence Round ScatterElements ScatterN
 Sin Softmax Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu Trilu
 """
 _BROADCASTING = "BitwiseAnd BitwiseOr BitwiseXor Mean Pow Sum Xor"
+_RECURRENT = "GRU LSTM RNN"
 _BATCHED = """
 AveragePool Conv ConvInteger ConvTranspose DepthToSpace GlobalAveragePool GlobalLpPool GlobalMaxPool
 LpPool MaxPool QLinearConv SpaceToDepth
@@ -561,6 +572,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_BROADCASTING.split(), _broadcast),
     **dict.fromkeys(_BATCHED.split(), _batch_of_first),
     **dict.fromkeys(_REDUCING.split(), _reduced),
+    **dict.fromkeys(_RECURRENT.split(), _recurrent),
     "Add": partial(_elementwise, _add),
     "And": partial(_elementwise, _and),
     "ArgMax": _argument,

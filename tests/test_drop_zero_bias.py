@@ -74,3 +74,37 @@ def test_overridable_zeros_stay() -> None:
     model.graph.inputs.append(model.graph.initializers["b"])
 
     assert_unchanged(DropZeroBias(), model)
+
+
+LSTM = """
+<ir_version: 8, opset_import: ["" : 17]>
+agraph (float[T, N, 4] x, float[1, 12, 4] w, float[1, 12, 3] r, float[1, 24] b)
+    => (float[T, 1, N, 3] y)
+<int64[1] one = {{1}}, int64[1] three = {{3}}, float[1, 24] zeros = {{{zeros}}}>
+{{
+    n = Shape<start = 1, end = 2>(x)
+    s = Concat<axis = 0>(one, n, three)
+    h = ConstantOfShape{value}(s)
+    y = LSTM<hidden_size = 3>({inputs})
+}}
+"""
+
+
+def lstm(inputs: str, value: str = "") -> str:
+    return LSTM.format(inputs=inputs, value=value, zeros=", ".join(["0.0"] * 24))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("x, w, r, b, , h, h", "x, w, r, b"),
+        ("x, w, r, zeros", "x, w, r"),
+        ("x, w, r, zeros, , h, h", "x, w, r"),
+    ],
+)
+def test_drops_a_state_or_bias_of_zeros_of_a_recurrent_node(before: str, after: str) -> None:
+    assert_rewrites(DropZeroBias(), parse(lstm(before)), parse(lstm(after)))
+
+
+def test_another_state_stays() -> None:
+    assert_unchanged(DropZeroBias(), parse(lstm("x, w, r, b, , h, h", "<value = float[1] {0.5}>")))

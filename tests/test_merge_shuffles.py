@@ -17,7 +17,7 @@ def test_the_shuffling_of_channels_is_a_gather() -> None:
         "agraph (float[N, 6, 4, 4] x) => (float[N, 6, 4, 4] y) <int64[5] s = {-1, 2, 3, 4, 4},"
         " int64[4] t = {-1, 6, 4, 4}> { a = Exp(x) b = Reshape(a, s)"
         " c = Transpose<perm=[0, 2, 1, 3, 4]>(b) d = Reshape(c, t) y = Neg(d) }",
-        "agraph (float[N, 6, 4, 4] x) => (float[N, 6, 4, 4] y) <int64[6] i = {0, 3, 1, 4, 2, 5}> {"
+        "agraph (float[N, 6, 4, 4] x) => (float[N, 6, 4, 4] y) <int32[6] i = {0, 3, 1, 4, 2, 5}> {"
         " a = Exp(x) b = Gather<axis=1>(a, i) y = Neg(b) }",
     )
 
@@ -46,7 +46,7 @@ def test_split_and_slice_of_a_shuffle() -> None:
         "agraph (float[N, 6, 16] x) => (float[N, 2, 16] y, float[N, 3, 16] z) <int64[4] s ="
         " {0, 2, 3, 16}, int64[3] t = {0, -1, 16}, int64[3] h = {2, 3, 1}> {" + nodes,
         "agraph (float[N, 6, 16] x) => (float[N, 2, 16] y, float[N, 3, 16] z) <int64[1] s = {0},"
-        " int64[1] e = {4}, int64[1] a = {1}, int64[1] t = {3}, int64[3] i = {1, 4, 2}> {"
+        " int64[1] e = {4}, int64[1] a = {1}, int64[1] t = {3}, int32[3] i = {1, 4, 2}> {"
         " y = Slice(x, s, e, a, t) z = Gather<axis=1>(x, i) }",
     )
 
@@ -77,7 +77,7 @@ def test_a_reader_of_another_kind_gets_what_is_shuffled() -> None:
         " {1, 2, 2, 16}, int64[3] t = {1, 4, 16}, int64[1] o = {0}, int64[1] two = {2},"
         " int64[1] one = {1}> { a = Reshape(x, s) b = Transpose<perm=[0, 2, 1, 3]>(a)"
         " c = Reshape(b, t) y = Slice(c, o, two, one) z = Neg(c) }",
-        "agraph (float[1, 4, 16] x) => (float[1, 2, 16] y, float[1, 4, 16] z) <int64[4] i ="
+        "agraph (float[1, 4, 16] x) => (float[1, 2, 16] y, float[1, 4, 16] z) <int32[4] i ="
         " {0, 2, 1, 3}, int64[1] o = {0}, int64[1] two = {2}, int64[1] one = {1}> {"
         " c = Gather<axis=1>(x, i) y = Slice(c, o, two, one) z = Neg(c) }",
     )

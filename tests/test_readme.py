@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from graphopt.json_report import summary
+from graphopt.contract import Effect
 from graphopt.registry import pass_class, pass_names
 
 README = Path(__file__).parent.parent / "README.md"
@@ -13,11 +13,16 @@ TABLE = re.compile(r"(?<=<!-- passes -->\n).*?(?=<!-- /passes -->)", re.DOTALL)
 
 
 def pass_table() -> str:
-    lines = ["| pass | effect | what it does |", "|---|---|---|"]
+    """A row for each folder of passes; those that may round are marked."""
+    folders: dict[str, list[str]] = {}
     for name in pass_names():
         cls = pass_class(name)
-        if cls.__module__.startswith("graphopt_passes"):
-            lines.append(f"| `{name}` | {cls.effect.name.lower()} | {summary(cls)} |")
+        package, folder, *_ = cls.__module__.split(".")
+        if package == "graphopt_passes":
+            mark = "" if cls.effect is Effect.EXACT else "~"
+            folders.setdefault(folder, []).append(f"`{name}`{mark}")
+    lines = ["| | passes |", "|---|---|"]
+    lines += [f"| {folder} | {', '.join(names)} |" for folder, names in sorted(folders.items())]
     return "\n".join(lines) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""drop-zero-bias: remove a bias of zeros."""
+"""drop-zero-bias: remove a bias, and an initial state, of zeros."""
 
 from __future__ import annotations
 
@@ -11,40 +11,56 @@ from graphopt.contract import Change, Context, Effect, Pass
 from graphopt.operators import all_graphs, is_onnx, opset_of
 from graphopt.rewriting import constant_tensor
 
-BIAS = 2
 GEMM_WITHOUT_BIAS_OPSET = 11
 LARGEST_BIAS_ELEMENTS = 1 << 20
+
+OPTIONAL = {
+    "Conv": {2: "bias"},
+    "ConvTranspose": {2: "bias"},
+    "GRU": {3: "bias", 5: "initial state"},
+    "Gemm": {2: "bias"},
+    "LSTM": {3: "bias", 5: "initial state", 6: "initial state"},
+    "RNN": {3: "bias", 5: "initial state"},
+}
+"""Inputs that stand for zeros where they are left out, by operator."""
 
 
 @dataclass(frozen=True)
 class DropZeroBias(Pass):
-    """Remove the bias of a Conv, ConvTranspose or Gemm where it is zero, also a computed one.
+    """Remove a bias or initial state that is zero, also a computed one.
 
-    PyTorch's exporter writes `Expand(0.0, [channels])` for a convolution without bias, and that
-    keeps a BatchNormalization after it from being folded. x + 0 = x, but for the sign of a zero:
-    -0.0 + 0.0 = 0.0.
+    That is the bias of Conv, ConvTranspose, Gemm, LSTM, GRU and RNN, and the initial state of the
+    last three, which PyTorch's exporter computes from the batch. It also writes
+    `Expand(0.0, [channels])` for a convolution without bias, and that keeps a BatchNormalization
+    after it from being folded. x + 0 = x, but for the sign of a zero: -0.0 + 0.0 = 0.0.
     """
 
     name: ClassVar[str] = "drop-zero-bias"
     effect: ClassVar[Effect] = Effect.ROUNDING
 
     def apply(self, model: ir.Model, context: Context) -> Change:
-        """Disconnect every bias that is zero for certain."""
+        """Disconnect every such input that is zero for certain."""
         change = Change()
         opset = opset_of(model)
-        optional = ["Conv", "ConvTranspose"]
-        if opset >= GEMM_WITHOUT_BIAS_OPSET:
-            optional.append("Gemm")
         for graph in all_graphs(model):
             for node in graph:
-                if (
-                    is_onnx(node, *optional)
-                    and len(node.inputs) > BIAS
-                    and _is_zero(node.inputs[BIAS])
-                ):
-                    node.resize_inputs(BIAS)
-                    change.count(f"zero bias of {node.op_type} dropped")
+                if node.op_type not in OPTIONAL or not is_onnx(node, node.op_type):
+                    continue
+                if is_onnx(node, "Gemm") and opset < GEMM_WITHOUT_BIAS_OPSET:
+                    continue
+                _drop(node, change)
         return change
+
+
+def _drop(node: ir.Node, change: Change) -> None:
+    for index, what in OPTIONAL[node.op_type].items():
+        if index < len(node.inputs) and _is_zero(node.inputs[index]):
+            node.replace_input_with(index, None)
+            change.count(f"zero {what} of {node.op_type} dropped")
+    count = len(node.inputs)
+    while count and node.inputs[count - 1] is None:
+        count -= 1
+    node.resize_inputs(count)
 
 
 def _is_zero(value: ir.Value | None) -> bool:

@@ -13,7 +13,12 @@ from graphopt.contract import Bounds, Change, Context, Effect, Pass
 from graphopt.errors import GraphoptError
 from graphopt.operators import ONNX_DOMAINS, all_graphs, is_onnx, is_random, subgraphs
 from graphopt.packing import is_constant, is_packed
-from graphopt.rewriting import add_initializer, constant_tensor, static_shape
+from graphopt.rewriting import (
+    add_initializer,
+    constant_tensor,
+    is_read_as_scalar,
+    static_shape,
+)
 from graphopt.runtime import evaluate
 
 INITIALIZER_OVERHEAD_BYTES = 24
@@ -135,6 +140,8 @@ def _why_not(node: ir.Node, inputs: Iterable[ir.Value], max_bytes: int) -> str |
         return "it has subgraphs"
     if any(o.is_graph_output() for o in node.outputs):
         return "its result is an output of the graph, which a node must make"
+    if any(is_read_as_scalar(o) and static_shape(o) != () for o in node.outputs):
+        return "a Range reads it, which takes no constant but a scalar"
     bounded = is_onnx(node, *BOUNDED)
     if not bounded and any(_is_of_unknown_size(v) for v in node.outputs):
         return "how large its result would be is not known yet"

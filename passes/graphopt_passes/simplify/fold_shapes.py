@@ -17,6 +17,7 @@ from graphopt.rewriting import (
     add_initializer,
     can_replace,
     input_of,
+    is_read_as_scalar,
     replace_value,
     why_too_old,
 )
@@ -147,7 +148,7 @@ class _Folding:
         if shape is None or len(shape) > 1 or value.dtype is None:
             return
         if all(isinstance(size, int) for size in content):
-            if not value.is_graph_output():
+            if not value.is_graph_output() and not (shape and is_read_as_scalar(value)):
                 self._replace_by_constant(node, value, content, len(shape))
             return
         key = (value.dtype, len(shape), content)

@@ -12,7 +12,6 @@ from graphopt.contract import Change, Context, Effect, Pass
 from graphopt.operators import all_graphs, is_onnx
 from graphopt.rewriting import (
     Names,
-    add_initializer,
     can_replace,
     constant_tensor,
     remove_node,
@@ -114,24 +113,8 @@ def _inline(node: ir.Node, branch: ir.Graph, names: Names, taken: Counter[str]) 
     for output, result in zip(node.outputs, results, strict=True):
         if not can_replace(output, result):
             result = _passed_on(node, result, names)
-        readers = [(use.node, use.idx) for use in output.uses()]
         replace_value(output, result)
-        for reader, index in readers:
-            if is_onnx(reader, "Range"):
-                _state_scalar(reader, index, names)
     remove_node(node)
-
-
-def _state_scalar(node: ir.Node, index: int, names: Names) -> None:
-    """Range wants scalars, which onnxruntime looks at in constants only."""
-    value = node.inputs[index]
-    tensor = constant_tensor(value)
-    if value is None or tensor is None or tuple(tensor.shape.numpy()) != (1,):
-        return
-    assert isinstance(node.graph, ir.Graph)
-    name = names.new(f"{value.name}_scalar")
-    scalar = add_initializer(node.graph, tensor.numpy().reshape(()), name)
-    node.replace_input_with(index, scalar)
 
 
 def _rename(item: ir.Node | ir.Value, names: Names, taken: Counter[str]) -> None:

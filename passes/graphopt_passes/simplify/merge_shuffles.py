@@ -159,7 +159,8 @@ def _form(
     """The Slice where places follow each other at one distance, else the Gather."""
     steps = np.unique(np.diff(taken.places))
     if steps.size > 1 or (steps.size == 1 and steps[0] <= 0):
-        places = rewriter.constant(node, taken.places, "places")
+        # 32 bits are enough for a dimension, and take half the file.
+        places = rewriter.constant(node, taken.places.astype(np.int32), "places")
         return "Gather", [source, places], [ir.AttrInt64("axis", taken.axis)]
     step = int(steps[0]) if steps.size else 1
     start, end = int(taken.places[0]), int(taken.places[-1]) + 1
