@@ -144,6 +144,8 @@ class Pass(ABC):
     Attributes:
         name: verb-object in kebab case; the same as the file and the class.
         effect: what the rewrite may do to the outputs.
+        operators: the pass has nothing to do in a model that has none of these standard operators;
+            None where that cannot be told by operators.
         needs_samples: the pass cannot run without samples.
         max_error: for a LOSSY pass, the relative L2 error of the worst output that the gate allows
             when the user states no budget.
@@ -154,6 +156,7 @@ class Pass(ABC):
 
     name: ClassVar[str]
     effect: ClassVar[Effect]
+    operators: ClassVar[frozenset[str] | None] = None
     needs_samples: ClassVar[bool] = False
     max_error: ClassVar[float] = 0.0
 

@@ -306,10 +306,9 @@ def _check_names(graph: onnx.GraphProto, outer: tuple[set[str], ...] = ()) -> No
     """Raise ModelError where a value is read that nothing makes, or is made twice."""
     known = {value.name for value in graph.input} | {t.name for t in graph.initializer}
     for node in graph.node:
-        for text in (node.name, node.op_type, node.domain):
+        if not (type(node.name) is type(node.op_type) is type(node.domain) is str):
             # protobuf gives back as bytes what is not UTF-8, and nothing here could write it.
-            if isinstance(text, bytes):
-                raise ModelError(f"the model is damaged: {text[:40]!r} in a node is not text")
+            raise ModelError(f"the model is damaged: a name in {node.op_type!r} is not text")
         for name in node.output:
             if name and name in known:
                 raise ModelError(
@@ -320,12 +319,12 @@ def _check_names(graph: onnx.GraphProto, outer: tuple[set[str], ...] = ()) -> No
     scopes = (known, *outer)
     for node in graph.node:
         for name in node.input:
-            if name and not any(name in scope for scope in scopes):
+            if name and name not in known and not any(name in scope for scope in outer):
                 raise ModelError(
                     f"{describe_node(node)} reads {name!r}, which nothing makes: no input, "
                     "initializer or node has that name"
                 )
-        for inner in inner_graphs(node):
+        for inner in inner_graphs(node) if node.attribute else ():
             _check_names(inner, scopes)
     for value in graph.output:
         if not any(value.name in scope for scope in scopes):
@@ -337,9 +336,10 @@ def _is_sorted(graph: onnx.GraphProto, outer: tuple[set[str], ...] = ()) -> bool
     known = {"", *(value.name for value in graph.input), *(t.name for t in graph.initializer)}
     scopes = (known, *outer)
     for node in graph.node:
-        if not all(any(name in scope for scope in scopes) for name in node.input):
-            return False
-        if not all(_is_sorted(inner, scopes) for inner in inner_graphs(node)):
+        for name in node.input:
+            if name not in known and not any(name in scope for scope in outer):
+                return False
+        if node.attribute and not all(_is_sorted(inner, scopes) for inner in inner_graphs(node)):
             return False
         known.update(node.output)
     return True

@@ -60,6 +60,7 @@ class Pipeline:
     strict: bool = False
     steps: list[Step] = field(default_factory=list)
     _unread: set[str] = field(default_factory=set)
+    _operators: frozenset[str] = frozenset()
     _spare: ir.Model | None = None
     _model_traits: list[object] = field(default_factory=list)
 
@@ -93,6 +94,7 @@ class Pipeline:
 
     def _run_rounds(self, plan: Plan, attempt: Attempt) -> None:
         self._unread = _unread_initializers(self.model)
+        self._operators = _operators_in(self.model)
         waiting = [(one, -1) for one in plan.passes]
         version = 0
         for round_number in range(1, ROUNDS_MAXIMUM + 1):
@@ -107,7 +109,9 @@ class Pipeline:
                 step = self._step(one, round_number, attempt)
                 if round_number == 1 or step.verdict not in ("unchanged", "refused"):
                     self.steps.append(step)
-                version += step.kept
+                if step.kept:
+                    version += 1
+                    self._operators = _operators_in(self.model)
                 if step.verdict != "rolled back":
                     left.append((one, -1 if step.kept else version))
             waiting = left
@@ -147,6 +151,8 @@ class Pipeline:
         refusal = one.refuse(self.model, self.context)
         if refusal is not None:
             return Change(), "refused", refusal
+        if self._has_nothing_for(one):
+            return Change(), "unchanged", None
         change = one.apply(self.model, self.context)
         if not change:
             return change, "unchanged", None
@@ -155,6 +161,9 @@ class Pipeline:
             infer_shapes(self.model)
         self.size = size_of(self.model, self.external_data)
         return change, "kept", None
+
+    def _has_nothing_for(self, one: Pass) -> bool:
+        return one.operators is not None and one.operators.isdisjoint(self._operators)
 
     def _clone(self) -> ir.Model:
         """A clone of the model, the last one again where the pass that had it left it alone.
@@ -167,8 +176,10 @@ class Pipeline:
 
     def _try(self, one: Pass) -> Outcome:
         """Apply the pass to a clone, which becomes the model only when the gate lets it."""
-        candidate = self._clone()
         change = Change()
+        if self._has_nothing_for(one):
+            return change, "unchanged", None
+        candidate = self._clone()
         try:
             refusal = one.refuse(candidate, self.context)
             if refusal is not None:
@@ -190,6 +201,10 @@ class Pipeline:
             infer_shapes(candidate)
         self.model, self.size, self._spare = candidate, size_of(candidate, self.external_data), None
         return change, "kept", None
+
+
+def _operators_in(model: ir.Model) -> frozenset[str]:
+    return frozenset(node.op_type for graph in all_graphs(model) for node in graph)
 
 
 def _unread_initializers(model: ir.Model) -> set[str]:

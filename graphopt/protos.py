@@ -25,7 +25,7 @@ def nested_graphs(scope: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.
     if isinstance(scope, onnx.GraphProto):
         yield scope
     for node in scope.node:
-        for inner in inner_graphs(node):
+        for inner in inner_graphs(node) if node.attribute else ():
             yield from nested_graphs(inner)
 
 

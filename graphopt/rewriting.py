@@ -162,7 +162,7 @@ def unshadow(model: ir.Model) -> int:
 def tensor_of(array: np.ndarray, name: str, dtype: ir.DataType | None = None) -> ir.TensorProtocol:
     """A tensor of an array; of objects, a tensor of strings."""
     if array.dtype != object:
-        return ir.tensor(array, dtype=dtype, name=name)
+        return ir.Tensor(np.asarray(array), dtype=dtype, name=name)
     texts = array.reshape(-1).tolist()
     encoded = [text if isinstance(text, bytes) else str(text).encode() for text in texts]
     return ir.StringTensor(encoded, shape=ir.Shape(array.shape), name=name)

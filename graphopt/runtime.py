@@ -21,7 +21,7 @@ import onnx_ir as ir
 from graphopt.content import read_array
 from graphopt.errors import ModelError, RuntimeUnavailable, SampleError
 from graphopt.rewriting import constant_tensor
-from graphopt.serializing import stubbed
+from graphopt.serializing import nothing, stubbed, write_node
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -376,10 +376,10 @@ def evaluate(
         graph.input.append(info)
         feeds[names[key]] = read_array(tensor)
     for node in nodes:
-        proto = ir.to_proto(node)
+        proto = graph.node.add()
+        write_node(proto, node, 10, nothing)
         proto.input[:] = [names[id(v)] if v is not None else "" for v in node.inputs]
         proto.output[:] = [names[id(v)] if v.name else "" for v in node.outputs]
-        graph.node.append(proto)
     for value in wanted:
         graph.output.append(onnx.ValueInfoProto(name=names[id(value)]))
     imports = [onnx.helper.make_opsetid(d, v) for d, v in opset_imports.items()]

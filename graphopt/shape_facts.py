@@ -66,9 +66,10 @@ class ShapeFacts:
 
     def _completed(self, value: ir.Value, found: Fact | None) -> Fact:
         """What a rule found, and where it did not, what onnx inferred."""
-        shape = self.inferred(value)
         if found is not None and found.shape is not None:
-            shape = _agreed(found.shape, shape)
+            shape: Shape | None = _agreed(found.shape, known_shape(value))
+        else:
+            shape = self.inferred(value)
         content = found.content if found is not None else None
         if value.dtype not in FOLLOWED:
             return Fact(shape, None)
@@ -91,9 +92,8 @@ class ShapeFacts:
         shape = known_shape(value)
         if shape is None:
             return None
-        return tuple(
-            d if isinstance(d, int) else self.unknown(value, i) for i, d in enumerate(shape)
-        )
+        dims = enumerate(shape.dims)
+        return tuple([d if isinstance(d, int) else self.unknown(value, i) for i, d in dims])
 
     def unknown(self, value: ir.Value, axis: int) -> Size:
         """The symbol for a dimension that is not known."""
@@ -123,8 +123,9 @@ class ShapeFacts:
         return Fact(shape, tuple(int(number) for number in array.reshape(-1)))
 
 
-def _agreed(found: Shape, inferred: Shape | None) -> Shape:
+def _agreed(found: Shape, known: ir.Shape | None) -> Shape:
     """Of two correct shapes, the integers of both."""
-    if inferred is None or len(found) != len(inferred):
+    if known is None or len(found) != len(known.dims):
         return found
-    return tuple(i if isinstance(i, int) else f for f, i in zip(found, inferred, strict=True))
+    pairs = zip(found, known.dims, strict=True)
+    return tuple([k if isinstance(k, int) else f for f, k in pairs])

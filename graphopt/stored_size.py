@@ -48,6 +48,10 @@ class StoredSize:
     has_external: bool
 
 
+SHORT = 128
+"""A text of fewer bytes has a length of one byte, and so has each of several that are as short."""
+
+
 def stored_size(model: ir.Model, tell: Tell) -> StoredSize:
     """The bytes that a model takes.
 
@@ -59,9 +63,9 @@ def stored_size(model: ir.Model, tell: Tell) -> StoredSize:
     graph_bytes = shell.graph.ByteSize()
     outer_bytes = shell.ByteSize() - _field(graph_bytes)
     tensors = [
-        (_text(name), value.const_value, _tensor_bytes(value.const_value))
+        (_text(name), tensor, _tensor_bytes(tensor))
         for name, value in model.graph.initializers.items()
-        if value.const_value is not None
+        if (tensor := value.const_value) is not None
     ]
     nodes = sum(_field(_node_bytes(node, model.ir_version, tell)) for node in model.graph)
     common = graph_bytes + nodes + _annotation_bytes(model.graph)
@@ -95,13 +99,25 @@ def _node_bytes(node: ir.Node, ir_version: int, tell: Tell) -> int:
         proto = onnx.NodeProto()
         write_node(proto, node, ir_version, tell)
         return proto.ByteSize()
+    return plain_node_bytes(node)
+
+
+def plain_node_bytes(node: ir.Node) -> int:
+    """The bytes of a node that has nothing but names and attributes, no graphs among those."""
     texts = [node.op_type]
-    texts += [text for text in (node.domain, node.name) if text]
+    if node.domain:
+        texts.append(node.domain)
+    if node.name:
+        texts.append(node.name)
     texts += ["" if value is None else value.name or "" for value in node.inputs]
     outputs = [value.name or "" for value in node.outputs]
     while outputs and not outputs[-1]:
         outputs.pop()
-    size = sum(map(_text, texts + outputs))
+    texts += outputs
+    joined = "".join(texts)
+    size = len(joined) + 2 * len(texts)
+    if len(joined) >= SHORT or not joined.isascii():
+        size = sum(map(_text, texts))
     for attribute in attributes_of(node):
         size += _field(_attribute_bytes(attribute))
     return size
@@ -136,6 +152,13 @@ def _tensor_bytes(tensor: ir.TensorProtocol) -> _TensorSize:
 
 
 def _measured(tensor: ir.TensorProtocol) -> _TensorSize:
+    if isinstance(tensor, ir.serde.TensorProtoTensor) and not tensor.metadata_props:
+        # Written as it was read.
+        raw = tensor.raw
+        size = raw.ByteSize() - (_text(raw.name) if raw.name else 0)
+        large = is_large(tensor)
+        reference = _bare_bytes(stub_of(tensor)) if large else size
+        return _TensorSize(size, reference, tensor.nbytes if large else 0)
     if not is_large(tensor):
         size = _bare_bytes(tensor)
         return _TensorSize(size, size, 0)

@@ -18,7 +18,7 @@ from generated import Step, generate, runs_as_written
 import graphopt
 from graphopt.contract import Change, Context, Effect, Pass, Sample
 from graphopt.gate import interface_of, why_other_interface
-from graphopt.operators import node_count
+from graphopt.operators import all_graphs, node_count
 from graphopt.registry import parse_passes, pass_class, pass_names
 from graphopt.runtime import Reference, Session
 from graphopt.skeleton import infer_shapes, why_invalid
@@ -79,6 +79,8 @@ def check_law(one: Pass, seed: int) -> bool:
     if not change:
         assert canonical(model) == canonical(before), f"unreported change, {text}"
         return False
+    operators = {n.op_type for graph in all_graphs(before) for n in graph}
+    assert one.operators is None or not one.operators.isdisjoint(operators), text
     assert why_invalid(model) is None, f"{why_invalid(model)}, {text}"
     assert why_other_interface(interface_of(before), interface_of(model)) is None, text
     if runs_as_written(model, samples(model)[0]):

@@ -36,6 +36,7 @@ class FuseBatchnorm(Pass):
 
     name: ClassVar[str] = "fuse-batchnorm"
     effect: ClassVar[Effect] = Effect.ROUNDING
+    operators: ClassVar[frozenset[str] | None] = frozenset({"BatchNormalization"})
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Fold in float64 and round once to the weight's type."""

@@ -32,6 +32,7 @@ class FuseBias(Pass):
 
     name: ClassVar[str] = "fuse-bias"
     effect: ClassVar[Effect] = Effect.ROUNDING
+    operators: ClassVar[frozenset[str] | None] = frozenset({"Add", "Sub"})
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Fold in float64 and round once to the weight's type."""

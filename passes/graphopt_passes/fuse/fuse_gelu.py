@@ -69,6 +69,7 @@ class FuseGelu(Pass):
 
     name: ClassVar[str] = "fuse-gelu"
     effect: ClassVar[Effect] = Effect.ROUNDING
+    operators: ClassVar[frozenset[str] | None] = frozenset({"Erf", "Tanh"})
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Fuse wherever the values in between are read by nothing else."""

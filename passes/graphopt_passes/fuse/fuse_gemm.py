@@ -37,6 +37,7 @@ class FuseGemm(Pass):
 
     name: ClassVar[str] = "fuse-gemm"
     effect: ClassVar[Effect] = Effect.ROUNDING
+    operators: ClassVar[frozenset[str] | None] = frozenset({"Gemm", "MatMul"})
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Fuse wherever the values in between are read by nothing else."""

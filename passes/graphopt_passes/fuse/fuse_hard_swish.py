@@ -64,6 +64,7 @@ class FuseHardSwish(Pass):
 
     name: ClassVar[str] = "fuse-hard-swish"
     effect: ClassVar[Effect] = Effect.ROUNDING
+    operators: ClassVar[frozenset[str] | None] = frozenset({"Clip", "HardSigmoid", "Min"})
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Fuse wherever the values in between are read by nothing else."""

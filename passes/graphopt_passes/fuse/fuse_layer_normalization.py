@@ -81,6 +81,7 @@ class FuseLayerNormalization(Pass):
 
     name: ClassVar[str] = "fuse-layer-normalization"
     effect: ClassVar[Effect] = Effect.ROUNDING
+    operators: ClassVar[frozenset[str] | None] = frozenset({"Sqrt"})
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Fuse wherever the values in between are read by nothing else."""

@@ -24,6 +24,7 @@ class FusePad(Pass):
 
     name: ClassVar[str] = "fuse-pad"
     effect: ClassVar[Effect] = Effect.ROUNDING
+    operators: ClassVar[frozenset[str] | None] = frozenset({"Pad"})
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Merge pads, from the outputs backwards, so that of several Pads in a row all go."""

@@ -60,6 +60,7 @@ class FuseRelu(Pass):
 
     name: ClassVar[str] = "fuse-relu"
     effect: ClassVar[Effect] = Effect.ROUNDING
+    operators: ClassVar[frozenset[str] | None] = frozenset({"Max", "PRelu", "Relu", "Where"})
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Fuse wherever the values in between are read by nothing else."""

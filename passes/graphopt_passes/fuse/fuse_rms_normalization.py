@@ -54,6 +54,7 @@ class FuseRmsNormalization(Pass):
 
     name: ClassVar[str] = "fuse-rms-normalization"
     effect: ClassVar[Effect] = Effect.ROUNDING
+    operators: ClassVar[frozenset[str] | None] = frozenset({"Sqrt"})
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Fuse wherever the values in between are read by nothing else."""

@@ -35,6 +35,7 @@ class FuseScale(Pass):
 
     name: ClassVar[str] = "fuse-scale"
     effect: ClassVar[Effect] = Effect.ROUNDING
+    operators: ClassVar[frozenset[str] | None] = frozenset({"Div", "Mul"})
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Fold in float64 and round once to the weight's type."""

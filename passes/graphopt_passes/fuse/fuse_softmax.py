@@ -53,6 +53,7 @@ class FuseSoftmax(Pass):
 
     name: ClassVar[str] = "fuse-softmax"
     effect: ClassVar[Effect] = Effect.ROUNDING
+    operators: ClassVar[frozenset[str] | None] = frozenset({"Exp", "Softmax"})
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Fuse wherever the values in between are read by nothing else."""

@@ -46,6 +46,7 @@ class AbsorbUnsqueezes(Pass):
 
     name: ClassVar[str] = "absorb-unsqueezes"
     effect: ClassVar[Effect] = Effect.EXACT
+    operators: ClassVar[frozenset[str] | None] = frozenset({"Squeeze", "Unsqueeze"})
 
     def refuse(self, model: ir.Model, context: Context) -> str | None:
         """Older opsets state axes in an attribute."""

@@ -37,6 +37,7 @@ class DropZeroBias(Pass):
 
     name: ClassVar[str] = "drop-zero-bias"
     effect: ClassVar[Effect] = Effect.ROUNDING
+    operators: ClassVar[frozenset[str] | None] = frozenset(OPTIONAL)
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Disconnect every such input that is zero for certain."""

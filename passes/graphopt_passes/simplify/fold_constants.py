@@ -20,6 +20,7 @@ from graphopt.rewriting import (
     static_shape,
 )
 from graphopt.runtime import evaluate
+from graphopt.stored_size import plain_node_bytes
 
 INITIALIZER_OVERHEAD_BYTES = 24
 """What an initializer takes in the file beside its name and its data: tags, type, dimensions."""
@@ -214,7 +215,7 @@ def _fold_of(region: list[ir.Node], model: ir.Model, change: Change) -> _Fold | 
     Nodes whose result is too large are taken out of `folded` one by one, the largest first; they
     stay in the graph and are computed at run time, while what else depends on them is folded.
     """
-    node_bytes = {node: ir.to_proto(node).ByteSize() + 2 for node in region}
+    node_bytes = {node: plain_node_bytes(node) + 2 for node in region}
     folded = dict.fromkeys(region)
     while folded:
         results = [o for n in folded for o in n.outputs if _is_read_outside(o, folded)]

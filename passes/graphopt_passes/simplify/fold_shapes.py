@@ -57,6 +57,9 @@ class FoldShapes(Pass):
 
     name: ClassVar[str] = "fold-shapes"
     effect: ClassVar[Effect] = Effect.EXACT
+    operators: ClassVar[frozenset[str] | None] = frozenset(
+        {"Expand", "Reshape", "Shape", "Size", "Slice"}
+    )
 
     def refuse(self, model: ir.Model, context: Context) -> str | None:
         """Where constants cannot be initializers, or operators broadcast by attributes."""
@@ -67,21 +70,9 @@ class FoldShapes(Pass):
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Fold in one walk in topological order, so that each node sees its inputs folded."""
         change = Change()
-        if not _computes_shapes(model.graph):
-            return change
         scope = _Scope(ChainMap(), ChainMap())
         _Folding(ShapeFacts(model), Names(model), opset_of(model), change).fold(model.graph, scope)
         return change
-
-
-def _computes_shapes(graph: ir.Graph) -> bool:
-    """There is something to look at; most small networks have nothing."""
-    for node in graph:
-        if node.op_type in ("Shape", "Size", "Reshape", "Expand", "Slice"):
-            return True
-        if any(_computes_shapes(body) for body in subgraphs(node)):
-            return True
-    return False
 
 
 _Content = tuple[ir.DataType | None, int, Shape]

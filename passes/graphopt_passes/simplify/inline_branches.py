@@ -32,6 +32,7 @@ class InlineBranches(Pass):
 
     name: ClassVar[str] = "inline-branches"
     effect: ClassVar[Effect] = Effect.EXACT
+    operators: ClassVar[frozenset[str] | None] = frozenset({"If"})
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Outer before inner, so that a branch is looked into once it is inlined."""

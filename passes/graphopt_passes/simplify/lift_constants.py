@@ -22,6 +22,7 @@ class LiftConstants(Pass):
 
     name: ClassVar[str] = "lift-constants"
     effect: ClassVar[Effect] = Effect.EXACT
+    operators: ClassVar[frozenset[str] | None] = frozenset({"Constant"})
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Lift every Constant node whose value is not itself an output."""

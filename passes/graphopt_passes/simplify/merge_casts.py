@@ -53,6 +53,7 @@ class MergeCasts(Pass):
 
     name: ClassVar[str] = "merge-casts"
     effect: ClassVar[Effect] = Effect.EXACT
+    operators: ClassVar[frozenset[str] | None] = frozenset({"Cast", "CastLike"})
 
     def refuse(self, model: ir.Model, context: Context) -> str | None:
         """Older opsets say less about what a Cast does."""

@@ -34,6 +34,7 @@ class MergeConcats(Pass):
 
     name: ClassVar[str] = "merge-concats"
     effect: ClassVar[Effect] = Effect.EXACT
+    operators: ClassVar[frozenset[str] | None] = frozenset({"Concat"})
 
     def refuse(self, model: ir.Model, context: Context) -> str | None:
         """Older opsets state sizes and bounds in attributes."""

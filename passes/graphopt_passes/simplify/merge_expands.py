@@ -57,6 +57,7 @@ class MergeExpands(Pass):
 
     name: ClassVar[str] = "merge-expands"
     effect: ClassVar[Effect] = Effect.EXACT
+    operators: ClassVar[frozenset[str] | None] = frozenset({"Expand", "Tile"})
 
     def refuse(self, model: ir.Model, context: Context) -> str | None:
         """Older opsets broadcast, tile and expand in other ways."""

@@ -22,6 +22,7 @@ class MergePads(Pass):
 
     name: ClassVar[str] = "merge-pads"
     effect: ClassVar[Effect] = Effect.EXACT
+    operators: ClassVar[frozenset[str] | None] = frozenset({"Pad"})
 
     def refuse(self, model: ir.Model, context: Context) -> str | None:
         """Older opsets state pads in an attribute."""

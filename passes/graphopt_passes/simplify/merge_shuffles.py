@@ -49,6 +49,7 @@ class MergeShuffles(Pass):
 
     name: ClassVar[str] = "merge-shuffles"
     effect: ClassVar[Effect] = Effect.EXACT
+    operators: ClassVar[frozenset[str] | None] = frozenset({"Transpose"})
 
     def refuse(self, model: ir.Model, context: Context) -> str | None:
         """Older opsets state bounds in attributes."""

@@ -48,6 +48,7 @@ class MergeSlices(Pass):
 
     name: ClassVar[str] = "merge-slices"
     effect: ClassVar[Effect] = Effect.EXACT
+    operators: ClassVar[frozenset[str] | None] = frozenset({"Concat", "Gather", "Slice", "Split"})
 
     def refuse(self, model: ir.Model, context: Context) -> str | None:
         """Older opsets state sizes and bounds in attributes."""

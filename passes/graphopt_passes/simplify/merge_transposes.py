@@ -37,6 +37,7 @@ class MergeTransposes(Pass):
 
     name: ClassVar[str] = "merge-transposes"
     effect: ClassVar[Effect] = Effect.EXACT
+    operators: ClassVar[frozenset[str] | None] = frozenset({"Transpose"})
 
     def refuse(self, model: ir.Model, context: Context) -> str | None:
         """Opsets below 7 broadcast along axes that an attribute names."""
