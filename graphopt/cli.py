@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +22,7 @@ from rich.logging import RichHandler
 import graphopt
 from graphopt import demo as demonstration
 from graphopt import json_report, report, saving, sharing
+from graphopt.collection import no_collection
 from graphopt.errors import CheckFailed, GraphoptError, SpecError
 from graphopt.recipes import recipe as recipe_of
 from graphopt.recipes import recipe_names
@@ -122,7 +123,8 @@ def optimize(
     saving.check_target(output, source=model, reuse_data=reuse_data)
     _check_json(json, [model], [output, samples])
     pairs = _states(state)
-    with _progress() as progress:
+    # Without snapshots of the model there is no garbage to collect.
+    with _progress() as progress, nullcontext() if validate else no_collection():
         run = graphopt.optimize(
             model,
             recipe=recipe,

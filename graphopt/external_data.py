@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 
 from graphopt.content import CHUNK_BYTES, remember
 from graphopt.errors import ModelError
-from graphopt.operators import graphs_and_functions
+from graphopt.operators import attributes_of, graphs_and_functions
 from graphopt.protos import tensors_of
 from graphopt.rewriting import replace_tensors
 
@@ -147,7 +147,7 @@ def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
     """The tensors in external data: initializers, and attributes of nodes."""
     for graph in graphs_and_functions(model):
         held = [value.const_value for value in graph.initializers.values()]
-        held += [a.value for node in graph for a in node.attributes.values()]
+        held += [a.value for node in graph for a in attributes_of(node)]
         yield from (tensor for tensor in held if isinstance(tensor, ir.ExternalTensor))
 
 

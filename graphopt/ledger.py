@@ -13,7 +13,6 @@ import onnx_ir as ir
 from graphopt import saving
 from graphopt.benchmark import BenchmarkReport
 from graphopt.contract import Effect, Skip
-from graphopt.external_data import external_tensors
 from graphopt.loading import Source
 from graphopt.operators import node_count, opset_of, other_operators
 from graphopt.recipes import Plan
@@ -176,7 +175,7 @@ class Run:
                 not load; or there is no data to reuse, or it is in another folder.
         """
         saving.check_target(Path(path), source=self.source.path)
-        given = {Path(tensor.path) for tensor in external_tensors(self.source.model)}
+        given = {Path(tensor.path) for tensor in self.source.external_tensors}
         if reuse_data:
             saving.check_has_data(given)
             saving.check_reuse(Path(path), given)

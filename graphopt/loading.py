@@ -11,6 +11,7 @@ import hashlib
 import os
 import threading
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -56,9 +57,14 @@ class Source:
     notes: tuple[str, ...] = ()
     invalid: str | None = None
 
+    @cached_property
+    def external_tensors(self) -> tuple[ir.ExternalTensor, ...]:
+        """The weights that are in files beside the graph."""
+        return tuple(external_tensors(self.model))
+
     def has_external_data(self) -> bool:
         """Some of its weights are in files beside the graph."""
-        return any(True for _ in external_tensors(self.model))
+        return bool(self.external_tensors)
 
     def external_data(self) -> bool | None:
         """For `saving.save`: True where the weights came in files, None where it may choose."""
@@ -79,11 +85,10 @@ class Source:
 
         External data is read, but for tensors whose hash is known already.
         """
-        tensors = list(external_tensors(self.model))
-        if not tensors:
+        if not self.external_tensors:
             return self.graph_sha256
         state = hashlib.sha256(self.graph_sha256.encode())
-        for tensor in tensors:
+        for tensor in self.external_tensors:
             state.update(digest(tensor))
         return state.hexdigest()
 

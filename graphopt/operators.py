@@ -114,11 +114,27 @@ def _nested(graph: ir.Graph) -> Iterator[ir.Graph]:
                 waiting += subgraphs(node)
 
 
+def census(model: ir.Model) -> Counter[tuple[str, str]]:
+    """How many nodes there are of each domain and operator, in the graph and its subgraphs."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for graph in all_graphs(model):
+        counts.update((node.domain, node.op_type) for node in graph)
+    return counts
+
+
 def other_operators(model: ir.Model) -> Counter[str]:
     """Nodes of operators that ONNX does not define, by domain and name; functions are looked into.
 
     Calls of the model's own functions are none of them.
     """
+    if not model.functions:
+        return Counter(
+            {
+                f"{domain}.{op_type}": count
+                for (domain, op_type), count in census(model).items()
+                if domain not in STANDARD_DOMAINS
+            }
+        )
     return Counter(
         f"{node.domain}.{node.op_type}"
         for graph in graphs_and_functions(model)
@@ -132,18 +148,21 @@ def node_count(model: ir.Model) -> int:
 
     A call of a model-local function counts as the nodes of the function, which is what runs.
     """
+    if not model.functions:
+        counts = census(model)
+        return counts.total() - sum(counts[domain, "Constant"] for domain in ONNX_DOMAINS)
     return _count_nodes(model.graph, model, {})
 
 
 def _count_nodes(graph: ir.Graph, model: ir.Model, known: dict[ir.OperatorIdentifier, int]) -> int:
     total = 0
     for node in graph:
-        if model.functions and (key := node.op_identifier()) in model.functions:
+        key = node.op_identifier()
+        if key in model.functions:
             if key not in known:
                 known[key] = _count_nodes(model.functions[key].graph, model, known)
             total += known[key]
         else:
-            total += not (node.op_type == "Constant" and is_onnx(node, "Constant"))
-        if node.attributes.data:
-            total += sum(_count_nodes(inner, model, known) for inner in subgraphs(node))
+            total += not is_onnx(node, "Constant")
+        total += sum(_count_nodes(inner, model, known) for inner in subgraphs(node))
     return total

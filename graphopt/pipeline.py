@@ -14,7 +14,7 @@ from graphopt.contract import Change, Context, Effect, Pass
 from graphopt.errors import CheckFailed, GraphoptError
 from graphopt.gate import Gate
 from graphopt.ledger import Size, Step, Verdict, size_of
-from graphopt.operators import ONNX_DOMAINS, all_graphs, attributes_of, graphs_and_functions
+from graphopt.operators import ONNX_DOMAINS, all_graphs, attributes_of, census, graphs_and_functions
 from graphopt.recipes import Plan
 from graphopt.skeleton import infer_shapes
 
@@ -204,7 +204,7 @@ class Pipeline:
 
 
 def _operators_in(model: ir.Model) -> frozenset[str]:
-    return frozenset(node.op_type for graph in all_graphs(model) for node in graph)
+    return frozenset(op_type for _, op_type in census(model))
 
 
 def _unread_initializers(model: ir.Model) -> set[str]:

@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from graphopt.operators import attributes_of
 from graphopt.serializing import (
+    LARGE_BYTES,
     UNANNOTATED,
     Tell,
     is_large,
@@ -156,9 +157,9 @@ def _measured(tensor: ir.TensorProtocol) -> _TensorSize:
         # Written as it was read.
         raw = tensor.raw
         size = raw.ByteSize() - (_text(raw.name) if raw.name else 0)
-        large = is_large(tensor)
-        reference = _bare_bytes(stub_of(tensor)) if large else size
-        return _TensorSize(size, reference, tensor.nbytes if large else 0)
+        if size <= LARGE_BYTES or not is_large(tensor):
+            return _TensorSize(size, size, 0)
+        return _TensorSize(size, _bare_bytes(stub_of(tensor)), tensor.nbytes)
     if not is_large(tensor):
         size = _bare_bytes(tensor)
         return _TensorSize(size, size, 0)

@@ -192,7 +192,7 @@ def open_subject(
         runtime.check_provider(provider)
     progress("loading")
     source = loading.open_model(model, drop_training_info=drop_training_info)
-    given = source.path or source.model.clone()
+    given = source.path or (source.model.clone() if runs else source.model)
     subject = Subject(source, given, provider, list(source.notes))
     if not runs:
         if source.invalid is not None:
