@@ -10,7 +10,7 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -150,7 +150,7 @@ def optimize(
         if not (strict and run.failures):
             progress("saving")
             run = run.save(output, reuse_data=reuse_data)
-    _show(report.render_run(run), json, json_report.run_to_json(run))
+    _show(report.render_run(run), json, lambda: json_report.run_to_json(run))
     if run.failures:
         raise CheckFailed("; ".join(run.failures))
 
@@ -179,7 +179,7 @@ def validate(
             state=_states(state),
             progress=progress,
         )
-    _show(report.render_validation(found), json, json_report.validation_to_json(found))
+    _show(report.render_validation(found), json, lambda: json_report.validation_to_json(found))
     if found.failure is not None:
         raise CheckFailed(found.failure)
 
@@ -211,7 +211,7 @@ def benchmark(
             batch_size=batch_size,
             progress=progress,
         )
-    _show(report.render_benchmark(found), json, json_report.benchmark_to_json(found))
+    _show(report.render_benchmark(found), json, lambda: json_report.benchmark_to_json(found))
 
 
 @app.command()
@@ -235,7 +235,7 @@ def share(
     _check_json(json, models, [output / model.name for model in models])
     with _progress() as progress:
         found = sharing.share(models, output, validate=validate, progress=progress)
-    _show(report.render_sharing(found), json, json_report.sharing_to_json(found))
+    _show(report.render_sharing(found), json, lambda: json_report.sharing_to_json(found))
 
 
 @app.command()
@@ -244,9 +244,8 @@ def inspect(model: Model, json: Json = None) -> None:
     _check_json(json, [model])
     with _progress() as progress:
         found, tried = graphopt.inspect(model, progress=progress)
-    _show(
-        report.render_inspection(found, tried), json, json_report.inspection_to_json(found, tried)
-    )
+    shown = report.render_inspection(found, tried)
+    _show(shown, json, lambda: json_report.inspection_to_json(found, tried))
 
 
 @app.command()
@@ -261,7 +260,7 @@ def passes(
     classes = [pass_class(n) for n in (pass_names() if name is None else [name])]
     known = {n: recipe_of(n) for n in (recipe_names() if name is None else [])}
     shown = report.render_passes(classes, known) if name is None else report.render_pass(classes[0])
-    _show(shown, json, json_report.passes_to_json(classes, known))
+    _show(shown, json, lambda: json_report.passes_to_json(classes, known))
 
 
 @app.command()
@@ -275,7 +274,7 @@ def demo(
     _check_json(json, others=[output])
     with _progress() as progress:
         shown = demonstration.demonstrate(output, progress)
-    _show(report.render_demo(shown), json, json_report.demo_to_json(shown))
+    _show(report.render_demo(shown), json, lambda: json_report.demo_to_json(shown))
 
 
 # ------------------------------------------------------------------ around the commands
@@ -311,12 +310,12 @@ def _progress() -> Iterator[Any]:
         yield status.update
 
 
-def _show(content: Any, json: str | None, plain: Mapping[str, Any]) -> None:
+def _show(content: Any, json: str | None, plain: Callable[[], Mapping[str, Any]]) -> None:
     if json == "-":
-        sys.stdout.write(json_report.to_text(plain))
+        sys.stdout.write(json_report.to_text(plain()))
         return
     if json is not None:
-        saving.write_text(Path(json), json_report.to_text(plain))
+        saving.write_text(Path(json), json_report.to_text(plain()))
     terminal = sys.stdout.isatty()
     sys.stdout.write(report.to_terminal_text(content, None if terminal else WIDE, terminal))
 

@@ -6,6 +6,8 @@ imported only when it is asked for.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 
 from graphopt.contract import Pass
@@ -43,7 +45,10 @@ def pass_class(name: str) -> type[Pass]:
     Raises:
         SpecError: there is none of that name, or its entry point does not lead to such a pass.
     """
-    points = entry_points_by_name(PASSES_GROUP)
+    return _pass_class(name, entry_points_by_name(PASSES_GROUP))
+
+
+def _pass_class(name: str, points: Mapping[str, EntryPoint]) -> type[Pass]:
     if name not in points:
         raise SpecError(f"there is no pass {name!r}{did_you_mean(name, points)}")
     cls = points[name].load()
@@ -60,5 +65,7 @@ def parse_passes(text: str) -> tuple[Pass, ...]:
     Raises:
         SpecError: see `graphopt.spec.parse_pipeline`.
     """
-    passes: tuple[Pass, ...] = parse_pipeline(text, pass_class)
+    # Looked up once: that takes longer than all the rest.
+    find = partial(_pass_class, points=entry_points_by_name(PASSES_GROUP))
+    passes: tuple[Pass, ...] = parse_pipeline(text, find)
     return passes
