@@ -137,7 +137,9 @@ def check_recipe(seed: int) -> bool:
     assert [s.spec for s in run.steps if s.verdict == "rolled back"] == [], text
     assert why_invalid(run.model) is None, f"{why_invalid(run.model)}, {text}"
     assert why_other_interface(interface_of(model), interface_of(run.model)) is None, text
-    assert node_count(run.model) <= node_count(model), text
+    # A view of a large weight is worth a node.
+    views = sum(sum(s.changes.values()) for s in run.steps if s.spec == "merge-views")
+    assert node_count(run.model) <= node_count(model) + views, text
     if runs_as_written(run.model, samples(model)[0]):
         assert_equivalent(model, run.model, Effect.ROUNDING, samples(model))
     else:
