@@ -167,3 +167,26 @@ def test_a_branch_with_whose_rank_the_model_cannot_run_is_never_taken() -> None:
 )
 def test_where_either_rank_will_do_the_if_stays(reader: str) -> None:
     assert_unchanged(InlineBranches(), parse(SQUEEZE.replace("READER", reader)))
+
+
+def test_a_range_gets_a_constant_as_a_scalar() -> None:
+    before = """
+        <ir_version: 8, opset_import: ["" : 17]>
+        agraph (int64 x) => (int64[n] y)
+        <bool yes = {1}, int64[1] one = {1}>
+        {
+            b = If(yes) <
+                then_branch = then () => (int64[1] t) { t = Identity(one) },
+                else_branch = other () => (int64 e) { e = Neg(x) }
+            >
+            y = Range(x, x, b)
+        }
+        """
+    after = """
+        <ir_version: 8, opset_import: ["" : 17]>
+        agraph (int64 x) => (int64[n] y)
+        <bool yes = {1}, int64[1] one = {1}, int64 scalar = {1}>
+        { t = Identity(one)  y = Range(x, x, scalar) }
+        """
+
+    assert_rewrites(InlineBranches(), parse(before), parse(after))

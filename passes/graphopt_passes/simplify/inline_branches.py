@@ -12,6 +12,7 @@ from graphopt.contract import Change, Context, Effect, Pass
 from graphopt.operators import all_graphs, is_onnx
 from graphopt.rewriting import (
     Names,
+    add_initializer,
     can_replace,
     constant_tensor,
     remove_node,
@@ -112,10 +113,30 @@ def _inline(node: ir.Node, branch: ir.Graph, names: Names, taken: Counter[str]) 
             _rename(item, names, taken)
         graph.insert_before(node, inner)
     for output, result in zip(node.outputs, results, strict=True):
+        _state_scalars(output, result, names)
         if not can_replace(output, result):
             result = _passed_on(node, result, names)
         replace_value(output, result)
     remove_node(node)
+
+
+def _state_scalars(output: ir.Value, result: ir.Value, names: Names) -> None:
+    """Give each Range that reads the output the constant as a scalar.
+
+    Of what an If gives it takes a tensor of one element too, of constants it does not.
+    """
+    while (maker := result.producer()) is not None and is_onnx(maker, "Identity"):
+        (source,) = maker.inputs
+        assert source is not None
+        result = source
+    tensor = constant_tensor(result)
+    if tensor is None or tuple(tensor.shape.numpy()) != (1,):
+        return
+    for use in list(output.uses()):
+        if is_onnx(use.node, "Range") and isinstance(use.node.graph, ir.Graph):
+            name = names.new(f"{result.name}_scalar")
+            scalar = add_initializer(use.node.graph, tensor.numpy().reshape(()), name)
+            use.node.replace_input_with(use.idx, scalar)
 
 
 def _rename(item: ir.Node | ir.Value, names: Names, taken: Counter[str]) -> None:
