@@ -84,10 +84,13 @@ def gelu(b: Builder) -> None:
 
 
 def hard_swish(b: Builder) -> None:
-    """Of numbers on both sides of where it is flat."""
+    """Of numbers on both sides of where it is flat, and never of the same twice.
+
+    The difference of two that are computed in two ways is nothing but rounding.
+    """
     x = chosen(b)
     shape = b.shapes[x]
-    x = b.add("Tanh", [times(b, x, number(b, 0.1))], shape)
+    x = b.add("Tanh", [times(b, x, number(b, float(b.random.uniform(0.05, 0.15))))], shape)
     x = times(b, x, number(b, 4.0))
     low, high = b.constant(np.float32(0)), b.constant(np.float32(6))
     clipped = b.add("Clip", [plus(b, x, number(b, 3.0)), low, high], shape)
