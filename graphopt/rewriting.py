@@ -249,7 +249,7 @@ def _take_output(old: ir.Value, new: ir.Value) -> None:
     assert graph is not None and can_replace(old, new), f"{new.name} cannot take {old.name}'s place"
     name, old.name = old.name, None
     new.name, new.type = name, old.type or new.type
-    state_shape(new, old.shape or new.shape)
+    state_shape(new, new.shape if old.shape is None else old.shape)
     for index, output in enumerate(graph.outputs):
         if output is old:
             graph.outputs[index] = new

@@ -190,3 +190,25 @@ def test_a_range_gets_a_constant_as_a_scalar() -> None:
         """
 
     assert_rewrites(InlineBranches(), parse(before), parse(after))
+
+
+def test_an_output_that_is_a_scalar_stays_one() -> None:
+    before = """
+        <ir_version: 8, opset_import: ["" : 17]>
+        agraph (float[n] x) => (float y)
+        <bool yes = {1}, int64[1] first = {0}>
+        {
+            y = If(yes) <
+                then_branch = then () => (t) { t = ReduceSum<keepdims = 0>(x, first) },
+                else_branch = other () => (float e) { e = Constant<value = float {1.0}>() }
+            >
+        }
+        """
+    after = """
+        <ir_version: 8, opset_import: ["" : 17]>
+        agraph (float[n] x) => (float y)
+        <bool yes = {1}, int64[1] first = {0}>
+        { y = ReduceSum<keepdims = 0>(x, first) }
+        """
+
+    assert_rewrites(InlineBranches(), parse(before), parse(after))
