@@ -103,13 +103,11 @@ def optimize(
     _check_budgets(budgets, subject.source.model)
     if hash_ahead:
         subject.source.hash_ahead()
-    runs = validate or benchmark
-    if runs or samples is not None or random_samples is not None:
+    calibration, judged = None, None
+    if validate or benchmark or samples is not None or random_samples is not None:
         feed = subject.feed(samples, random_samples, state)
         passes_look = any(p.needs_samples for p in chosen.passes)
         calibration, judged = subject.split(feed, gate_samples, passes_look)
-    else:
-        calibration, judged = None, None
     working = subject.working_copy(keep_overridable)
     gate = _gate(subject, working, judged, validate, budgets)
     if standard_ops_only:

@@ -313,7 +313,7 @@ def _check_names(graph: onnx.GraphProto, outer: tuple[set[str], ...] = ()) -> No
     for node in graph.node:
         if not (type(node.name) is type(node.op_type) is type(node.domain) is str):
             # protobuf gives back as bytes what is not UTF-8, and nothing here could write it.
-            raise ModelError(f"the model is damaged: a name in {node.op_type!r} is not text")
+            raise ModelError(f"the model is damaged: {_not_text(node)!r} in a node is not text")
         for name in node.output:
             if name and name in known:
                 raise ModelError(
@@ -334,6 +334,11 @@ def _check_names(graph: onnx.GraphProto, outer: tuple[set[str], ...] = ()) -> No
     for value in graph.output:
         if not any(value.name in scope for scope in scopes):
             raise ModelError(f"output {value.name!r} is made by nothing in the graph")
+
+
+def _not_text(node: onnx.NodeProto) -> bytes:
+    texts: tuple[object, ...] = (node.name, node.op_type, node.domain)
+    return next(text for text in texts if isinstance(text, bytes))[:40]
 
 
 def _is_sorted(graph: onnx.GraphProto, outer: tuple[set[str], ...] = ()) -> bool:

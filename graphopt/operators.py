@@ -24,6 +24,34 @@ RANDOM = frozenset(
 )
 
 
+BROADCASTING = frozenset(
+    {
+        "Add",
+        "And",
+        "BitwiseAnd",
+        "BitwiseOr",
+        "BitwiseXor",
+        "Div",
+        "Equal",
+        "Greater",
+        "GreaterOrEqual",
+        "Less",
+        "LessOrEqual",
+        "Mul",
+        "Or",
+        "Sub",
+        "Where",
+        "Xor",
+    }
+)
+"""Operators that work on all inputs element by element, each rounding once at most.
+
+They give the same bits for an operand that is enlarged and for one that is not, but for Where of
+floating point, which gives 0.0 for -0.0 in one of them. For Pow, Max and Min, onnxruntime has other
+code for a single number than for many.
+"""
+
+
 def opset_of(model: ir.Model) -> int:
     """The version of the standard operators that the model uses; 0 when it states none."""
     return model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))

@@ -14,11 +14,14 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from graphopt import shape_arithmetic, shape_rules
 from graphopt.operators import is_onnx, subgraphs
 from graphopt.rewriting import small_array
-from graphopt.shape_rules import FOLLOWED, LARGEST_CONTENT, RULES, Fact, Shape, part
-from graphopt.sizes import Algebra, Polynomial, Size
+from graphopt.shape_rules import FOLLOWED, LARGEST_CONTENT, Fact, Shape, part
+from graphopt.sizes import Algebra, Polynomial, Size, may_overflow
 from graphopt.skeleton import known_shape
+
+_RULES = {**shape_rules.RULES, **shape_arithmetic.RULES}
 
 
 class ShapeFacts:
@@ -54,7 +57,7 @@ class ShapeFacts:
         for node in graph:
             for body in subgraphs(node):
                 self._follow(body)
-            rule = RULES.get(node.op_type) if is_onnx(node, node.op_type) else None
+            rule = _RULES.get(node.op_type) if is_onnx(node, node.op_type) else None
             if is_onnx(node, "Split"):
                 for index, value in enumerate(node.outputs):
                     self._facts[value] = self._completed(value, part(self, node, index))
@@ -77,6 +80,9 @@ class ShapeFacts:
             content = self._unknown_content(value, shape)
         if content is not None and len(content) > LARGEST_CONTENT:
             content = None
+        if content is not None and any(may_overflow(s, value.dtype.bitwidth) for s in content):
+            # Then it is another number at run time.
+            content = self._unknown_content(value, shape)
         return Fact(shape, content)
 
     def _unknown_content(self, value: ir.Value, shape: Shape | None) -> Shape | None:

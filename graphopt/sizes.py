@@ -145,6 +145,13 @@ def sign(size: Size) -> int | None:
     return -1 if is_positive(difference(0, size)) else None
 
 
+def may_overflow(size: Size, bits: int) -> bool:
+    """The size may be no integer of so many bits; dimensions and what a few of them make are."""
+    if isinstance(size, int):
+        return not -(2 ** (bits - 1)) <= size < 2 ** (bits - 1)
+    return any(abs(coefficient) >= 2**31 for _, coefficient in size.terms)
+
+
 def _terms(size: Size) -> tuple[tuple[Monomial, int], ...]:
     if isinstance(size, Polynomial):
         return size.terms

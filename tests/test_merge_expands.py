@@ -4,10 +4,10 @@ import pytest
 from becomes import assert_becomes
 
 from graphopt.testing import assert_unchanged
-from graphopt_passes.simplify.merge_expands import BROADCASTING, MergeExpands
+from graphopt_passes.simplify.merge_expands import MergeExpands
 
 
-@pytest.mark.parametrize("op_type", [n for n in BROADCASTING if n in ("Add", "Sub", "Mul", "Div")])
+@pytest.mark.parametrize("op_type", ["Add", "Div", "Mul", "Sub"])
 def test_an_operand_of_the_size_makes_expand_needless(op_type: str) -> None:
     assert_becomes(
         MergeExpands(),

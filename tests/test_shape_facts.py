@@ -147,3 +147,16 @@ def test_signs_are_known_of_dimensions_only() -> None:
     assert may_not_be_negative(n) and not may_not_be_negative(any_number)
     assert is_positive(total(n, 1)) and not is_positive(n)
     assert not may_not_be_negative(difference(n, 1))
+
+
+def test_what_overflows_is_not_followed() -> None:
+    model = parse(
+        """
+        <ir_version: 10, opset_import: ["" : 17]>
+        agraph (float[N] x) => (int64[1] y, int64[1] z)
+        <int64[1] most = {9223372036854775807}, int64[1] one = {1}>
+        { n = Shape(x)  m = Add(n, most)  y = Neg(m)  k = Add(most, one)  z = Neg(k) }
+        """
+    )
+
+    assert assert_true_at_run_time(model, {"x": np.ones(3, np.float32)}) > 0

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.contract import Change, Context, Effect, Pass
-from graphopt.operators import is_onnx
+from graphopt.operators import BROADCASTING, is_onnx
 from graphopt.rewriting import input_of, small_integers
 from graphopt_passes.simplify.chains import (
     Rewriter,
@@ -19,30 +19,6 @@ from graphopt_passes.simplify.chains import (
     sizes_of,
     why_refused,
 )
-
-BROADCASTING = (
-    "Add",
-    "And",
-    "BitwiseAnd",
-    "BitwiseOr",
-    "BitwiseXor",
-    "Div",
-    "Equal",
-    "Greater",
-    "GreaterOrEqual",
-    "Less",
-    "LessOrEqual",
-    "Mul",
-    "Or",
-    "Sub",
-    "Where",
-    "Xor",
-)
-"""Operators that give the same bits for an operand that is enlarged and for one that is not.
-
-For Pow, Max and Min, onnxruntime has other code for a single number than for many, and for Where of
-floating point, which gives 0.0 for -0.0 in one of them and not in the other.
-"""
 
 
 @dataclass(frozen=True)
@@ -67,7 +43,7 @@ class MergeExpands(Pass):
         """Merge from the inputs onwards."""
         rewriter = Rewriter(model)
         rewriter.rewrite(_merge_into, "Expand", "Tile")
-        rewriter.rewrite(_drop_before, *BROADCASTING)
+        rewriter.rewrite(_drop_before, *sorted(BROADCASTING))
         return rewriter.change
 
 

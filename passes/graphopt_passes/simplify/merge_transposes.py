@@ -9,7 +9,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from graphopt.contract import Change, Context, Effect, Pass
-from graphopt.operators import all_graphs, is_onnx
+from graphopt.operators import BROADCASTING, all_graphs, is_onnx
 from graphopt.rewriting import can_replace, only_reader, replace_value, static_shape, why_too_old
 from graphopt.skeleton import known_shape
 
@@ -198,7 +198,7 @@ def _operands(node: ir.Node) -> list[int]:
     """
     if not is_onnx(node, node.op_type) or len(node.outputs) != 1:
         return []
-    if node.op_type in _BROADCASTING:
+    if node.op_type in BROADCASTING:
         return [i for i, value in enumerate(node.inputs) if not _is_single(value)]
     suits = _UNARY.get(node.op_type)
     return [0] if suits is not None and suits(node) else []
@@ -249,25 +249,3 @@ _UNARY: dict[str, Callable[[ir.Node], bool]] = {
     "Tanh": _is_single_precision,
 }
 """Operators that work on the first input element by element, and when."""
-
-_BROADCASTING = frozenset(
-    {
-        "Add",
-        "And",
-        "BitwiseAnd",
-        "BitwiseOr",
-        "BitwiseXor",
-        "Div",
-        "Equal",
-        "Greater",
-        "GreaterOrEqual",
-        "Less",
-        "LessOrEqual",
-        "Mul",
-        "Or",
-        "Sub",
-        "Where",
-        "Xor",
-    }
-)
-"""Operators that work on all inputs element by element, each rounding once at most."""
