@@ -108,7 +108,9 @@ def optimize(
         feed = subject.feed(samples, random_samples, state)
         passes_look = any(p.needs_samples for p in chosen.passes)
         calibration, judged = subject.split(feed, gate_samples, passes_look)
-    working = subject.working_copy(keep_overridable)
+    original = size_as_given(subject.source)
+    fresh = partial(subject.working_copy, keep_overridable, validate or benchmark)
+    working = fresh()
     gate = _gate(subject, working, judged, validate, budgets)
     if standard_ops_only:
         gate.allowed_operators = other_operators(working).keys()
@@ -116,14 +118,12 @@ def optimize(
         gate.check_read(working, subject.source.notes)
     external_data = subject.source.external_data()
     context = Context(
-        original=subject.source.model,
+        read_original=lambda: subject.source.model,
         samples=calibration.samples if calibration is not None else (),
         provider=provider,
         progress=progress,
         scratch=Scratch() if external_data else None,
     )
-    original = size_as_given(subject.source)
-    fresh = partial(subject.working_copy, keep_overridable)
     pipeline = Pipeline(working, original, external_data, gate, context, fresh, strict)
     pipeline.run(chosen)
     stamp(pipeline.model, chosen, subject.source)

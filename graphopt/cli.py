@@ -6,6 +6,8 @@ or a strict check failed, or every lossy pass was dropped; 2 the user's input is
 
 from __future__ import annotations
 
+import atexit
+import gc
 import io
 import logging
 import os
@@ -150,6 +152,9 @@ def optimize(
         if not (strict and run.failures):
             progress("saving")
             run = run.save(output, reuse_data=reuse_data)
+        if not validate:
+            # All of it stays to the end; looking through it for garbage takes a second.
+            gc.freeze()
     _show(report.render_run(run), json, lambda: json_report.run_to_json(run))
     if run.failures:
         raise CheckFailed("; ".join(run.failures))
@@ -328,6 +333,8 @@ def _drop_stdout() -> None:
 
 def main() -> None:
     """Run the command line."""
+    # A graph of many nodes takes a second to take apart, and the process is ending.
+    atexit.register(gc.freeze)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Names of files and values may have characters that the terminal has not.
         sys.stdout.reconfigure(errors="backslashreplace")

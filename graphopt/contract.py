@@ -34,6 +34,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -104,7 +105,7 @@ class Context:
     """What a pass may know about the run beside the model itself.
 
     Attributes:
-        original: the model as it was given, before any pass. Not to be modified.
+        read_original: makes the model as it was given, before any pass; for `original`.
         samples: the calibration samples, one mapping from input name to array each; empty when
             none were given. They can be iterated over again and again. The samples that the gate
             judges by are not among them.
@@ -113,11 +114,16 @@ class Context:
         scratch: where `tensor` puts what is large; None leaves it in memory.
     """
 
-    original: ir.Model
+    read_original: Callable[[], ir.Model]
     samples: Iterable[Sample] = ()
     provider: str = "cpu"
     progress: Callable[[str], None] = lambda _: None
     scratch: Scratch | None = None
+
+    @cached_property
+    def original(self) -> ir.Model:
+        """The model as it was given. Not to be modified."""
+        return self.read_original()
 
     def tensor(
         self, array: np.ndarray, name: str, dtype: ir.DataType | None = None

@@ -14,7 +14,14 @@ from graphopt import saving
 from graphopt.benchmark import BenchmarkReport
 from graphopt.contract import Effect, Skip
 from graphopt.loading import Source
-from graphopt.operators import node_count, opset_of, other_operators
+from graphopt.operators import (
+    Census,
+    all_graphs,
+    census,
+    node_count,
+    opset_of,
+    other_operators,
+)
 from graphopt.recipes import Plan
 from graphopt.runtime import Reference, Session
 from graphopt.validation import OutputError
@@ -75,20 +82,26 @@ class Size:
     other_nodes: int
 
 
-def size_of(model: ir.Model, external_data: bool | None) -> Size:
-    """The size that a model has when it is saved; see `graphopt.saving.save`."""
+def size_of(model: ir.Model, external_data: bool | None, counts: Census | None = None) -> Size:
+    """The size that a model has when it is saved; see `graphopt.saving.save`.
+
+    Args:
+        model: not modified.
+        external_data: as for `save`.
+        counts: the census of all its graphs, if there is one.
+    """
     stored_bytes = saving.stored_bytes(model, external_data)
-    return _size(model, stored_bytes)
+    return _size(model, stored_bytes, counts or census(all_graphs(model)))
 
 
 def size_as_given(source: Source) -> Size:
     """The size of a model as it was given."""
-    return _size(source.model, source.stored_bytes)
+    return _size(source.model, source.stored_bytes, census(all_graphs(source.model)))
 
 
-def _size(model: ir.Model, stored_bytes: int) -> Size:
-    other_nodes = other_operators(model).total()
-    return Size(node_count(model), stored_bytes, opset_of(model), other_nodes)
+def _size(model: ir.Model, stored_bytes: int, counts: Census) -> Size:
+    other_nodes = other_operators(model, counts).total()
+    return Size(node_count(model, counts), stored_bytes, opset_of(model), other_nodes)
 
 
 VERSION_KEY = "graphopt.version"

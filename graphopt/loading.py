@@ -10,8 +10,9 @@ import contextlib
 import hashlib
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -41,30 +42,48 @@ class Source:
     """A model as it was given.
 
     Attributes:
-        model: in memory; weights in external data stay there.
         path: of its file, or None when it was given in memory.
         stored_bytes: size of the graph file and of the data files that it references; of its
             serialized form when it was given in memory.
         graph_sha256: hash of the graph file (or of the serialized form).
         notes: what loading changed, for the user to know.
         invalid: what the onnx checker has against it, or None.
+        data_files: those with external data.
     """
 
-    model: ir.Model
     path: Path | None
     stored_bytes: int
     graph_sha256: str
-    notes: tuple[str, ...] = ()
-    invalid: str | None = None
+    notes: tuple[str, ...]
+    invalid: str | None
+    data_files: frozenset[Path]
+    _read: Callable[[], ir.Model]
+    _held: list[ir.Model]
+
+    @property
+    def model(self) -> ir.Model:
+        """The model in memory, not to be modified; weights in external data stay there."""
+        if not self._held:
+            self._held.append(self._read())
+        return self._held[0]
+
+    def give_away(self) -> ir.Model:
+        """The model, to be modified; when `model` is asked for again, it is made anew.
+
+        A clone of a graph of many nodes takes as long as making it, and is seldom needed.
+        """
+        given, _ = self.model, self.external_tensors
+        self._held.clear()
+        return given
 
     @cached_property
     def external_tensors(self) -> tuple[ir.ExternalTensor, ...]:
         """The weights that are in files beside the graph."""
-        return tuple(external_tensors(self.model))
+        return tuple(external_tensors(self.model)) if self.data_files else ()
 
     def has_external_data(self) -> bool:
         """Some of its weights are in files beside the graph."""
-        return bool(self.external_tensors)
+        return bool(self.data_files)
 
     def external_data(self) -> bool | None:
         """For `saving.save`: True where the weights came in files, None where it may choose."""
@@ -120,7 +139,9 @@ def open_model(model: ModelLike, *, drop_training_info: bool = False) -> Source:
         for raw in digests(list(tensors.values())):
             state.update(raw)
         notes = _unshadowed(clone)
-        return Source(clone, None, size, state.hexdigest(), notes, why_invalid(proto))
+        invalid = why_invalid(proto)
+        files = frozenset(Path(tensor.path) for tensor in external_tensors(clone))
+        return Source(None, size, state.hexdigest(), notes, invalid, files, clone.clone, [])
     if isinstance(model, str | Path):
         path = Path(model)
         data = _read_file(path)
@@ -253,29 +274,43 @@ def _source(
         del proto.training_info[:]
         notes.append("training_info was dropped")
     dense = sum(_densify(scope) for scope in scopes(proto))
-    _check_names(proto.graph)
+    is_sorted = _check_names(proto.graph)
     if _free_negative_dims(proto.graph):
         notes.append("dimensions of inputs or outputs that were negative are free now")
     if _state_opset_of_microsoft(proto):
         notes.append("opset 1 of com.microsoft was used but not stated; it is now")
     if dense:
         notes.append(f"{dense} sparse tensors are stored dense")
-    size += sum(f.stat().st_size for f in check_external_data(proto, path))
+    files = check_external_data(proto, path)
+    folder = path.parent if path is not None and files else None
+    size += sum(file.stat().st_size for file in files)
     invalid = why_invalid(proto)
     try:
         model = from_proto(proto)
     except Exception as error:  # whatever a malformed proto makes onnx-ir raise
         raise ModelError(f"the model is not valid: {invalid or _root(error)}") from error
-    if path is not None:
-        anchor_external_tensors(model, path.parent)
-    if not _is_sorted(proto.graph):
+    if folder is not None:
+        anchor_external_tensors(model, folder)
+    if not is_sorted:
         _sort(model)
         notes.append("nodes were not in topological order; they are now")
         invalid = why_invalid(model)
     if invalid is not None:
         _check_handled(model, invalid)
     notes += _unshadowed(model)
-    return Source(model, path, size, digest, tuple(notes), invalid)
+    read = partial(_made_again, proto, folder, is_sorted)
+    return Source(path, size, digest, tuple(notes), invalid, frozenset(files), read, [model])
+
+
+def _made_again(proto: onnx.ModelProto, folder: Path | None, is_sorted: bool) -> ir.Model:
+    """The model of a proto that was found to be in order."""
+    model = from_proto(proto)
+    if folder is not None:
+        anchor_external_tensors(model, folder)
+    if not is_sorted:
+        model.graph.sort()
+    unshadow(model)
+    return model
 
 
 def _root(error: BaseException) -> BaseException:
@@ -307,30 +342,71 @@ def _sort(model: ir.Model) -> None:
         raise ModelError("the graph has a cycle: its nodes cannot be put in order") from None
 
 
-def _check_names(graph: onnx.GraphProto, outer: tuple[set[str], ...] = ()) -> None:
-    """Raise ModelError where a value is read that nothing makes, or is made twice."""
-    known = {value.name for value in graph.input} | {t.name for t in graph.initializer}
-    for node in graph.node:
-        if not (type(node.name) is type(node.op_type) is type(node.domain) is str):
-            # protobuf gives back as bytes what is not UTF-8, and nothing here could write it.
-            raise ModelError(f"the model is damaged: {_not_text(node)!r} in a node is not text")
-        for name in node.output:
-            if name and name in known:
-                raise ModelError(
-                    f"value {name!r} is made twice, the second time by {describe_node(node)}; "
-                    "values need different names"
-                )
-            known.add(name)
+_Scopes = tuple[set[str], ...]
+"""Names that a graph may read, its own first."""
+
+
+def _check_names(graph: onnx.GraphProto) -> bool:
+    """Whether no node reads what a later one makes. The checker's word is of the first fault only.
+
+    Raises:
+        ModelError: a value is read that nothing makes, or is made twice.
+    """
+    if _is_sorted(graph):
+        return True
+    _check_made(graph)
+    return False
+
+
+def _is_sorted(graph: onnx.GraphProto, outer: _Scopes = ()) -> bool:
+    known = _given_names(graph)
     scopes = (known, *outer)
     for node in graph.node:
         for name in node.input:
             if name and name not in known and not any(name in scope for scope in outer):
+                return False
+        if node.attribute and not all(_is_sorted(inner, scopes) for inner in inner_graphs(node)):
+            return False
+        _add_made_by(node, known)
+    _check_outputs(graph, scopes)
+    return True
+
+
+def _check_made(graph: onnx.GraphProto, outer: _Scopes = ()) -> None:
+    known = _given_names(graph)
+    for node in graph.node:
+        _add_made_by(node, known)
+    scopes = (known, *outer)
+    for node in graph.node:
+        for name in node.input:
+            if name and not any(name in scope for scope in scopes):
                 raise ModelError(
                     f"{describe_node(node)} reads {name!r}, which nothing makes: no input, "
                     "initializer or node has that name"
                 )
         for inner in inner_graphs(node) if node.attribute else ():
-            _check_names(inner, scopes)
+            _check_made(inner, scopes)
+    _check_outputs(graph, scopes)
+
+
+def _given_names(graph: onnx.GraphProto) -> set[str]:
+    return {value.name for value in graph.input} | {t.name for t in graph.initializer}
+
+
+def _add_made_by(node: onnx.NodeProto, known: set[str]) -> None:
+    if not (type(node.name) is type(node.op_type) is type(node.domain) is str):
+        # protobuf gives back as bytes what is not UTF-8, and nothing here could write it.
+        raise ModelError(f"the model is damaged: {_not_text(node)!r} in a node is not text")
+    for name in node.output:
+        if name and name in known:
+            raise ModelError(
+                f"value {name!r} is made twice, the second time by {describe_node(node)}; "
+                "values need different names"
+            )
+        known.add(name)
+
+
+def _check_outputs(graph: onnx.GraphProto, scopes: _Scopes) -> None:
     for value in graph.output:
         if not any(value.name in scope for scope in scopes):
             raise ModelError(f"output {value.name!r} is made by nothing in the graph")
@@ -339,20 +415,6 @@ def _check_names(graph: onnx.GraphProto, outer: tuple[set[str], ...] = ()) -> No
 def _not_text(node: onnx.NodeProto) -> bytes:
     texts: tuple[object, ...] = (node.name, node.op_type, node.domain)
     return next(text for text in texts if isinstance(text, bytes))[:40]
-
-
-def _is_sorted(graph: onnx.GraphProto, outer: tuple[set[str], ...] = ()) -> bool:
-    """No node reads what a later one makes. The checker's word is of the first fault only."""
-    known = {"", *(value.name for value in graph.input), *(t.name for t in graph.initializer)}
-    scopes = (known, *outer)
-    for node in graph.node:
-        for name in node.input:
-            if name not in known and not any(name in scope for scope in outer):
-                return False
-        if node.attribute and not all(_is_sorted(inner, scopes) for inner in inner_graphs(node)):
-            return False
-        known.update(node.output)
-    return True
 
 
 def _free_negative_dims(graph: onnx.GraphProto) -> bool:

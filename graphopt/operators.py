@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -59,7 +59,8 @@ def opset_of(model: ir.Model) -> int:
 
 def is_onnx(node: ir.Node, *op_types: str) -> bool:
     """The node is one of these operators of the standard domain."""
-    return node.domain in ONNX_DOMAINS and node.op_type in op_types
+    # In this order: most nodes are of another operator.
+    return node.op_type in op_types and node.domain in ONNX_DOMAINS
 
 
 def is_random(node: ir.Node) -> bool:
@@ -142,24 +143,34 @@ def _nested(graph: ir.Graph) -> Iterator[ir.Graph]:
                 waiting += subgraphs(node)
 
 
-def census(model: ir.Model) -> Counter[tuple[str, str]]:
-    """How many nodes there are of each domain and operator, in the graph and its subgraphs."""
-    counts: Counter[tuple[str, str]] = Counter()
-    for graph in all_graphs(model):
-        counts.update((node.domain, node.op_type) for node in graph)
+Census = Mapping[tuple[str, str], int]
+"""How many nodes there are of each domain and operator."""
+
+
+def census(graphs: Iterable[ir.Graph]) -> Census:
+    """The nodes of graphs, those nested in them not counted, by domain and operator."""
+    counts: dict[tuple[str, str], int] = {}
+    for graph in graphs:
+        for node in graph:
+            key = node.domain, node.op_type
+            counts[key] = counts.get(key, 0) + 1
     return counts
 
 
-def other_operators(model: ir.Model) -> Counter[str]:
+def other_operators(model: ir.Model, counts: Census | None = None) -> Counter[str]:
     """Nodes of operators that ONNX does not define, by domain and name; functions are looked into.
 
     Calls of the model's own functions are none of them.
+
+    Args:
+        model: not modified.
+        counts: the census of all its graphs, if there is one.
     """
     if not model.functions:
         return Counter(
             {
                 f"{domain}.{op_type}": count
-                for (domain, op_type), count in census(model).items()
+                for (domain, op_type), count in (counts or census(all_graphs(model))).items()
                 if domain not in STANDARD_DOMAINS
             }
         )
@@ -171,14 +182,19 @@ def other_operators(model: ir.Model) -> Counter[str]:
     )
 
 
-def node_count(model: ir.Model) -> int:
+def node_count(model: ir.Model, counts: Census | None = None) -> int:
     """Nodes in the graph and its subgraphs; Constant nodes do not count.
 
     A call of a model-local function counts as the nodes of the function, which is what runs.
+
+    Args:
+        model: not modified.
+        counts: the census of all its graphs, if there is one.
     """
     if not model.functions:
-        counts = census(model)
-        return counts.total() - sum(counts[domain, "Constant"] for domain in ONNX_DOMAINS)
+        counts = counts or census(all_graphs(model))
+        constants = sum(counts.get((domain, "Constant"), 0) for domain in ONNX_DOMAINS)
+        return sum(counts.values()) - constants
     return _count_nodes(model.graph, model, {})
 
 

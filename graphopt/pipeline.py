@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -14,9 +14,16 @@ from graphopt.contract import Change, Context, Effect, Pass
 from graphopt.errors import CheckFailed, GraphoptError
 from graphopt.gate import Gate
 from graphopt.ledger import Size, Step, Verdict, size_of
-from graphopt.operators import ONNX_DOMAINS, all_graphs, attributes_of, census, graphs_and_functions
+from graphopt.operators import (
+    ONNX_DOMAINS,
+    Census,
+    all_graphs,
+    attributes_of,
+    census,
+    graphs_and_functions,
+)
 from graphopt.recipes import Plan
-from graphopt.skeleton import infer_shapes
+from graphopt.skeleton import infer_shapes, known_shape
 
 logger = logging.getLogger("graphopt")
 
@@ -93,12 +100,12 @@ class Pipeline:
         return self.gate.why_malformed(self.model) is None
 
     def _run_rounds(self, plan: Plan, attempt: Attempt) -> None:
-        self._unread = _unread_initializers(self.model)
-        self._operators = _operators_in(self.model)
+        self._unread = _unread_initializers(all_graphs(self.model))
+        self._operators = _operators_in(census(all_graphs(self.model)))
         waiting = [(one, -1) for one in plan.passes]
         version = 0
         for round_number in range(1, ROUNDS_MAXIMUM + 1):
-            if round_number > 1:
+            if round_number > 1 and _lacks_sizes(all_graphs(self.model)):
                 infer_shapes(self.model)
                 self._spare = None
             left = []
@@ -109,9 +116,7 @@ class Pipeline:
                 step = self._step(one, round_number, attempt)
                 if round_number == 1 or step.verdict not in ("unchanged", "refused"):
                     self.steps.append(step)
-                if step.kept:
-                    version += 1
-                    self._operators = _operators_in(self.model)
+                version += step.kept
                 if step.verdict != "rolled back":
                     left.append((one, -1 if step.kept else version))
             waiting = left
@@ -156,11 +161,18 @@ class Pipeline:
         change = one.apply(self.model, self.context)
         if not change:
             return change, "unchanged", None
-        _drop_orphans(self._unread, self.model)
-        if _lacks_types(self.model):
-            infer_shapes(self.model)
-        self.size = size_of(self.model, self.external_data)
+        graphs = list(all_graphs(self.model))
+        _drop_orphans(self._unread, graphs)
+        self._take(self.model, graphs)
         return change, "kept", None
+
+    def _take(self, model: ir.Model, graphs: Sequence[ir.Graph]) -> None:
+        """Go on from a model that a pass has changed; the graphs are all of it."""
+        if _lacks_types(graphs):
+            infer_shapes(model)
+        counts = census(graphs)
+        self.model, self.size = model, size_of(model, self.external_data, counts)
+        self._operators = _operators_in(counts)
 
     def _has_nothing_for(self, one: Pass) -> bool:
         return one.operators is not None and one.operators.isdisjoint(self._operators)
@@ -187,7 +199,8 @@ class Pipeline:
             change = one.apply(candidate, self.context)
             if not change:
                 return change, "unchanged", None
-            _drop_orphans(self._unread, candidate)
+            graphs = list(all_graphs(candidate))
+            _drop_orphans(self._unread, graphs)
             reason = self.gate.why_rejected(candidate, one)
         except GraphoptError as error:
             reason = str(error)
@@ -197,43 +210,53 @@ class Pipeline:
         if reason is not None:
             self._spare = None
             return change, "rolled back", reason
-        if _lacks_types(candidate):
-            infer_shapes(candidate)
-        self.model, self.size, self._spare = candidate, size_of(candidate, self.external_data), None
+        self._take(candidate, graphs)
+        self._spare = None
         return change, "kept", None
 
 
-def _operators_in(model: ir.Model) -> frozenset[str]:
-    return frozenset(op_type for _, op_type in census(model))
+def _operators_in(counts: Census) -> frozenset[str]:
+    return frozenset(op_type for _, op_type in counts)
 
 
-def _unread_initializers(model: ir.Model) -> set[str]:
+def _unread_initializers(graphs: Iterable[ir.Graph]) -> set[str]:
     return {
         name
-        for graph in all_graphs(model)
+        for graph in graphs
         for name, value in graph.initializers.items()
         if not (value.uses() or value.is_graph_output() or value.is_graph_input())
     }
 
 
-def _drop_orphans(unread_before: set[str], after: ir.Model) -> None:
+def _drop_orphans(unread_before: set[str], graphs: Sequence[ir.Graph]) -> None:
     """Remove the initializers that lost their last reader: what a pass replaced is not stored."""
-    orphans = _unread_initializers(after) - unread_before
+    orphans = _unread_initializers(graphs) - unread_before
     if not orphans:
         return
-    for graph in all_graphs(after):
+    for graph in graphs:
         for name in orphans & graph.initializers.keys():
             del graph.initializers[name]
 
 
-def _lacks_types(model: ir.Model) -> bool:
+def _lacks_types(graphs: Iterable[ir.Graph]) -> bool:
     """A pass made values and left it to inference to say what they are."""
-    return any(
-        value.type is None and value.name and node.domain in ONNX_DOMAINS
-        for graph in all_graphs(model)
-        for node in graph
-        for value in node.outputs
-    )
+    for graph in graphs:
+        for node in graph:
+            for value in node.outputs:
+                if value.type is None and value.name and node.domain in ONNX_DOMAINS:
+                    return True
+    return False
+
+
+def _lacks_sizes(graphs: Iterable[ir.Graph]) -> bool:
+    """Of some value a dimension has neither a size nor a name, which inference may find now."""
+    for graph in graphs:
+        for node in graph:
+            for value in node.outputs:
+                shape = known_shape(value)
+                if shape is None or shape.has_unknown_dim():
+                    return True
+    return False
 
 
 def _traits(model: ir.Model) -> list[object]:

@@ -22,6 +22,10 @@ SMALL_ELEMENTS = 1024
 """Constants up to this many elements are shape arithmetic and the like, and cheap to look at."""
 
 
+_ARRAY = "graphopt.array"
+"""Key in the `meta` of a tensor: its array, or False where that is large."""
+
+
 def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
     """The tensor of a constant, or None when the value is not one.
 
@@ -88,9 +92,13 @@ def why_too_old(model: ir.Model, first_opset: int) -> str | None:
 def small_array(value: ir.Value | None, limit: int = SMALL_ELEMENTS) -> np.ndarray | None:
     """The array of a constant of at most `limit` elements, or None. Not to be modified."""
     tensor = constant_tensor(value)
-    if tensor is None or tensor.size > limit:
+    if tensor is None:
         return None
-    return tensor.numpy()
+    known: np.ndarray | bool | None = tensor.meta.get(_ARRAY)
+    if known is None:
+        # Asked for again and again, and a tensor in a proto makes its array anew each time.
+        known = tensor.meta[_ARRAY] = tensor.size <= SMALL_ELEMENTS and tensor.numpy()
+    return known if isinstance(known, np.ndarray) and known.size <= limit else None
 
 
 def static_shape(value: ir.Value | None) -> tuple[int, ...] | None:
@@ -143,6 +151,8 @@ def unshadow(model: ir.Model) -> int:
     In memory a node refers to values, on disk to names. A rewrite that lets a body read another
     outer value would be read back as a reading of the inner value of that name.
     """
+    if not any(subgraphs(node) for node in model.graph):
+        return 0
     names = Names(model)
     waiting = [(model.graph, frozenset[str]())]
     renamed = 0

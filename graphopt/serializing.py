@@ -27,6 +27,9 @@ MAPS = "graphopt.maps"
 UNANNOTATED = "graphopt.unannotated"
 """Key in `Graph.meta`: no value has a quantization annotation."""
 
+_PROTO = "graphopt.proto"
+"""Key in `Attr.meta`: the attribute as a proto."""
+
 _ANNOTATION = "quant_parameter_tensor_names"
 """Key in `Value.meta` under which onnx-ir keeps a quantization annotation."""
 
@@ -113,6 +116,9 @@ def _write_graph(
 
 def is_large(tensor: ir.TensorProtocol) -> bool:
     """The tensor is left out of a skeleton."""
+    if type(tensor) is ir.TensorProtoTensor and tensor.raw.ByteSize() <= LARGE_BYTES:
+        # Told apart first: a tensor in a proto makes its shape anew each time.
+        return False
     return tensor.dtype != ir.DataType.STRING and tensor.nbytes > LARGE_BYTES
 
 
@@ -162,11 +168,22 @@ def write_node(proto: onnx.NodeProto, node: ir.Node, ir_version: int, tell: Tell
     while outputs and not outputs[-1]:
         outputs.pop()
     proto.output.extend(outputs)
-    for attribute in attributes_of(node):
-        if attribute.is_ref():
-            ir.serde.serialize_reference_attribute_into(proto.attribute.add(), attribute)
-        else:
-            ir.serde.serialize_attribute_into(proto.attribute.add(), attribute)
+    proto.attribute.extend([attribute_proto(attribute) for attribute in attributes_of(node)])
+
+
+def attribute_proto(attribute: ir.Attr) -> onnx.AttributeProto:
+    """The attribute as a proto, which is kept while it is small: an attribute never changes."""
+    known: onnx.AttributeProto | None = attribute.meta.get(_PROTO)
+    if known is not None:
+        return known
+    proto = onnx.AttributeProto()
+    if attribute.is_ref():
+        ir.serde.serialize_reference_attribute_into(proto, attribute)
+    else:
+        ir.serde.serialize_attribute_into(proto, attribute)
+    if proto.ByteSize() <= LARGE_BYTES:
+        attribute.meta[_PROTO] = proto
+    return proto
 
 
 def _forget_untold(proto: onnx.NodeProto, node: ir.Node, tell: Tell) -> None:

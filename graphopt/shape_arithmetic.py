@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from graphopt.rewriting import input_of, small_array
-from graphopt.shape_rules import INTEGERS, LARGEST_CONTENT, Fact, Rule, Shape, broadcast
+from graphopt.shape_rules import FOLLOWED, INTEGERS, LARGEST_CONTENT, Fact, Rule, Shape, broadcast
 from graphopt.sizes import Size, difference, may_not_be_negative, sign, total
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def _elementwise(
     combine: Callable[[ShapeFacts, Size, Size], Size | None], facts: ShapeFacts, node: ir.Node
 ) -> Fact:
     shape = broadcast(facts, node).shape
-    if len(node.inputs) != 2:
+    if len(node.inputs) != 2 or node.outputs[0].dtype not in FOLLOWED:
         return Fact(shape)
     first, second = (facts.of(value) for value in node.inputs)
     if shape is None or len(shape) > 1 or first.content is None or second.content is None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from graphopt import shape_arithmetic, shape_rules
-from graphopt.operators import is_onnx, subgraphs
+from graphopt.operators import ONNX_DOMAINS, is_onnx, subgraphs
 from graphopt.rewriting import small_array
 from graphopt.shape_rules import FOLLOWED, LARGEST_CONTENT, Fact, Shape, part
 from graphopt.sizes import Algebra, Polynomial, Size, may_overflow
@@ -39,9 +39,10 @@ class ShapeFacts:
         """The fact about a value."""
         if value is None:
             return Fact()
-        if value not in self._facts:
-            self._facts[value] = self._about_given(value)
-        return self._facts[value]
+        known = self._facts.get(value)
+        if known is None:
+            known = self._facts[value] = self._about_given(value)
+        return known
 
     def shape(self, value: ir.Value | None) -> Shape | None:
         """The shape of a value; None where not even its rank is known."""
@@ -57,11 +58,11 @@ class ShapeFacts:
         for node in graph:
             for body in subgraphs(node):
                 self._follow(body)
-            rule = _RULES.get(node.op_type) if is_onnx(node, node.op_type) else None
             if is_onnx(node, "Split"):
                 for index, value in enumerate(node.outputs):
                     self._facts[value] = self._completed(value, part(self, node, index))
                 continue
+            rule = _RULES.get(node.op_type) if node.domain in ONNX_DOMAINS else None
             found = rule(self, node) if rule is not None else None
             for value in node.outputs:
                 self._facts[value] = self._completed(value, found)

@@ -68,6 +68,8 @@ def _broadcast_shape(facts: ShapeFacts, shapes: Sequence[Shape | None]) -> Shape
     known = [shape for shape in shapes if shape is not None]
     if len(known) < len(shapes):
         return None
+    if known.count(known[0]) == len(known):
+        return known[0]
     rank = max(map(len, known))
     aligned = [(1,) * (rank - len(shape)) + shape for shape in known]
     return tuple(_broadcast_size(facts, sizes) for sizes in zip(*aligned, strict=True))

@@ -43,6 +43,9 @@ def from_proto(proto: onnx.ModelProto) -> ir.Model:
             del graph.value_info[:]
             graph.value_info.extend(kept)
     model = ir.from_proto(proto)
+    for info in (*proto.graph.input, *proto.graph.output):
+        if info.name in maps:
+            info.type.CopyFrom(maps[info.name])
     if maps:
         model.graph.meta[MAPS] = maps
     if not proto.graph.quantization_annotation:
@@ -71,17 +74,22 @@ def without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
     for field, content in proto.graph.ListFields():
         if field.name != "initializer":
             _copy_field(light.graph, field, content)
-    inputs = {i.name for i in proto.graph.input}
-    for tensor in proto.graph.initializer:
+    _add_light(light.graph, proto.graph.initializer)
+    return light
+
+
+def _add_light(graph: onnx.GraphProto, tensors: Iterable[onnx.TensorProto]) -> None:
+    """Add initializers to a graph, those that are large as inputs."""
+    inputs = {i.name for i in graph.input}
+    for tensor in tensors:
         if tensor.name in inputs:
             continue
         if tensor.data_location != onnx.TensorProto.EXTERNAL and tensor.ByteSize() <= LARGE_BYTES:
-            light.graph.initializer.add().CopyFrom(tensor)
+            graph.initializer.add().CopyFrom(tensor)
         else:
-            light.graph.input.append(
+            graph.input.append(
                 onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
             )
-    return light
 
 
 def _copy_field(message: onnx.ModelProto | onnx.GraphProto, field: object, content: object) -> None:
@@ -97,7 +105,11 @@ def _copy_field(message: onnx.ModelProto | onnx.GraphProto, field: object, conte
 
 def skeleton(model: ir.Model, tell: Tell = everything) -> onnx.ModelProto:
     """The model without its weights; see the head of this file, and `stubbed` for `tell`."""
-    return without_weights(stubbed(model, tell)[0])
+    proto, _ = stubbed(model, tell)
+    tensors = list(proto.graph.initializer)
+    del proto.graph.initializer[:]
+    _add_light(proto.graph, tensors)
+    return proto
 
 
 def _is_made_by_foreign(value: ir.Value) -> bool:

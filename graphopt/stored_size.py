@@ -14,9 +14,9 @@ import onnx_ir as ir
 
 from graphopt.operators import attributes_of
 from graphopt.serializing import (
-    LARGE_BYTES,
     UNANNOTATED,
     Tell,
+    attribute_proto,
     is_large,
     is_written_plainly,
     model_shell,
@@ -28,7 +28,9 @@ from graphopt.serializing import (
 )
 
 _BYTES = "graphopt.bytes"
-"""Key in the `meta` of an attribute or tensor: the bytes that it takes, its own name left out."""
+"""Key in the `meta` of an attribute or tensor: the bytes that it takes as a field of what it is in.
+
+Those of a tensor are a `_TensorSize`."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def stored_size(model: ir.Model, tell: Tell) -> StoredSize:
         for name, value in model.graph.initializers.items()
         if (tensor := value.const_value) is not None
     ]
-    nodes = sum(_field(_node_bytes(node, model.ir_version, tell)) for node in model.graph)
+    nodes = _nodes_bytes(model.graph, model.ir_version, tell)
     common = graph_bytes + nodes + _annotation_bytes(model.graph)
     common += sum(map(_field, _value_bytes(model.graph, tell)))
     inline = sum(_field(name + size.inline) for name, _, size in tensors)
@@ -95,12 +97,17 @@ def _text(text: str) -> int:
     return size + 2 if size < 128 else size + 1 + _varint(size)
 
 
-def _node_bytes(node: ir.Node, ir_version: int, tell: Tell) -> int:
-    if not is_written_plainly(node):
-        proto = onnx.NodeProto()
-        write_node(proto, node, ir_version, tell)
-        return proto.ByteSize()
-    return plain_node_bytes(node)
+def _nodes_bytes(graph: ir.Graph, ir_version: int, tell: Tell) -> int:
+    total = 0
+    for node in graph:
+        if is_written_plainly(node):
+            size = plain_node_bytes(node)
+        else:
+            proto = onnx.NodeProto()
+            write_node(proto, node, ir_version, tell)
+            size = proto.ByteSize()
+        total += size + 2 if size < SHORT else _field(size)
+    return total
 
 
 def plain_node_bytes(node: ir.Node) -> int:
@@ -110,30 +117,33 @@ def plain_node_bytes(node: ir.Node) -> int:
         texts.append(node.domain)
     if node.name:
         texts.append(node.name)
-    texts += ["" if value is None else value.name or "" for value in node.inputs]
-    outputs = [value.name or "" for value in node.outputs]
-    while outputs and not outputs[-1]:
-        outputs.pop()
-    texts += outputs
+    for read in node.inputs:
+        texts.append("" if read is None else read.name or "")
+    for made in node.outputs:
+        texts.append(made.name or "")
+    if not texts[-1]:
+        _drop_unnamed_outputs(texts, len(node.outputs))
     joined = "".join(texts)
-    size = len(joined) + 2 * len(texts)
-    if len(joined) >= SHORT or not joined.isascii():
+    if len(joined) < SHORT and joined.isascii():
+        size = len(joined) + 2 * len(texts)
+    else:
         size = sum(map(_text, texts))
     for attribute in attributes_of(node):
-        size += _field(_attribute_bytes(attribute))
+        known: int | None = attribute.meta.data.get(_BYTES)
+        size += known if known is not None else _attribute_bytes(attribute)
     return size
 
 
+def _drop_unnamed_outputs(texts: list[str], output_count: int) -> None:
+    """Of the outputs at the end, those without a name are not written."""
+    while output_count and not texts[-1]:
+        texts.pop()
+        output_count -= 1
+
+
 def _attribute_bytes(attribute: ir.Attr) -> int:
-    known: int | None = attribute.meta.get(_BYTES)
-    if known is None:
-        proto = onnx.AttributeProto()
-        if attribute.is_ref():
-            ir.serde.serialize_reference_attribute_into(proto, attribute)
-        else:
-            ir.serde.serialize_attribute_into(proto, attribute)
-        known = attribute.meta[_BYTES] = proto.ByteSize()
-    return known
+    size = attribute.meta[_BYTES] = _field(attribute_proto(attribute).ByteSize())
+    return size
 
 
 @dataclass(frozen=True)
@@ -157,7 +167,7 @@ def _measured(tensor: ir.TensorProtocol) -> _TensorSize:
         # Written as it was read.
         raw = tensor.raw
         size = raw.ByteSize() - (_text(raw.name) if raw.name else 0)
-        if size <= LARGE_BYTES or not is_large(tensor):
+        if not is_large(tensor):
             return _TensorSize(size, size, 0)
         return _TensorSize(size, _bare_bytes(stub_of(tensor)), tensor.nbytes)
     if not is_large(tensor):

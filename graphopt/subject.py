@@ -102,14 +102,16 @@ class Subject:
         return calibration, judged
 
     @no_collection()
-    def working_copy(self, keep_overridable: bool) -> ir.Model:
-        """A clone for the passes to start from.
+    def working_copy(self, keep_overridable: bool, is_needed_again: bool) -> ir.Model:
+        """The model for the passes to start from.
 
         Args:
             keep_overridable: leave inputs that have a default open to callers; otherwise they are
-                constants in the clone.
+                constants in the copy.
+            is_needed_again: the model as it was given is going to be looked at later, too.
         """
-        working = self.source.model.clone()
+        source = self.source
+        working = source.model.clone() if is_needed_again else source.give_away()
         loading.allow_new_initializers(working)
         frozen = () if keep_overridable else loading.freeze_overridable_inputs(working)
         note = (

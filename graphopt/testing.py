@@ -50,7 +50,8 @@ def parse(text: str, **initializers: np.ndarray) -> ir.Model:
 def apply_pass(tested: Pass, model: ir.Model, **context: object) -> Change:
     """Apply the pass to the model in place, as the pipeline does, with shapes inferred."""
     infer_shapes(model)
-    full = Context(original=model.clone(), **context)  # type: ignore[arg-type]
+    original = model.clone()
+    full = Context(lambda: original, **context)  # type: ignore[arg-type]
     refusal = tested.refuse(model, full)
     assert refusal is None, f"{tested} refuses: {refusal}"
     change = tested.apply(model, full)

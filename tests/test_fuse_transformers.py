@@ -305,7 +305,7 @@ def test_weights_that_stay_keep_their_tensors_and_new_ones_go_to_scratch() -> No
 
 def test_refuses_what_the_fusions_would_read_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
     def why(model: ir.Model, **options: int) -> str:
-        return FuseTransformers(**options).refuse(model, Context(original=model)) or ""
+        return FuseTransformers(**options).refuse(model, Context(lambda: model)) or ""
 
     branch = parse(
         """

@@ -50,6 +50,6 @@ def test_refuses_functions_of_another_opset() -> None:
         """
     )
 
-    reason = InlineFunctions().refuse(model, Context(original=model))
+    reason = InlineFunctions().refuse(model, Context(lambda: model))
 
     assert reason == "function f is of opset 11, the model of 17"

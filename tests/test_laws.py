@@ -57,7 +57,7 @@ def samples(model: ir.Model, effect: Effect = Effect.ROUNDING) -> list[Sample]:
 
 def applied(one: Pass, model: ir.Model) -> Change:
     infer_shapes(model)
-    context = Context(original=model)
+    context = Context(lambda: model)
     return Change() if one.refuse(model, context) else one.apply(model, context)
 
 

@@ -236,7 +236,7 @@ def test_refuses_ir_versions_without_constant_initializers() -> None:
         '<ir_version: 3, opset_import: ["" : 8]> agraph (float[2] x) => (float[2] y) { y = Exp(x) }'
     )
 
-    assert "IR version 3" in (MergeReshapes().refuse(model, Context(original=model)) or "")
+    assert "IR version 3" in (MergeReshapes().refuse(model, Context(lambda: model)) or "")
 
 
 # ------------------------------------------------------------------ random runs

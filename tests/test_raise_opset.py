@@ -163,7 +163,7 @@ def test_a_mask_that_is_read_stays_as_it_was(opset: int, outputs: str, stays: bo
 
     before = model.clone()
 
-    change = RaiseOpset().apply(model, Context(original=model))
+    change = RaiseOpset().apply(model, Context(lambda: model))
 
     assert_equivalent(before, model)
     reason = "the mask of a Dropout, which is read, is another one before opset 12"
@@ -185,7 +185,7 @@ def test_a_scan_of_opset_8_stays() -> None:
         """
     )
 
-    change = RaiseOpset(grow=True).apply(model, Context(original=model))
+    change = RaiseOpset(grow=True).apply(model, Context(lambda: model))
 
     assert not change
     assert change.skips[0].reason == "onnx cannot convert Scan, which lost its batch axis"
@@ -261,7 +261,7 @@ def test_refuses_a_model_with_functions() -> None:
         """
     )
 
-    reason = RaiseOpset().refuse(model, Context(original=model))
+    reason = RaiseOpset().refuse(model, Context(lambda: model))
 
     assert reason == "the model has functions; run inline-functions before"
 
@@ -283,7 +283,7 @@ def test_what_onnx_cannot_convert_stays_with_a_reason() -> None:
     )
     before = ir.to_proto(model).SerializeToString()
 
-    change = RaiseOpset().apply(model, Context(original=model))
+    change = RaiseOpset().apply(model, Context(lambda: model))
 
     assert not change
     assert ir.to_proto(model).SerializeToString() == before

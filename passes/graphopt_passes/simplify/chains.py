@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.contract import Change
-from graphopt.operators import all_graphs, is_onnx, opset_of
+from graphopt.operators import ONNX_DOMAINS, all_graphs, is_onnx, opset_of
 from graphopt.rewriting import (
     Names,
     add_initializer,
@@ -51,7 +51,13 @@ class Rewriter:
 
     def nodes(self, *op_types: str) -> list[ir.Node]:
         """The nodes of these operators, in all graphs, each graph from its inputs onwards."""
-        return [n for graph in all_graphs(self._model) for n in graph if is_onnx(n, *op_types)]
+        wanted = frozenset(op_types)
+        return [
+            node
+            for graph in all_graphs(self._model)
+            for node in graph
+            if node.op_type in wanted and node.domain in ONNX_DOMAINS
+        ]
 
     def rewrite(self, rule: Rule, *op_types: str) -> None:
         """Apply a rule to every node of these operators, until it finds nothing any more."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 import onnx
 import onnx_ir as ir
 
 from graphopt.contract import Change, Context, Effect, Pass
-from graphopt.operators import ONNX_DOMAINS, all_graphs, opset_of
+from graphopt.operators import ONNX_DOMAINS, all_graphs, attributes_of, opset_of
 
 _SPATIAL = frozenset(
     {"AveragePool", "Conv", "ConvInteger", "ConvTranspose", "LpPool", "MaxPool", "QLinearConv"}
@@ -36,31 +38,43 @@ class DropDefaults(Pass):
         opset = opset_of(model)
         for graph in all_graphs(model):
             for node in graph:
-                if node.domain in ONNX_DOMAINS:
+                if node.attributes.data and node.domain in ONNX_DOMAINS:
                     _drop(node, opset, change)
         return change
 
 
 def _drop(node: ir.Node, version: int, change: Change) -> None:
-    try:
-        schema = onnx.defs.get_schema(node.op_type, version, "")
-    except onnx.defs.SchemaError:
+    defaults = _defaults(node.op_type, version)
+    if defaults is None:
         change.skip(node, f"onnx has no schema of it at opset {version}")
         return
-    for name, attribute in list(node.attributes.items()):
-        known = schema.attributes.get(name)
-        if known is None or attribute.is_ref():
+    for attribute in list(attributes_of(node)):
+        if attribute.name not in defaults or attribute.is_ref():
             continue
-        if _is_default(attribute, known.default_value) or _is_neutral(node, attribute):
-            del node.attributes[name]
+        if _is_default(attribute, defaults[attribute.name]) or _is_neutral(node, attribute):
+            del node.attributes[attribute.name]
             change.count("default attribute dropped")
 
 
-def _is_default(attribute: ir.Attr, default: onnx.AttributeProto) -> bool:
-    if default.type == onnx.AttributeProto.UNDEFINED:
+@cache
+def _defaults(op_type: str, version: int) -> Mapping[str, ir.Attr | None] | None:
+    """The attributes of an operator, with their defaults where they have one."""
+    try:
+        schema = onnx.defs.get_schema(op_type, version, "")
+    except onnx.defs.SchemaError:
+        return None
+    return {
+        name: None
+        if known.default_value.type == onnx.AttributeProto.UNDEFINED
+        else ir.serde.deserialize_attribute(known.default_value)
+        for name, known in schema.attributes.items()
+    }
+
+
+def _is_default(attribute: ir.Attr, default: ir.Attr | None) -> bool:
+    if default is None or attribute.type is not default.type:
         return False
-    same_type = attribute.type.value == default.type
-    return same_type and attribute.value == ir.serde.deserialize_attribute(default).value
+    return bool(attribute.value == default.value)
 
 
 def _is_neutral(node: ir.Node, attribute: ir.Attr) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.contract import Change, Context, Effect, Pass
-from graphopt.operators import all_graphs, is_onnx, opset_of
+from graphopt.operators import ONNX_DOMAINS, all_graphs, opset_of
 from graphopt.rewriting import (
     can_replace,
     replace_value,
@@ -97,15 +97,18 @@ Verdict = ir.Value | str | None
 
 
 def _passed_on(node: ir.Node, opset: int) -> Verdict:
-    if not is_onnx(node, node.op_type) or not node.inputs or not node.outputs:
+    op_type = node.op_type
+    if op_type not in _KINDS or node.domain not in ONNX_DOMAINS:
+        return None
+    if not node.inputs or not node.outputs:
         return None
     if any(o.uses() or o.is_graph_output() for o in node.outputs[1:]):
         return None
-    if node.op_type in _NEUTRAL:
-        return _beside_neutral(node, *_NEUTRAL[node.op_type])
-    if node.op_type in _UNDO_THEMSELVES:
+    if op_type in _NEUTRAL:
+        return _beside_neutral(node, *_NEUTRAL[op_type])
+    if op_type in _UNDO_THEMSELVES:
         return _before_its_inverse(node)
-    unchanged = UNCHANGED.get(node.op_type)
+    unchanged = UNCHANGED.get(op_type)
     if unchanged is None or node.inputs[0] is None or not unchanged(node, opset):
         return None
     return node.inputs[0]
@@ -193,3 +196,6 @@ _NEUTRAL: dict[str, tuple[Callable[[np.ndarray], bool], bool]] = {
     "Xor": (_is_false, True),
 }
 """For binary operators: which constants are neutral, and whether on the left side as well."""
+
+_KINDS = frozenset({*_NEUTRAL, *_UNDO_THEMSELVES, *UNCHANGED})
+"""The operators of which a node may pass its input on."""

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.contract import Change, Context, Effect, Pass
-from graphopt.operators import is_onnx, opset_of, subgraphs
+from graphopt.operators import ONNX_DOMAINS, is_onnx, opset_of, subgraphs
 from graphopt.packing import is_constant
 from graphopt.rewriting import (
     Names,
@@ -116,15 +116,16 @@ class _Folding:
         for node in graph:
             for body in subgraphs(node):
                 self.fold(body, scope.inner())
-            if not is_onnx(node, node.op_type) or is_onnx(node, "Constant"):
+            op_type = node.op_type
+            if node.domain not in ONNX_DOMAINS or op_type == "Constant":
                 continue
-            if node.op_type in ("Reshape", "Expand", "Slice") and self._keeps_shape(node):
+            if op_type in ("Reshape", "Expand", "Slice") and self._keeps_shape(node):
                 continue
-            if is_onnx(node, "Reshape"):
+            if op_type == "Reshape":
                 self._state_target(node)
-            elif is_onnx(node, "Slice"):
+            elif op_type == "Slice":
                 self._state_ends(node)
-            elif is_onnx(node, "Shape"):
+            elif op_type == "Shape":
                 self._note_dimensions(node, scope)
             for value in node.outputs:
                 content = self.facts.content(value)
