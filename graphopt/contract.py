@@ -40,6 +40,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.operators import NodeIndex
 from graphopt.rewriting import tensor_of
 from graphopt.scratch import Scratch
 from graphopt.spec import Bounds, check_options, format_pass
@@ -112,6 +113,7 @@ class Context:
         provider: "cpu" or "cuda", where the model will run.
         progress: call it with a few words to tell a user who waits what is going on.
         scratch: where `tensor` puts what is large; None leaves it in memory.
+        index: of the nodes of the model that a pass is given; see `index_of`.
     """
 
     read_original: Callable[[], ir.Model]
@@ -119,11 +121,21 @@ class Context:
     provider: str = "cpu"
     progress: Callable[[str], None] = lambda _: None
     scratch: Scratch | None = None
+    index: NodeIndex | None = None
 
     @cached_property
     def original(self) -> ir.Model:
         """The model as it was given. Not to be modified."""
         return self.read_original()
+
+    def index_of(self, model: ir.Model) -> NodeIndex:
+        """The nodes of a model by operator, as they are when `apply` is called.
+
+        A pass that has changed the model since makes a `NodeIndex` of its own.
+        """
+        if self.index is not None and self.index.model is model:
+            return self.index
+        return NodeIndex(model)
 
     def tensor(
         self, array: np.ndarray, name: str, dtype: ir.DataType | None = None

@@ -157,6 +157,44 @@ def census(graphs: Iterable[ir.Graph]) -> Census:
     return counts
 
 
+class NodeIndex:
+    """All nodes of a model by operator, in subgraphs too, as they are when it is made.
+
+    Most passes look for few operators, and a walk over a graph of many nodes costs more than what
+    they find. Nodes that are removed, added or given another operator later are not noticed.
+
+    Attributes:
+        model: what it is about.
+        graphs: as `all_graphs`.
+        counts: how many nodes there are of each domain and operator.
+    """
+
+    def __init__(self, model: ir.Model) -> None:
+        self.model = model
+        self.graphs: list[ir.Graph] = []
+        self._nodes: list[ir.Node] = []
+        self._places: dict[tuple[str, str], list[int]] = {}
+        waiting = [model.graph]
+        while waiting:
+            graph = waiting.pop()
+            self.graphs.append(graph)
+            for node in graph:
+                key = node.domain, node.op_type
+                if key not in self._places:
+                    self._places[key] = []
+                self._places[key].append(len(self._nodes))
+                self._nodes.append(node)
+                if node.attributes.data:
+                    waiting += subgraphs(node)
+        self.counts: Census = {key: len(places) for key, places in self._places.items()}
+
+    def of(self, *op_types: str) -> list[ir.Node]:
+        """The nodes of these standard operators, each graph from its inputs onwards."""
+        keys = [(domain, op_type) for domain in ONNX_DOMAINS for op_type in op_types]
+        places = sorted(place for key in keys for place in self._places.get(key, ()))
+        return [self._nodes[place] for place in places]
+
+
 def other_operators(model: ir.Model, counts: Census | None = None) -> Counter[str]:
     """Nodes of operators that ONNX does not define, by domain and name; functions are looked into.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 
@@ -16,10 +16,9 @@ from graphopt.gate import Gate
 from graphopt.ledger import Size, Step, Verdict, size_of
 from graphopt.operators import (
     ONNX_DOMAINS,
-    Census,
+    NodeIndex,
     all_graphs,
     attributes_of,
-    census,
     graphs_and_functions,
 )
 from graphopt.recipes import Plan
@@ -67,7 +66,7 @@ class Pipeline:
     strict: bool = False
     steps: list[Step] = field(default_factory=list)
     _unread: set[str] = field(default_factory=set)
-    _operators: frozenset[str] = frozenset()
+    _index: NodeIndex = field(init=False)
     _spare: ir.Model | None = None
     _model_traits: list[object] = field(default_factory=list)
 
@@ -100,8 +99,8 @@ class Pipeline:
         return self.gate.why_malformed(self.model) is None
 
     def _run_rounds(self, plan: Plan, attempt: Attempt) -> None:
-        self._unread = _unread_initializers(all_graphs(self.model))
-        self._operators = _operators_in(census(all_graphs(self.model)))
+        self._index = NodeIndex(self.model)
+        self._unread = _unread_initializers(self._index.graphs)
         waiting = [(one, -1) for one in plan.passes]
         version = 0
         for round_number in range(1, ROUNDS_MAXIMUM + 1):
@@ -158,24 +157,25 @@ class Pipeline:
             return Change(), "refused", refusal
         if self._has_nothing_for(one):
             return Change(), "unchanged", None
-        change = one.apply(self.model, self.context)
+        change = one.apply(self.model, replace(self.context, index=self._index))
         if not change:
             return change, "unchanged", None
-        graphs = list(all_graphs(self.model))
-        _drop_orphans(self._unread, graphs)
-        self._take(self.model, graphs)
+        self._take(self.model)
         return change, "kept", None
 
-    def _take(self, model: ir.Model, graphs: Sequence[ir.Graph]) -> None:
-        """Go on from a model that a pass has changed; the graphs are all of it."""
-        if _lacks_types(graphs):
+    def _take(self, model: ir.Model) -> None:
+        """Go on from a model that a pass has changed."""
+        index = NodeIndex(model)
+        _drop_orphans(self._unread, index.graphs)
+        if _lacks_types(index.graphs):
             infer_shapes(model)
-        counts = census(graphs)
-        self.model, self.size = model, size_of(model, self.external_data, counts)
-        self._operators = _operators_in(counts)
+        self.model, self.size = model, size_of(model, self.external_data, index.counts)
+        self._index = index
 
     def _has_nothing_for(self, one: Pass) -> bool:
-        return one.operators is not None and one.operators.isdisjoint(self._operators)
+        if one.operators is None:
+            return False
+        return one.operators.isdisjoint(op_type for _, op_type in self._index.counts)
 
     def _clone(self) -> ir.Model:
         """A clone of the model, the last one again where the pass that had it left it alone.
@@ -199,8 +199,7 @@ class Pipeline:
             change = one.apply(candidate, self.context)
             if not change:
                 return change, "unchanged", None
-            graphs = list(all_graphs(candidate))
-            _drop_orphans(self._unread, graphs)
+            _drop_orphans(self._unread, list(all_graphs(candidate)))
             reason = self.gate.why_rejected(candidate, one)
         except GraphoptError as error:
             reason = str(error)
@@ -210,13 +209,9 @@ class Pipeline:
         if reason is not None:
             self._spare = None
             return change, "rolled back", reason
-        self._take(candidate, graphs)
+        self._take(candidate)
         self._spare = None
         return change, "kept", None
-
-
-def _operators_in(counts: Census) -> frozenset[str]:
-    return frozenset(op_type for _, op_type in counts)
 
 
 def _unread_initializers(graphs: Iterable[ir.Graph]) -> set[str]:

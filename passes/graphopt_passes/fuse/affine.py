@@ -11,7 +11,7 @@ says which nodes do that and by how much; everything else is here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from graphopt.content import read_array
 from graphopt.contract import Change, Context
-from graphopt.operators import all_graphs, is_onnx, opset_of
+from graphopt.operators import is_onnx, opset_of
 from graphopt.packing import is_constant, is_packed
 from graphopt.rewriting import (
     Names,
@@ -29,6 +29,7 @@ from graphopt.rewriting import (
     constant_tensor,
     input_of,
     only_reader,
+    remove_node,
     replace_value,
     static_shape,
 )
@@ -100,6 +101,7 @@ class Linear:
 
 def fold_readers(
     model: ir.Model,
+    op_types: Collection[str],
     operand: Callable[[ir.Node], ir.Value | None],
     affine: Callable[[ir.Node, Linear], Affine],
     context: Context,
@@ -109,8 +111,8 @@ def fold_readers(
     Args:
         model: rewritten in place, subgraphs too. Nodes are met in order, so that of several in a
             row each finds the ones before it folded already.
-        operand: the input of a node that it scales or shifts; None for nodes that the pass is not
-            about.
+        op_types: of the nodes that the pass is about.
+        operand: the input of such a node that it scales or shifts; None where there is none.
         affine: what the node does to the channels; may raise `Misfit`.
         context: of the run.
 
@@ -118,21 +120,20 @@ def fold_readers(
         What was folded, and with its reason what was not.
     """
     change, names, opset = Change(), Names(model), opset_of(model)
-    for graph in all_graphs(model):
-        for node in graph:
-            value = operand(node)
-            if value is None:
-                continue
-            try:
-                linear = _linear_before(node, value, opset)
-                what = f"{node.op_type} folded into {linear.node.op_type}"
-                _fold(linear, affine(node, linear), names, context)
-            except Misfit as reason:
-                change.skip(node, str(reason))
-                continue
-            replace_value(node.outputs[0], value)
-            graph.remove(node, safe=True)
-            change.count(what)
+    for node in context.index_of(model).of(*op_types):
+        value = operand(node)
+        if value is None:
+            continue
+        try:
+            linear = _linear_before(node, value, opset)
+            what = f"{node.op_type} folded into {linear.node.op_type}"
+            _fold(linear, affine(node, linear), names, context)
+        except Misfit as reason:
+            change.skip(node, str(reason))
+            continue
+        replace_value(node.outputs[0], value)
+        remove_node(node)
+        change.count(what)
     return change
 
 

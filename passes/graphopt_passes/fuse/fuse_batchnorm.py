@@ -9,7 +9,6 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.contract import Change, Context, Effect, Pass
-from graphopt.operators import is_onnx
 from graphopt_passes.fuse.affine import (
     Affine,
     Array,
@@ -40,11 +39,11 @@ class FuseBatchnorm(Pass):
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Fold in float64 and round once to the weight's type."""
-        return fold_readers(model, _operand, _affine, context)
+        return fold_readers(model, ("BatchNormalization",), _operand, _affine, context)
 
 
 def _operand(node: ir.Node) -> ir.Value | None:
-    return node.inputs[0] if is_onnx(node, "BatchNormalization") else None
+    return node.inputs[0]
 
 
 def _affine(node: ir.Node, linear: Linear) -> Affine:

@@ -36,12 +36,10 @@ class FuseBias(Pass):
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Fold in float64 and round once to the weight's type."""
-        return fold_readers(model, _operand, _affine, context)
+        return fold_readers(model, ("Add", "Sub"), _operand, _affine, context)
 
 
 def _operand(node: ir.Node) -> ir.Value | None:
-    if not is_onnx(node, "Add", "Sub"):
-        return None
     return linear_operand(node, "Conv", "ConvTranspose", "Gemm")
 
 

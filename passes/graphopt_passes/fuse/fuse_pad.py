@@ -8,7 +8,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from graphopt.contract import Change, Context, Effect, Pass
-from graphopt.operators import all_graphs, is_onnx, opset_of
+from graphopt.operators import is_onnx, opset_of
 from graphopt.rewriting import constant_tensor, only_reader, small_array, small_integers
 from graphopt_passes.fuse.misfit import Misfit
 
@@ -29,10 +29,8 @@ class FusePad(Pass):
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Merge pads, from the outputs backwards, so that of several Pads in a row all go."""
         change, opset = Change(), opset_of(model)
-        for graph in all_graphs(model):
-            for node in reversed(graph):
-                if is_onnx(node, "Pad"):
-                    _fuse(node, opset, change)
+        for node in reversed(context.index_of(model).of("Pad")):
+            _fuse(node, opset, change)
         return change
 
 

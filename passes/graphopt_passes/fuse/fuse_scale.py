@@ -39,11 +39,11 @@ class FuseScale(Pass):
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Fold in float64 and round once to the weight's type."""
-        return fold_readers(model, _operand, _affine, context)
+        return fold_readers(model, ("Mul", "Div"), _operand, _affine, context)
 
 
 def _operand(node: ir.Node) -> ir.Value | None:
-    return linear_operand(node, *LINEAR) if is_onnx(node, "Mul", "Div") else None
+    return linear_operand(node, *LINEAR)
 
 
 def _affine(node: ir.Node, linear: Linear) -> Affine:

@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.contract import Change, Context
-from graphopt.operators import all_graphs, is_onnx
+from graphopt.operators import NodeIndex, is_onnx
 from graphopt.rewriting import Names, add_initializer, constant_tensor, why_too_old
 from graphopt.skeleton import known_shape
 from graphopt_passes.fuse.affine import PRECISION
@@ -418,24 +418,28 @@ def fuse_all(model: ir.Model, context: Context, first_opset: int, *rules: Rule) 
         What was fused, and with its reason what was not.
     """
     total, names, too_old = Change(), Names(model), why_too_old(model, first_opset)
+    index = context.index_of(model)
     while True:
         change = Change()
-        for graph in all_graphs(model):
-            for match, fused in _matches(graph, rules, too_old, change):
+        for graph in index.graphs:
+            for match, fused in _matches(graph, index, rules, too_old, change):
                 _replace(match, fused, names, context)
                 change.count(f"{fused.op_type} fused")
         total.counts.update(change.counts)
         if not change:
             total.skips = change.skips
             return total
+        index = NodeIndex(model)
 
 
 def _matches(
-    graph: ir.Graph, rules: Sequence[Rule], too_old: str | None, change: Change
+    graph: ir.Graph, index: NodeIndex, rules: Sequence[Rule], too_old: str | None, change: Change
 ) -> Iterator[tuple[Match, Fused]]:
     """What can be fused, one after the other; what nearly can is told once, at its largest."""
     told: set[ir.Node] = set()
-    candidates = _candidates(graph, rules)
+    candidates = _candidates(graph, index, rules)
+    if not candidates:
+        return
     for node in [node for node in reversed(graph) if node in candidates]:
         if node.graph is None:
             # It was fused away.
@@ -461,17 +465,16 @@ def _matches(
             break
 
 
-def _candidates(graph: ir.Graph, rules: Sequence[Rule]) -> dict[ir.Node, list[Rule]]:
+def _candidates(
+    graph: ir.Graph, index: NodeIndex, rules: Sequence[Rule]
+) -> dict[ir.Node, list[Rule]]:
     """The rules for which a node can be the last: those with an anchor not far before it."""
-    by_anchor: dict[str, list[ir.Node]] = {}
-    for node in graph:
-        by_anchor.setdefault(node.op_type, []).append(node)
     candidates: dict[ir.Node, list[Rule]] = {}
     near = {}
     for rule in rules:
         if rule.anchor not in near:
-            starts = [node for kind in rule.anchor.split("|") for node in by_anchor.get(kind, ())]
-            near[rule.anchor] = _near(graph, starts)
+            anchors = index.of(*rule.anchor.split("|"))
+            near[rule.anchor] = _near(graph, [node for node in anchors if node.graph is graph])
         roots = rule.pattern.roots()
         for node in near[rule.anchor]:
             if node.op_type in roots and len(node.outputs) == 1:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from graphopt.operators import all_graphs, is_onnx
+from graphopt.contract import Context
+from graphopt.operators import is_onnx
 from graphopt.packing import is_constant
 from graphopt.rewriting import input_of, only_reader
 
@@ -37,7 +38,7 @@ _INTEGER_KERNELS = (ir.DataType.INT8, ir.DataType.UINT8)
 """Of activations: with them the product is one of integers, and shared weights stop nothing."""
 
 
-def unshared_values(model: ir.Model) -> set[ir.Value]:
+def unshared_values(model: ir.Model, context: Context) -> set[ir.Value]:
     """The values that must get no further reader, because of `WEIGHT_ONLY`.
 
     They are the weight that a DequantizeLinear gives to a product, and all that its data and its
@@ -45,12 +46,11 @@ def unshared_values(model: ir.Model) -> set[ir.Value]:
     shared constants. Its zero point may be shared. Where one is shared already, nothing is lost.
     """
     unshared: set[ir.Value] = set()
-    for graph in all_graphs(model):
-        for node in graph:
-            weight = _fused_weight(node)
-            if weight is not None:
-                unshared.add(weight)
-                _add_sources(weight, unshared)
+    for node in context.index_of(model).of("MatMul", "Gemm"):
+        weight = _fused_weight(node)
+        if weight is not None:
+            unshared.add(weight)
+            _add_sources(weight, unshared)
     return unshared
 
 
@@ -63,7 +63,7 @@ def feeds_conv_of_body(value: ir.Value, model: ir.Model) -> bool:
 
 def _fused_weight(node: ir.Node) -> ir.Value | None:
     """The weight of a product that becomes MatMulNBits, as DequantizeLinear makes it."""
-    if not is_onnx(node, "MatMul", "Gemm") or node.attributes.get_int("transB", 0) != 0:
+    if node.attributes.get_int("transB", 0) != 0:
         return None
     weight, activation = input_of(node, 1), _dequantized(node.inputs[0])
     data = _dequantized(weight)

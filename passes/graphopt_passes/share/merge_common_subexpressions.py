@@ -74,7 +74,7 @@ class MergeCommonSubexpressions(Pass):
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Merge in one walk in topological order, so that equal chains merge as a whole."""
         change = Change()
-        _merge_in(model.graph, ChainMap(), model, unshared_values(model), change)
+        _merge_in(model.graph, ChainMap(), model, unshared_values(model, context), change)
         return change
 
 

@@ -36,7 +36,7 @@ class MergeDuplicates(Pass):
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Keep one of each group of equal initializers."""
         change = Change()
-        names, unshared = Names(model), unshared_values(model)
+        names, unshared = Names(model), unshared_values(model, context)
         for group in equal_groups(_initializers(model), _tensor):
             for part in _mergeable(model, group, unshared, change):
                 _merge(model, part, names, change)

@@ -81,7 +81,7 @@ class MergeViews(Pass):
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Find the views, then make each from its source."""
-        change, names, unshared = Change(), Names(model), unshared_values(model)
+        change, names, unshared = Change(), Names(model), unshared_values(model, context)
         for view in find_views(_candidates(model, self.min_bytes)):
             reason = _why_not(view, model, unshared)
             if reason is not None:

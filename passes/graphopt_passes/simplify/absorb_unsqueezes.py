@@ -54,7 +54,7 @@ class AbsorbUnsqueezes(Pass):
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Look at what is before every Squeeze and Unsqueeze."""
-        rewriter = Rewriter(model)
+        rewriter = Rewriter(model, context)
         rewriter.rewrite(_absorb, *_RULES)
         return rewriter.change
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.contract import Change
-from graphopt.operators import ONNX_DOMAINS, all_graphs, is_onnx, opset_of
+from graphopt.contract import Change, Context
+from graphopt.operators import NodeIndex, is_onnx, opset_of
 from graphopt.rewriting import (
     Names,
     add_initializer,
@@ -43,21 +43,20 @@ Rule = Callable[[ir.Node, "Rewriter"], object]
 class Rewriter:
     """Lets nodes of a model become other nodes, and records it in a Change."""
 
-    def __init__(self, model: ir.Model) -> None:
+    def __init__(self, model: ir.Model, context: Context) -> None:
         self.opset = opset_of(model)
         self.change = Change()
         self._model = model
+        self._index = context.index_of(model)
+        self._indexed_changes = 0
         self._names: Names | None = None
 
     def nodes(self, *op_types: str) -> list[ir.Node]:
         """The nodes of these operators, in all graphs, each graph from its inputs onwards."""
-        wanted = frozenset(op_types)
-        return [
-            node
-            for graph in all_graphs(self._model)
-            for node in graph
-            if node.op_type in wanted and node.domain in ONNX_DOMAINS
-        ]
+        changes = self.change.counts.total()
+        if changes != self._indexed_changes:
+            self._index, self._indexed_changes = NodeIndex(self._model), changes
+        return self._index.of(*op_types)
 
     def rewrite(self, rule: Rule, *op_types: str) -> None:
         """Apply a rule to every node of these operators, until it finds nothing any more."""

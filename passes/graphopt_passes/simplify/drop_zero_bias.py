@@ -8,7 +8,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from graphopt.contract import Change, Context, Effect, Pass
-from graphopt.operators import all_graphs, is_onnx, opset_of
+from graphopt.operators import is_onnx, opset_of
 from graphopt.rewriting import constant_tensor
 
 GEMM_WITHOUT_BIAS_OPSET = 11
@@ -43,12 +43,8 @@ class DropZeroBias(Pass):
         """Disconnect every such input that is zero for certain."""
         change = Change()
         opset = opset_of(model)
-        for graph in all_graphs(model):
-            for node in graph:
-                if node.op_type not in OPTIONAL or not is_onnx(node, node.op_type):
-                    continue
-                if is_onnx(node, "Gemm") and opset < GEMM_WITHOUT_BIAS_OPSET:
-                    continue
+        for node in context.index_of(model).of(*OPTIONAL):
+            if node.op_type != "Gemm" or opset >= GEMM_WITHOUT_BIAS_OPSET:
                 _drop(node, change)
         return change
 

@@ -53,7 +53,7 @@ class MergeArithmetic(Pass):
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Merge every such node with the one before it, from the inputs onwards."""
-        rewriter = Rewriter(model)
+        rewriter = Rewriter(model, context)
         rewriter.rewrite(_merge_sums, "Add", "Sub")
         rewriter.rewrite(_merge_products, "Mul", "Div")
         rewriter.rewrite(_divide, "Mul")

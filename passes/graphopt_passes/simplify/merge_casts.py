@@ -61,7 +61,7 @@ class MergeCasts(Pass):
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Merge every Cast with the one before it, from the inputs onwards."""
-        rewriter = Rewriter(model)
+        rewriter = Rewriter(model, context)
         rewriter.rewrite(_name_type, "CastLike")
         rewriter.rewrite(_merge_into, "Cast")
         return rewriter.change

@@ -38,7 +38,7 @@ class MergeClips(Pass):
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Merge every such node with the one before it, from the inputs onwards."""
-        rewriter = Rewriter(model)
+        rewriter = Rewriter(model, context)
         rewriter.rewrite(_merge_into, *OPERATORS)
         return rewriter.change
 

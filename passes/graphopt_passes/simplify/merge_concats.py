@@ -42,7 +42,7 @@ class MergeConcats(Pass):
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Merge every Concat with what is before it, from the inputs onwards."""
-        rewriter = Rewriter(model)
+        rewriter = Rewriter(model, context)
         rewriter.rewrite(_simplify, "Concat")
         return rewriter.change
 

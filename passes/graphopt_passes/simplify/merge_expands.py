@@ -41,7 +41,7 @@ class MergeExpands(Pass):
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Merge from the inputs onwards."""
-        rewriter = Rewriter(model)
+        rewriter = Rewriter(model, context)
         rewriter.rewrite(_merge_into, "Expand", "Tile")
         rewriter.rewrite(_drop_before, *sorted(BROADCASTING))
         return rewriter.change

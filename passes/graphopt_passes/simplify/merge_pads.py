@@ -30,7 +30,7 @@ class MergePads(Pass):
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Merge every Pad with the one before it, from the inputs onwards."""
-        rewriter = Rewriter(model)
+        rewriter = Rewriter(model, context)
         rewriter.rewrite(_merge_into, "Pad")
         return rewriter.change
 

@@ -44,7 +44,7 @@ class MergeReductions(Pass):
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Merge every reduction with what is before it, from the inputs onwards."""
-        rewriter = Rewriter(model)
+        rewriter = Rewriter(model, context)
         rewriter.rewrite(_merge, *KINDS)
         return rewriter.change
 

@@ -57,7 +57,7 @@ class MergeShuffles(Pass):
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Look at what is before and after every Transpose."""
-        rewriter = Rewriter(model)
+        rewriter = Rewriter(model, context)
         rewriter.rewrite(_merge_around, "Transpose")
         return rewriter.change
 

@@ -56,7 +56,7 @@ class MergeSlices(Pass):
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Merge from the inputs onwards; Splits are made of what is left."""
-        rewriter = Rewriter(model)
+        rewriter = Rewriter(model, context)
         while _merge_all(rewriter):
             pass
         return rewriter.change

@@ -48,7 +48,7 @@ class SimplifyLogic(Pass):
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Apply every rule until none finds anything."""
-        rewriter = Rewriter(model)
+        rewriter = Rewriter(model, context)
         rewriter.rewrite(_simplify, *_RULES)
         return rewriter.change
 

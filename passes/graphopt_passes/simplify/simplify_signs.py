@@ -40,7 +40,7 @@ class SimplifySigns(Pass):
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Apply every rule until none finds anything."""
-        rewriter = Rewriter(model)
+        rewriter = Rewriter(model, context)
         rewriter.rewrite(_simplify, *_RULES)
         return rewriter.change
 
