@@ -21,7 +21,7 @@ from graphopt.errors import ModelError
 CHUNK_BYTES = 8 << 20
 PROBE_BYTES = 4096
 
-_DIGEST, _LOCK = "graphopt.sha256", "graphopt.lock"
+_DIGEST, _KIND, _LOCK = "graphopt.sha256", "graphopt.kind", "graphopt.lock"
 
 T = TypeVar("T")
 
@@ -236,7 +236,11 @@ def _split(
 
 
 def _kind(tensor: ir.TensorProtocol) -> Hashable:
-    return tensor.dtype, tuple(tensor.shape.numpy())
+    known: Hashable = tensor.meta.get(_KIND)
+    if known is None:
+        # A tensor in a proto makes its shape anew each time.
+        known = tensor.meta[_KIND] = tensor.dtype, tuple(tensor.shape.numpy())
+    return known
 
 
 def _size(tensor: ir.TensorProtocol) -> Hashable:

@@ -97,12 +97,17 @@ def attributes_of(node: ir.Node) -> Collection[ir.Attr]:
     return node.attributes.data.values()
 
 
+WITH_BODIES = frozenset({"If", "Loop", "Scan", "SequenceMap"})
+"""The standard operators that have graphs in their attributes."""
+
 _NO_GRAPHS: tuple[ir.Graph, ...] = ()
 
 
 def subgraphs(node: ir.Node) -> Sequence[ir.Graph]:
     """The graphs in the node's attributes (bodies of If, Loop, Scan, ...)."""
     if not node.attributes.data:
+        return _NO_GRAPHS
+    if node.op_type not in WITH_BODIES and node.domain in ONNX_DOMAINS:
         return _NO_GRAPHS
     found = []
     for attribute in attributes_of(node):

@@ -210,6 +210,11 @@ def add_initializer(graph: ir.Graph, array: np.ndarray | ir.TensorProtocol, name
     return value
 
 
+def is_read(node: ir.Node) -> bool:
+    """Something reads what the node makes, or a graph outputs it."""
+    return any(output.is_graph_output() or output.uses() for output in node.outputs)
+
+
 def remove_node(node: ir.Node) -> None:
     """Remove a node that nothing reads; its bodies then read nothing any more either."""
     graph = node.graph

@@ -236,10 +236,8 @@ def known_shape(value: ir.Value | None) -> ir.Shape | None:
     """The shape of a value as far as it is known for certain; not what a file merely states."""
     if value is None:
         return None
-    if _SHAPE in value.meta:
-        known: ir.Shape | None = value.meta[_SHAPE]
-        return known
-    return value.shape
+    known: ir.Shape | None = value.meta.data.get(_SHAPE, value.shape)
+    return known
 
 
 def state_shape(value: ir.Value, stated: ir.Shape | None) -> None:

@@ -59,6 +59,9 @@ class Option:
 
 def options_of(cls: type) -> dict[str, Option]:
     """The options of a pass class by their name in text form (hyphens, not underscores)."""
+    if not dataclasses.fields(cls):
+        return {}
+    # Reading the hints of a class takes longer than all else that is done with its options.
     hints = typing.get_type_hints(cls, include_extras=True)
     options = {}
     for field in dataclasses.fields(cls):

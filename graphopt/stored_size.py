@@ -65,21 +65,15 @@ def stored_size(model: ir.Model, tell: Tell) -> StoredSize:
     shell = model_shell(model)
     graph_bytes = shell.graph.ByteSize()
     outer_bytes = shell.ByteSize() - _field(graph_bytes)
-    tensors = [
-        (_text(name), tensor, _tensor_bytes(tensor))
-        for name, value in model.graph.initializers.items()
-        if (tensor := value.const_value) is not None
-    ]
+    inline, references, large, has_external = _initializers_bytes(model.graph)
     nodes = _nodes_bytes(model.graph, model.ir_version, tell)
     common = graph_bytes + nodes + _annotation_bytes(model.graph)
     common += sum(map(_field, _value_bytes(model.graph, tell)))
-    inline = sum(_field(name + size.inline) for name, _, size in tensors)
-    references = sum(_field(name + size.reference) for name, _, size in tensors)
     return StoredSize(
         inline_bytes=outer_bytes + _field(common + inline),
         reference_bytes=outer_bytes + _field(common + references),
-        large_bytes=sum(size.beside for _, _, size in tensors),
-        has_external=any(s.beside and isinstance(t, ir.ExternalTensor) for _, t, s in tensors),
+        large_bytes=large,
+        has_external=has_external,
     )
 
 
@@ -155,11 +149,27 @@ class _TensorSize:
     beside: int
 
 
-def _tensor_bytes(tensor: ir.TensorProtocol) -> _TensorSize:
-    known: _TensorSize | None = tensor.meta.get(_BYTES)
-    if known is None:
-        known = tensor.meta[_BYTES] = _measured(tensor)
-    return known
+def _initializers_bytes(graph: ir.Graph) -> tuple[int, int, int, bool]:
+    """The sums of a graph's initializers; whether one of the large ones is external already."""
+    inline = references = large = 0
+    has_external = False
+    for name, value in graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None:
+            continue
+        size: _TensorSize | None = tensor.meta.get(_BYTES)
+        if size is None:
+            size = tensor.meta[_BYTES] = _measured(tensor)
+        name_bytes = _text(name)
+        whole = _field(name_bytes + size.inline)
+        inline += whole
+        if not size.beside:
+            references += whole
+            continue
+        references += _field(name_bytes + size.reference)
+        large += size.beside
+        has_external |= isinstance(tensor, ir.ExternalTensor)
+    return inline, references, large, has_external
 
 
 def _measured(tensor: ir.TensorProtocol) -> _TensorSize:

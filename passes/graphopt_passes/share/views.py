@@ -32,7 +32,7 @@ from graphopt.content import (
 RANKS = (2, 3, 4)
 """Of tensors that are looked at for permutations of their axes."""
 
-BLOCK_ELEMENTS = 1 << 20
+BLOCK_ELEMENTS = 1 << 21
 """Permuted tensors are compared in blocks of this size."""
 
 HEAD_BYTES = 16
@@ -108,32 +108,47 @@ def _reshaped(values: Sequence[ir.Value]) -> Iterator[View]:
 
 def _permuted(values: Sequence[ir.Value]) -> Iterator[View]:
     candidates = [value for value in values if len(_shape(value)) in RANKS]
-    for group in groups_by(candidates, _tensor, _sorted_shape, _diagonal, _fingerprint):
-        sources: list[ir.Value] = []
-        for value in group:
-            found = (
-                View(value, source, permutation)
-                for source in sources
-                if (permutation := _permutation(source, value)) is not None
-            )
-            view = next(found, None)
-            if view is None:
-                sources.append(value)
-            else:
-                yield view
+    for group in groups_by(candidates, _tensor, _sorted_shape, _ends, _diagonal):
+        # Two are compared as fast as they are read to be told apart.
+        alike = [group] if len(group) == 2 else groups_by(group, _tensor, _fingerprint)
+        for members in alike:
+            yield from _permutations_of_another(members)
+
+
+def _permutations_of_another(values: Sequence[ir.Value]) -> Iterator[View]:
+    sources: list[ir.Value] = []
+    for value in values:
+        found = (
+            View(value, source, permutation)
+            for source in sources
+            if (permutation := _permutation(source, value)) is not None
+        )
+        view = next(found, None)
+        if view is None:
+            sources.append(value)
+        else:
+            yield view
 
 
 def _sorted_shape(tensor: ir.TensorProtocol) -> Hashable:
     return tensor.dtype, *sorted(tensor.shape.numpy())
 
 
-def _diagonal(tensor: ir.TensorProtocol) -> Hashable:
-    """A few numbers that stay where they are, whichever way the axes are permuted."""
+def _ends(tensor: ir.TensorProtocol) -> Hashable:
+    """The first and the last number, which stay where they are however the axes are permuted."""
     shape = tuple(tensor.shape.numpy())
-    places = [(k,) * len(shape) for k in range(min(*shape, _DIAGONAL))]
-    places.append(tuple(size - 1 for size in shape))
-    blocks = (read_block(tensor, [slice(k, k + 1) for k in place]) for place in places)
-    return tuple(block.item() for block in blocks)
+    return _at(tensor, (0,) * len(shape)), _at(tensor, tuple(size - 1 for size in shape))
+
+
+def _diagonal(tensor: ir.TensorProtocol) -> Hashable:
+    """A few more numbers that stay where they are."""
+    shape = tuple(tensor.shape.numpy())
+    return tuple(_at(tensor, (k,) * len(shape)) for k in range(1, min(*shape, _DIAGONAL)))
+
+
+def _at(tensor: ir.TensorProtocol, place: Sequence[int]) -> int:
+    number: int = read_block(tensor, [slice(k, k + 1) for k in place]).item()
+    return number
 
 
 def _fingerprint(tensor: ir.TensorProtocol) -> Hashable:
@@ -245,12 +260,13 @@ def _rows(
         table: with rows of at least `HEAD_BYTES`.
         beginnings: the values by the hashes of their heads; the table may be among them.
     """
-    wanted = np.array(list(beginnings), np.uint64)
+    wanted = np.sort(np.array(list(beginnings), np.uint64))
     places: dict[int, list[int]] = defaultdict(list)
     first_row = 0
     for block in _heads_in_blocks(table):
         found = _hashes(block)
-        for index in np.flatnonzero(np.isin(found, wanted)).tolist():
+        nearest = wanted[np.minimum(np.searchsorted(wanted, found), wanted.size - 1)]
+        for index in np.flatnonzero(nearest == found).tolist():
             place = places[int(found[index])]
             # One more than the maximum says that there are too many.
             if len(place) <= PLACES_MAXIMUM:

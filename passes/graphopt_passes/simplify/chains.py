@@ -14,6 +14,7 @@ from graphopt.rewriting import (
     Names,
     add_initializer,
     input_of,
+    is_read,
     only_reader,
     replace_value,
     small_integers,
@@ -130,7 +131,7 @@ def remove_if_unread(node: ir.Node | None) -> None:
         unread = waiting.pop()
         if unread is None or not isinstance(unread.graph, ir.Graph):
             continue
-        if any(output.uses() or output.is_graph_output() for output in unread.outputs):
+        if is_read(unread):
             continue
         waiting += [value.producer() for value in unread.inputs if value is not None]
         unread.graph.remove(unread, safe=True)

@@ -13,6 +13,7 @@ from graphopt.contract import Change, Context, Effect, Pass
 from graphopt.operators import ONNX_DOMAINS, all_graphs, opset_of
 from graphopt.rewriting import (
     can_replace,
+    is_read,
     replace_value,
     small_array,
     why_too_old,
@@ -67,7 +68,7 @@ def _drop(node: ir.Node, opset: int, change: Change) -> None:
     first = same_before(node) if node.op_type in _UNDO_THEMSELVES else None
     replace_value(node.outputs[0], passed)
     _remove(node, change)
-    if first is not None and not _is_read(first):
+    if first is not None and not is_read(first):
         _remove(first, change)
 
 
@@ -75,10 +76,6 @@ def _remove(node: ir.Node, change: Change) -> None:
     assert isinstance(node.graph, ir.Graph)
     node.graph.remove(node, safe=True)
     change.count(f"{node.op_type} removed")
-
-
-def _is_read(node: ir.Node) -> bool:
-    return any(o.uses() or o.is_graph_output() for o in node.outputs)
 
 
 def _why_kept(node: ir.Node, passed: ir.Value) -> str:

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from graphopt.contract import Change, Context, Effect, Pass
 from graphopt.operators import subgraphs
-from graphopt.rewriting import remove_node
+from graphopt.rewriting import is_read, remove_node
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class DropUnused(Pass):
 def _drop_from(graph: ir.Graph, change: Change) -> None:
     # Backwards, so that the readers of a node are gone before the node is looked at.
     for node in reversed(graph):
-        if not any(o.uses() or o.is_graph_output() for o in node.outputs):
+        if not is_read(node):
             remove_node(node)
             change.count("node removed")
             continue
@@ -49,6 +49,8 @@ def _drop_from(graph: ir.Graph, change: Change) -> None:
 
 
 def _drop_functions(model: ir.Model, change: Change) -> None:
+    if not model.functions:
+        return
     called: set[ir.OperatorIdentifier] = set()
     waiting = [model.graph]
     while waiting:

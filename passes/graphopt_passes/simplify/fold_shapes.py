@@ -17,6 +17,7 @@ from graphopt.rewriting import (
     add_initializer,
     can_replace,
     input_of,
+    is_read,
     is_read_as_scalar,
     replace_value,
     why_too_old,
@@ -363,7 +364,7 @@ class _Folding:
         while waiting:
             node = waiting.pop()
             graph = node.graph
-            if graph is None or any(o.uses() or o.is_graph_output() for o in node.outputs):
+            if graph is None or is_read(node):
                 continue
             makers = [v.producer() for v in node.inputs if v is not None]
             graph.remove(node, safe=True)
