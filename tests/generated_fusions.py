@@ -174,8 +174,8 @@ def with_last_only(step: Step) -> Step:
     def hidden(b: Builder) -> None:
         before = set(b.shapes)
         step(b)
-        *within, _ = [name for name in b.shapes if name not in before]
-        for name in within:
+        made = [name for name in b.shapes if name not in before]
+        for name in made[:-1]:
             del b.shapes[name]
 
     return hidden
@@ -208,6 +208,30 @@ def rms_normalization(b: Builder) -> None:
         times(b, value, parameter(b, x, axes))
 
 
+def attention(b: Builder) -> None:
+    """Of queries and keys between -1 and 1, scaled after the product or before it, or not."""
+    modern(b)
+    x = b.any(4)
+    if x is None or len(set(b.shapes[x][2:])) > 1:
+        return
+    shape = b.shapes[x]
+    query = b.add(either(b, "Tanh", "Sin"), [x], shape)
+    key, value = b.add("Tanh", [x], shape), b.add("Relu", [x], shape)
+    if b.random.random() < 0.3:
+        query = times(b, query, number(b, 0.5))
+    key = b.add("Transpose", [key], shape, perm=[0, 1, 3, 2])
+    if b.random.random() < 0.3:
+        key = times(b, key, number(b, 0.5))
+    scores = b.add("MatMul", [query, key], shape)
+    if b.random.random() < 0.7:
+        scores = b.add(either(b, "Div", "Mul"), [scores, number(b, 2.0)], shape)
+    if b.random.random() < 0.5:
+        size = shape[2:]
+        scores = plus(b, scores, b.normal(*[size, (1, *size), (1, 1, *size)][b.random.integers(3)]))
+    shares = b.add("Softmax", [scores], shape, axis=int(b.random.choice([-1, 3])))
+    b.add("MatMul", [shares, value], shape)
+
+
 def product(b: Builder) -> None:
     """A MatMul, with a Transpose before it and an Add after it now and then."""
     x = b.any(4)
@@ -231,6 +255,7 @@ def product(b: Builder) -> None:
 
 
 FOCUS: dict[str, tuple[Step, ...]] = {
+    "fuse-attention": (with_last_only(attention),),
     "fuse-gelu": (gelu,),
     "fuse-gemm": (product,),
     "fuse-hard-swish": (with_last_only(hard_swish),),

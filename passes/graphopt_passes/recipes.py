@@ -13,7 +13,7 @@ BASIC = Recipe(
             "merge-transposes,merge-reshapes",
             # Before anything takes their numbers apart.
             "fuse-layer-normalization,fuse-rms-normalization,fuse-gelu,fuse-hard-swish,fuse-relu",
-            "fuse-softmax",
+            "fuse-softmax,fuse-attention",
             "absorb-unsqueezes,merge-shuffles,merge-slices,merge-concats,merge-pads,merge-expands",
             "merge-casts,merge-clips,simplify-logic,simplify-signs,merge-reductions",
             "fuse-pad,drop-zero-bias,fuse-batchnorm,fuse-scale,fuse-bias,fuse-gemm",

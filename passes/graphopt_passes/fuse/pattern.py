@@ -371,6 +371,14 @@ _STEPS: dict[str, Callable[[ir.Node, tuple[Pattern, ...], Match, int], Factors]]
 
 
 @dataclass(frozen=True)
+class Permuted:
+    """A value with its axes in another order, for which a Transpose is made."""
+
+    value: ir.Value
+    order: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Fused:
     """The node that takes the place of all that a pattern covers.
 
@@ -381,7 +389,7 @@ class Fused:
     """
 
     op_type: str
-    inputs: Sequence[ir.Value | np.ndarray]
+    inputs: Sequence[ir.Value | np.ndarray | Permuted]
     attributes: Mapping[str, float | int | str | ir.Attr] = field(default_factory=dict)
 
 
@@ -506,8 +514,23 @@ def _replace(match: Match, fused: Fused, names: Names, context: Context) -> None
         root.attributes.add(attribute)
     root.resize_inputs(len(fused.inputs))
     for index, made in enumerate(fused.inputs):
-        if not isinstance(made, ir.Value):
+        if isinstance(made, Permuted):
+            made = _transpose_before(root, made, names)
+        elif not isinstance(made, ir.Value):
             name = names.new(f"{root.outputs[0].name}_{index}")
             made = add_initializer(graph, context.tensor(made, name), name)
         root.replace_input_with(index, made)
     graph.remove(set(match.nodes) - {root}, safe=True)
+
+
+def _transpose_before(node: ir.Node, permuted: Permuted, names: Names) -> ir.Value:
+    value, graph = permuted.value, node.graph
+    assert isinstance(graph, ir.Graph)
+    made = ir.Value(name=names.new(f"{value.name}_permuted"), type=value.type)
+    shape = known_shape(value)
+    if shape is not None:
+        made.shape = ir.Shape([shape[axis] for axis in permuted.order])
+    order = ir.AttrInt64s("perm", permuted.order)
+    name = names.new(f"{node.name or node.op_type}_transpose")
+    graph.insert_before(node, ir.Node("", "Transpose", [value], [order], outputs=[made], name=name))
+    return made
