@@ -22,6 +22,7 @@ The rules:
 - A pass holds no state between calls; the options are all it has.
 - What it looked at and left alone, it says: `change.skip(node, "why")`.
 - A weight that it computes becomes a tensor by `context.tensor`, so that memory does not grow.
+- Nodes of certain operators it takes from `context.index_of(model)` instead of walking the graph.
 - An initializer that loses its last reader to a rewrite is removed by the pipeline.
 - Packed weights (`graphopt.packing.is_packed`) stay packed.
 """

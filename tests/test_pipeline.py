@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -190,6 +191,66 @@ def test_without_validation_the_structure_is_still_judged() -> None:
     assert [s.verdict for s in run.steps] == ["rolled back", "rolled back"]
     assert run.numerics == {}
     assert any(n.startswith("not validated") for n in run.notes)
+
+
+@dataclass(frozen=True)
+class CountOriginal(Pass):
+    """Tell how many initializers the model had, and change something so that it is listed."""
+
+    name: ClassVar[str] = "count-original"
+    effect: ClassVar[Effect] = Effect.EXACT
+
+    def apply(self, model: ir.Model, context: Context) -> Change:
+        change = Change()
+        model.graph.doc_string = "seen"
+        change.count("initializer of the original", len(context.original.graph.initializers))
+        return change
+
+
+@pytest.mark.parametrize("form", ["file", "bytes", "proto", "model"])
+@pytest.mark.parametrize("validate", [True, False])
+def test_a_pass_may_look_at_the_original(form: str, validate: bool, tmp_path: Path) -> None:
+    """Also where there is no second copy of the graph until a pass asks for it."""
+    proto = ir.to_proto(model())
+    path = tmp_path / "m.onnx"
+    path.write_bytes(proto.SerializeToString())
+    forms = {"file": path, "bytes": path.read_bytes(), "proto": proto, "model": model()}
+    given = forms[form]
+
+    run = graphopt.optimize(
+        given, passes=[DropUnused(), CountOriginal()], validate=validate, benchmark=False
+    )
+
+    assert [dict(s.changes) for s in run.steps] == [
+        {"initializer removed": 1},
+        {"initializer of the original": 2},
+    ]
+    assert list(run.model.graph.initializers) == ["w"]
+    if isinstance(given, ir.Model):
+        assert list(given.graph.initializers) == ["w", "dead"]
+
+
+@pytest.mark.parametrize("in_file", [True, False])
+def test_without_validation_a_run_that_fails_starts_anew(in_file: bool, tmp_path: Path) -> None:
+    """From the model as it was, not as the passes had left it; nodes in order again."""
+    given = model()
+    given.graph.sort()
+    first, second = given.graph
+    given.graph.remove(first)
+    given.graph.insert_after(second, first)
+    path = tmp_path / "m.onnx"
+    path.write_bytes(ir.to_proto(given).SerializeToString())
+
+    run = graphopt.optimize(
+        path if in_file else path.read_bytes(),
+        passes=[DropUnused(), EmitInvalid()],
+        validate=False,
+        benchmark=False,
+    )
+
+    assert [s.verdict for s in run.steps] == ["kept", "rolled back"]
+    assert [n.op_type for n in run.model.graph] == ["Mul", "Relu"]
+    assert list(run.model.graph.initializers) == ["w"]
 
 
 def test_a_change_that_is_not_reported_is_not_kept() -> None:
