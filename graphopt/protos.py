@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import onnx
 
+from graphopt.operators import ONNX_DOMAINS, WITH_BODIES
+
 
 def describe_node(node: onnx.NodeProto) -> str:
     """The node, by its name if it has one."""
@@ -14,6 +16,8 @@ def describe_node(node: onnx.NodeProto) -> str:
 
 def inner_graphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
     """The graphs in the attributes of a node."""
+    if node.op_type not in WITH_BODIES and node.domain in ONNX_DOMAINS:
+        return
     for attribute in node.attribute:
         if attribute.HasField("g"):
             yield attribute.g

@@ -67,16 +67,16 @@ def save(
     check_target(path)
     if path.is_symlink():
         path = path.resolve()
-    _check_not_its_data(path, model)
+    read = {Path(tensor.path) for tensor in external_tensors(model)}
+    _check_not_its_data(path, read)
     proto, tensors = for_disk(model)
     old = _in_files(tensors) if reuse_data else {}
     check_reuse(path, [Path(tensor.path) for tensor in old.values()])
     new = {name: tensor for name, tensor in tensors.items() if name not in old}
     if external_data is None:
         external_data = _goes_external(tensors)
-    read = {Path(tensor.path).resolve() for tensor in external_tensors(model)}
     try:
-        with FileSet(path, [path], read | {file.resolve() for file in keep}) as files:
+        with FileSet(path, [path], {file.resolve() for file in (*read, *keep)}) as files:
             _leave_in_files(proto, old)
             size = sum(reused_bytes(model).values()) if old else 0
             if external_data and new:
@@ -232,8 +232,7 @@ def _check_not_the_input(path: Path, source: Path) -> None:
             )
 
 
-def _check_not_its_data(path: Path, model: ir.Model) -> None:
-    files = {Path(tensor.path) for tensor in external_tensors(model)}
+def _check_not_its_data(path: Path, files: Collection[Path]) -> None:
     if path.exists() and any(file.exists() and path.samefile(file) for file in files):
         raise ModelError(f"weights of the model itself are in {path}; give another output path")
 
