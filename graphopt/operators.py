@@ -199,6 +199,14 @@ class NodeIndex:
         places = sorted(place for key in keys for place in self._places.get(key, ()))
         return [self._nodes[place] for place in places]
 
+    def by_graph(self, *op_types: str) -> dict[ir.Graph, list[ir.Node]]:
+        """The same, apart by the graphs that they are in."""
+        found: dict[ir.Graph, list[ir.Node]] = {}
+        for node in self.of(*op_types):
+            assert isinstance(node.graph, ir.Graph)
+            found.setdefault(node.graph, []).append(node)
+        return found
+
 
 def other_operators(model: ir.Model, counts: Census | None = None) -> Counter[str]:
     """Nodes of operators that ONNX does not define, by domain and name; functions are looked into.

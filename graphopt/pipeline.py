@@ -229,7 +229,7 @@ def _drop_orphans(unread_before: set[str], graphs: Sequence[ir.Graph]) -> None:
     if not orphans:
         return
     for graph in graphs:
-        for name in orphans & graph.initializers.keys():
+        for name in [name for name in graph.initializers if name in orphans]:
             del graph.initializers[name]
 
 

@@ -154,17 +154,17 @@ def unshadow(model: ir.Model) -> int:
     if not any(subgraphs(node) for node in model.graph):
         return 0
     names = Names(model)
-    waiting = [(model.graph, frozenset[str]())]
+    waiting: list[tuple[ir.Graph, tuple[set[str], ...]]] = [(model.graph, ())]
     renamed = 0
     while waiting:
         graph, outer = waiting.pop()
         inner = [*graph.inputs, *graph.initializers.values()]
         inner += [output for node in graph for output in node.outputs]
         for value in dict.fromkeys(inner):
-            if value.name and value.name in outer:
+            if value.name and any(value.name in names_outside for names_outside in outer):
                 value.name = names.new(value.name)
                 renamed += 1
-        visible = outer | {value.name for value in inner if value.name}
+        visible = (*outer, {value.name for value in inner if value.name})
         waiting += [(body, visible) for node in graph for body in subgraphs(node)]
     return renamed
 

@@ -429,8 +429,11 @@ def fuse_all(model: ir.Model, context: Context, first_opset: int, *rules: Rule) 
     index = context.index_of(model)
     while True:
         change = Change()
-        for graph in index.graphs:
-            for match, fused in _matches(graph, index, rules, too_old, change):
+        anchors = {rule.anchor: index.by_graph(*rule.anchor.split("|")) for rule in rules}
+        graphs = {graph for by_graph in anchors.values() for graph in by_graph}
+        for graph in filter(graphs.__contains__, index.graphs):
+            starts = {anchor: by_graph.get(graph, ()) for anchor, by_graph in anchors.items()}
+            for match, fused in _matches(graph, starts, rules, too_old, change):
                 _replace(match, fused, names, context)
                 change.count(f"{fused.op_type} fused")
         total.counts.update(change.counts)
@@ -441,11 +444,15 @@ def fuse_all(model: ir.Model, context: Context, first_opset: int, *rules: Rule) 
 
 
 def _matches(
-    graph: ir.Graph, index: NodeIndex, rules: Sequence[Rule], too_old: str | None, change: Change
+    graph: ir.Graph,
+    anchors: Mapping[str, Sequence[ir.Node]],
+    rules: Sequence[Rule],
+    too_old: str | None,
+    change: Change,
 ) -> Iterator[tuple[Match, Fused]]:
     """What can be fused, one after the other; what nearly can is told once, at its largest."""
     told: set[ir.Node] = set()
-    candidates = _candidates(graph, index, rules)
+    candidates = _candidates(graph, anchors, rules)
     if not candidates:
         return
     for node in [node for node in reversed(graph) if node in candidates]:
@@ -474,15 +481,12 @@ def _matches(
 
 
 def _candidates(
-    graph: ir.Graph, index: NodeIndex, rules: Sequence[Rule]
+    graph: ir.Graph, anchors: Mapping[str, Sequence[ir.Node]], rules: Sequence[Rule]
 ) -> dict[ir.Node, list[Rule]]:
     """The rules for which a node can be the last: those with an anchor not far before it."""
     candidates: dict[ir.Node, list[Rule]] = {}
-    near = {}
+    near = {anchor: _near(graph, starts) for anchor, starts in anchors.items()}
     for rule in rules:
-        if rule.anchor not in near:
-            anchors = index.of(*rule.anchor.split("|"))
-            near[rule.anchor] = _near(graph, [node for node in anchors if node.graph is graph])
         roots = rule.pattern.roots()
         for node in near[rule.anchor]:
             if node.op_type in roots and len(node.outputs) == 1:
