@@ -105,7 +105,8 @@ class Pipeline:
         version = 0
         for round_number in range(1, ROUNDS_MAXIMUM + 1):
             if round_number > 1 and _lacks_sizes(all_graphs(self.model)):
-                infer_shapes(self.model)
+                # Who found nothing may find something where more is known.
+                version += infer_shapes(self.model)
                 self._spare = None
             left = []
             for one, found_nothing_in in waiting:

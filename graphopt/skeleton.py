@@ -135,7 +135,7 @@ def why_invalid(model: ir.Model | onnx.ModelProto) -> str | None:
     return None
 
 
-def infer_shapes(model: ir.Model) -> None:
+def infer_shapes(model: ir.Model) -> bool:
     """Set types and shapes of the values that nodes make, as far as onnx infers them.
 
     What the file states of such values is not believed: exporters leave the shapes of one traced
@@ -145,6 +145,9 @@ def infer_shapes(model: ir.Model) -> None:
 
     Outputs of the model, and inputs and outputs of bodies, keep what the file states, as callers
     see it; what is inferred for them, and is all that a rewrite may rely on, `known_shape` tells.
+
+    Returns:
+        Whether a shape is another than it was.
     """
     light = skeleton(model, _is_made_by_foreign)
     _forget_shapes(light.graph)
@@ -156,7 +159,7 @@ def infer_shapes(model: ir.Model) -> None:
         # shape.
         logger.debug("shapes cannot be inferred: %s", error)
         inferred = light
-    _take_shapes(model.graph, inferred.graph, _Types())
+    return _take_shapes(model.graph, inferred.graph, _Types())
 
 
 def _forget_shapes(graph: onnx.GraphProto) -> None:
@@ -188,12 +191,14 @@ class _Types(dict[bytes, tuple[ir.TypeProtocol | None, ir.Shape | None]]):
         return self.setdefault(content, (kind, _shape_of(proto)))
 
 
-def _take_shapes(graph: ir.Graph, proto: onnx.GraphProto, types: _Types) -> None:
+def _take_shapes(graph: ir.Graph, proto: onnx.GraphProto, types: _Types) -> bool:
+    changed = False
     infos = {i.name: i.type.SerializeToString() for i in (*proto.value_info, *proto.output)}
     for node, node_proto in zip(graph, proto.node, strict=True):
         for value in node.outputs:
             content = infos.get(value.name or "")
             kind, shape = (None, None) if content is None else types[content]
+            changed = changed or known_shape(value) != shape
             if value.is_graph_output():
                 value.meta[_SHAPE] = shape
             else:
@@ -203,7 +208,8 @@ def _take_shapes(graph: ir.Graph, proto: onnx.GraphProto, types: _Types) -> None
                 body = node.attributes[attribute.name].as_graph()
                 for value, info in zip(body.inputs, attribute.g.input, strict=True):
                     value.meta[_SHAPE] = types[info.type.SerializeToString()][1]
-                _take_shapes(body, attribute.g, types)
+                changed |= _take_shapes(body, attribute.g, types)
+    return changed
 
 
 def _take_shape(value: ir.Value, kind: ir.TypeProtocol | None, shape: ir.Shape | None) -> None:
