@@ -253,6 +253,35 @@ def test_without_validation_a_run_that_fails_starts_anew(in_file: bool, tmp_path
     assert list(run.model.graph.initializers) == ["w"]
 
 
+def test_who_found_nothing_is_asked_again_where_more_is_known() -> None:
+    """The rank of the Reshape is known only after its shape was folded and inferred again."""
+    given = parse(
+        """
+        <ir_version: 10, opset_import: ["" : 13]>
+        agraph (float[2, 4, 6, 6] x) => (float[2, 144] y)
+        <int64[1] first = {0}, float e = {0.5}>
+        {
+            s = Shape(x)
+            rest = Constant <value = int64[1] {144}> ()
+            n = Gather <axis = 0> (s, first)
+            t = Concat <axis = 0> (n, rest)
+            r = Reshape(x, t)
+            m = ReduceMean <axes = [-1]> (r)
+            c = Sub(r, m)
+            q = Mul(c, c)
+            v = ReduceMean <axes = [-1]> (q)
+            a = Add(v, e)
+            d = Sqrt(a)
+            y = Div(c, d)
+        }
+        """
+    )
+
+    run = graphopt.optimize(given, validate=False, benchmark=False)
+
+    assert [n.op_type for n in run.model.graph] == ["Reshape", "LayerNormalization"]
+
+
 def test_a_change_that_is_not_reported_is_not_kept() -> None:
     run = graphopt.optimize(model(), passes=[DoSilently(), DropUnused()], benchmark=False)
 
