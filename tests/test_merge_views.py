@@ -421,7 +421,7 @@ def test_weights_of_weight_only_products_stay(tmp_path: Path) -> None:
 # ------------------------------------------------------------------ in files
 
 
-@pytest.mark.parametrize("shape", [(1100, 1030), (3, 700, 701), (600, 2, 31, 40)])
+@pytest.mark.parametrize("shape", [(2100, 1030), (3, 1000, 701), (900, 2, 31, 40)])
 def test_external_data_is_compared_in_blocks(shape: tuple[int, ...], tmp_path: Path) -> None:
     first = numbers(*shape)
     assert first.size > BLOCK_ELEMENTS
