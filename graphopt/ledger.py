@@ -14,14 +14,7 @@ from graphopt import saving
 from graphopt.benchmark import BenchmarkReport
 from graphopt.contract import Effect, Skip
 from graphopt.loading import Source
-from graphopt.operators import (
-    Census,
-    all_graphs,
-    census,
-    node_count,
-    opset_of,
-    other_operators,
-)
+from graphopt.operators import Census, census, node_count, opset_of, other_operators
 from graphopt.recipes import Plan
 from graphopt.runtime import Reference, Session
 from graphopt.validation import OutputError
@@ -91,12 +84,12 @@ def size_of(model: ir.Model, external_data: bool | None, counts: Census | None =
         counts: the census of all its graphs, if there is one.
     """
     stored_bytes = saving.stored_bytes(model, external_data)
-    return _size(model, stored_bytes, counts or census(all_graphs(model)))
+    return _size(model, stored_bytes, counts or census(model))
 
 
 def size_as_given(source: Source) -> Size:
     """The size of a model as it was given."""
-    return _size(source.model, source.stored_bytes, census(all_graphs(source.model)))
+    return _size(source.model, source.stored_bytes, census(source.model))
 
 
 def _size(model: ir.Model, stored_bytes: int, counts: Census) -> Size:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -152,10 +152,10 @@ Census = Mapping[tuple[str, str], int]
 """How many nodes there are of each domain and operator."""
 
 
-def census(graphs: Iterable[ir.Graph]) -> Census:
-    """The nodes of graphs, those nested in them not counted, by domain and operator."""
+def census(model: ir.Model) -> Census:
+    """The nodes of the graph and its subgraphs, by domain and operator; functions are left out."""
     counts: dict[tuple[str, str], int] = {}
-    for graph in graphs:
+    for graph in all_graphs(model):
         for node in graph:
             key = node.domain, node.op_type
             counts[key] = counts.get(key, 0) + 1
@@ -221,7 +221,7 @@ def other_operators(model: ir.Model, counts: Census | None = None) -> Counter[st
         return Counter(
             {
                 f"{domain}.{op_type}": count
-                for (domain, op_type), count in (counts or census(all_graphs(model))).items()
+                for (domain, op_type), count in (counts or census(model)).items()
                 if domain not in STANDARD_DOMAINS
             }
         )
@@ -243,7 +243,7 @@ def node_count(model: ir.Model, counts: Census | None = None) -> int:
         counts: the census of all its graphs, if there is one.
     """
     if not model.functions:
-        counts = counts or census(all_graphs(model))
+        counts = counts or census(model)
         constants = sum(counts.get((domain, "Constant"), 0) for domain in ONNX_DOMAINS)
         return sum(counts.values()) - constants
     return _count_nodes(model.graph, model, {})

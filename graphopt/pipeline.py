@@ -161,17 +161,21 @@ class Pipeline:
         change = one.apply(self.model, replace(self.context, index=self._index))
         if not change:
             return change, "unchanged", None
-        self._take(self.model)
+        self._take(self._tidied(self.model))
         return change, "kept", None
 
-    def _take(self, model: ir.Model) -> None:
-        """Go on from a model that a pass has changed."""
+    def _tidied(self, model: ir.Model) -> NodeIndex:
+        """Remove what a pass left unread; the nodes of the model as they are now."""
         index = NodeIndex(model)
         _drop_orphans(self._unread, index.graphs)
+        return index
+
+    def _take(self, index: NodeIndex) -> None:
+        """Go on from a model that a pass has changed."""
         if _lacks_types(index.graphs):
-            infer_shapes(model)
-        self.model, self.size = model, size_of(model, self.external_data, index.counts)
-        self._index = index
+            infer_shapes(index.model)
+        self.model, self._index = index.model, index
+        self.size = size_of(index.model, self.external_data, index.counts)
 
     def _has_nothing_for(self, one: Pass) -> bool:
         if one.operators is None:
@@ -200,7 +204,7 @@ class Pipeline:
             change = one.apply(candidate, self.context)
             if not change:
                 return change, "unchanged", None
-            _drop_orphans(self._unread, list(all_graphs(candidate)))
+            index = self._tidied(candidate)
             reason = self.gate.why_rejected(candidate, one)
         except GraphoptError as error:
             reason = str(error)
@@ -210,7 +214,7 @@ class Pipeline:
         if reason is not None:
             self._spare = None
             return change, "rolled back", reason
-        self._take(candidate)
+        self._take(index)
         self._spare = None
         return change, "kept", None
 

@@ -30,11 +30,9 @@ Dims = tuple[int | str | None, ...]
 
 Q, V = Any("q"), Any("v")
 K = Op("Transpose", Any("k"), name="transpose")
-SCORES = Product(
-    "scale",
-    Op("MatMul", Either(Op("Mul", Q, Number("scale of q")), Q),
-       Either(Op("Mul", K, Number("scale of k")), K)),
-)  # fmt: skip
+SCALED_Q = Either(Op("Mul", Q, Number("scale of q")), Q)
+SCALED_K = Either(Op("Mul", K, Number("scale of k")), K)
+SCORES = Product("scale", Op("MatMul", SCALED_Q, SCALED_K))
 SHARES = Op("Softmax", Either(Op("Add", SCORES, Any("mask")), SCORES), name="softmax")
 ATTENTION = Op("MatMul", SHARES, V)
 

@@ -167,8 +167,8 @@ def _fingerprint(tensor: ir.TensorProtocol) -> Hashable:
 
 def _elements(tensor: ir.TensorProtocol) -> Iterator[npt.NDArray[np.unsignedinteger]]:
     bits = bits_of(tensor)
-    for start in range(0, tensor.nbytes, BLOCK_ELEMENTS):
-        stop = min(start + BLOCK_ELEMENTS, tensor.nbytes)
+    for start in range(0, tensor.nbytes, CHUNK_BYTES // 4):
+        stop = min(start + CHUNK_BYTES // 4, tensor.nbytes)
         yield np.concatenate(list(chunks(part(tensor, start, stop)))).view(bits)
 
 

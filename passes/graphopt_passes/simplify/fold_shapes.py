@@ -17,7 +17,6 @@ from graphopt.rewriting import (
     add_initializer,
     can_replace,
     input_of,
-    is_read,
     is_read_as_scalar,
     replace_value,
     why_too_old,
@@ -25,6 +24,7 @@ from graphopt.rewriting import (
 from graphopt.shape_facts import ShapeFacts
 from graphopt.shape_rules import Shape, slice_bounds
 from graphopt.sizes import difference, may_not_be_negative
+from graphopt_passes.simplify.chains import remove_if_unread
 
 FIRST_OPSET = 7
 """Before it, operators broadcast by attributes."""
@@ -149,7 +149,7 @@ class _Folding:
         if first is not None and _is_there(first):
             if can_replace(value, first):
                 replace_value(value, first)
-                self._remove_unread(node)
+                remove_if_unread(node)
                 self.change.count("value computed before taken again")
             return
         scope.computed[key] = value
@@ -165,7 +165,7 @@ class _Folding:
         # The initializer takes the name; the old value lets go of it first.
         value.name = self.names.new(name)
         value.replace_all_uses_with(add_initializer(graph, array, name))
-        self._remove_unread(node)
+        remove_if_unread(node)
         self.change.count(f"{node.op_type} of known shapes folded")
 
     def _take_dimensions(
@@ -178,7 +178,7 @@ class _Folding:
             new = self._new_shape(node, *found)
             replace_value(value, new)
             scope.computed[value.dtype, 1, content] = new
-            self._remove_unread(node)
+            remove_if_unread(node)
             self.change.count(f"{node.op_type} of dimensions made a Shape")
         elif is_onnx(node, "Concat"):
             self._join(node, content, scope)
@@ -244,9 +244,7 @@ class _Folding:
         for index, value in enumerate(inputs):
             node.replace_input_with(index, value)
         for value in old:
-            producer = value.producer()
-            if producer is not None:
-                self._remove_unread(producer)
+            remove_if_unread(value.producer())
         self.change.count("Concat of dimensions joined")
 
     def _parts(
@@ -310,7 +308,7 @@ class _Folding:
         if not can_replace(output, source):
             return False
         replace_value(output, source)
-        self._remove_unread(node)
+        remove_if_unread(node)
         self.change.count(f"{node.op_type} to the same shape removed")
         return True
 
@@ -354,21 +352,7 @@ class _Folding:
         array = np.array(np.clip(numbers, *_limits(old.dtype)), old.dtype.numpy())
         name = self.names.new(f"{node.outputs[0].name}_{what}")
         node.replace_input_with(index, add_initializer(node.graph, array, name))
-        producer = old.producer()
-        if producer is not None:
-            self._remove_unread(producer)
-
-    def _remove_unread(self, node: ir.Node) -> None:
-        """Remove the node if nothing reads it any more, and then what only it read."""
-        waiting = [node]
-        while waiting:
-            node = waiting.pop()
-            graph = node.graph
-            if graph is None or is_read(node):
-                continue
-            makers = [v.producer() for v in node.inputs if v is not None]
-            graph.remove(node, safe=True)
-            waiting += [m for m in makers if m is not None]
+        remove_if_unread(old.producer())
 
 
 def _is_there(value: ir.Value) -> bool:
