@@ -24,8 +24,9 @@ from graphopt.collection import no_collection
 from graphopt.content import digest, digests
 from graphopt.errors import ModelError
 from graphopt.external_data import anchor_external_tensors, check_external_data, external_tensors
+from graphopt.naming import check_names
 from graphopt.operators import ONNX_DOMAINS
-from graphopt.protos import describe_node, inner_graphs, scopes
+from graphopt.protos import scopes
 from graphopt.rewriting import replace_tensors, tensor_of, unshadow
 from graphopt.serializing import stubbed
 from graphopt.skeleton import from_proto, why_invalid
@@ -274,7 +275,7 @@ def _source(
         del proto.training_info[:]
         notes.append("training_info was dropped")
     dense = sum(_densify(scope) for scope in scopes(proto))
-    is_sorted = _check_names(proto.graph)
+    is_sorted = check_names(proto.graph)
     if _free_negative_dims(proto.graph):
         notes.append("dimensions of inputs or outputs that were negative are free now")
     if _state_opset_of_microsoft(proto):
@@ -340,81 +341,6 @@ def _sort(model: ir.Model) -> None:
         model.graph.sort()
     except ValueError:
         raise ModelError("the graph has a cycle: its nodes cannot be put in order") from None
-
-
-_Scopes = tuple[set[str], ...]
-"""Names that a graph may read, its own first."""
-
-
-def _check_names(graph: onnx.GraphProto) -> bool:
-    """Whether no node reads what a later one makes. The checker's word is of the first fault only.
-
-    Raises:
-        ModelError: a value is read that nothing makes, or is made twice.
-    """
-    if _is_sorted(graph):
-        return True
-    _check_made(graph)
-    return False
-
-
-def _is_sorted(graph: onnx.GraphProto, outer: _Scopes = ()) -> bool:
-    known = _given_names(graph)
-    scopes = (known, *outer)
-    for node in graph.node:
-        for name in node.input:
-            if name and name not in known and not any(name in scope for scope in outer):
-                return False
-        if node.attribute and not all(_is_sorted(inner, scopes) for inner in inner_graphs(node)):
-            return False
-        _add_made_by(node, known)
-    _check_outputs(graph, scopes)
-    return True
-
-
-def _check_made(graph: onnx.GraphProto, outer: _Scopes = ()) -> None:
-    known = _given_names(graph)
-    for node in graph.node:
-        _add_made_by(node, known)
-    scopes = (known, *outer)
-    for node in graph.node:
-        for name in node.input:
-            if name and not any(name in scope for scope in scopes):
-                raise ModelError(
-                    f"{describe_node(node)} reads {name!r}, which nothing makes: no input, "
-                    "initializer or node has that name"
-                )
-        for inner in inner_graphs(node) if node.attribute else ():
-            _check_made(inner, scopes)
-    _check_outputs(graph, scopes)
-
-
-def _given_names(graph: onnx.GraphProto) -> set[str]:
-    return {value.name for value in graph.input} | {t.name for t in graph.initializer}
-
-
-def _add_made_by(node: onnx.NodeProto, known: set[str]) -> None:
-    if not (type(node.name) is type(node.op_type) is type(node.domain) is str):
-        # protobuf gives back as bytes what is not UTF-8, and nothing here could write it.
-        raise ModelError(f"the model is damaged: {_not_text(node)!r} in a node is not text")
-    for name in node.output:
-        if name and name in known:
-            raise ModelError(
-                f"value {name!r} is made twice, the second time by {describe_node(node)}; "
-                "values need different names"
-            )
-        known.add(name)
-
-
-def _check_outputs(graph: onnx.GraphProto, scopes: _Scopes) -> None:
-    for value in graph.output:
-        if not any(value.name in scope for scope in scopes):
-            raise ModelError(f"output {value.name!r} is made by nothing in the graph")
-
-
-def _not_text(node: onnx.NodeProto) -> bytes:
-    texts: tuple[object, ...] = (node.name, node.op_type, node.domain)
-    return next(text for text in texts if isinstance(text, bytes))[:40]
 
 
 def _free_negative_dims(graph: onnx.GraphProto) -> bool:

@@ -9,19 +9,9 @@ import onnx_ir as ir
 
 from graphopt.contract import Change, Context, Effect, Pass
 from graphopt.skeleton import known_shape
+from graphopt_passes.fuse.fusing import Fused, Permuted, Rule, fuse_all
 from graphopt_passes.fuse.misfit import Misfit
-from graphopt_passes.fuse.pattern import (
-    Any,
-    Either,
-    Fused,
-    Match,
-    Number,
-    Op,
-    Permuted,
-    Product,
-    Rule,
-    fuse_all,
-)
+from graphopt_passes.fuse.pattern import Any, Either, Match, Number, Op, Product
 
 FIRST_OPSET = 23
 

@@ -9,19 +9,9 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from graphopt.contract import Change, Context, Effect, Pass
+from graphopt_passes.fuse.fusing import Fused, Rule, fuse_all
 from graphopt_passes.fuse.misfit import Misfit
-from graphopt_passes.fuse.pattern import (
-    Any,
-    Either,
-    Fused,
-    Match,
-    Number,
-    Op,
-    Pattern,
-    Product,
-    Rule,
-    fuse_all,
-)
+from graphopt_passes.fuse.pattern import Any, Either, Match, Number, Op, Pattern, Product
 
 FIRST_OPSET = 20
 """Gelu is a standard operator from here on."""

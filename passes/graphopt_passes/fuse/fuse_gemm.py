@@ -13,8 +13,9 @@ from graphopt.operators import is_onnx
 from graphopt.packing import is_constant
 from graphopt.rewriting import input_of
 from graphopt.skeleton import known_shape
+from graphopt_passes.fuse.fusing import Fused, Rule, fuse_all
 from graphopt_passes.fuse.misfit import Misfit
-from graphopt_passes.fuse.pattern import Any, Fused, Match, Op, Rule, fuse_all
+from graphopt_passes.fuse.pattern import Any, Match, Op
 
 FIRST_OPSET = 11
 """Gemm does without C from here on."""

@@ -9,19 +9,9 @@ import onnx_ir as ir
 
 from graphopt.contract import Change, Context, Effect, Pass
 from graphopt_passes.fuse.affine import PRECISION
+from graphopt_passes.fuse.fusing import Fused, Rule, fuse_all
 from graphopt_passes.fuse.misfit import Misfit
-from graphopt_passes.fuse.pattern import (
-    Any,
-    Either,
-    Fused,
-    Match,
-    Number,
-    Op,
-    Pattern,
-    Product,
-    Rule,
-    fuse_all,
-)
+from graphopt_passes.fuse.pattern import Any, Either, Match, Number, Op, Pattern, Product
 
 FIRST_OPSET = 14
 """HardSwish is a standard operator from here on; and Clip takes its bounds as inputs."""

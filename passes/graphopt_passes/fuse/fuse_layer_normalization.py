@@ -8,6 +8,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from graphopt.contract import Change, Context, Effect, Pass
+from graphopt_passes.fuse.fusing import Fused, Rule, fuse_all
 from graphopt_passes.fuse.normalization import (
     SCALE,
     cast,
@@ -18,16 +19,7 @@ from graphopt_passes.fuse.normalization import (
     mean,
     parameter,
 )
-from graphopt_passes.fuse.pattern import (
-    Any,
-    Fused,
-    Match,
-    Op,
-    Pattern,
-    Product,
-    Rule,
-    fuse_all,
-)
+from graphopt_passes.fuse.pattern import Any, Match, Op, Pattern, Product
 
 FIRST_OPSET = 17
 """LayerNormalization is a standard operator from here on."""

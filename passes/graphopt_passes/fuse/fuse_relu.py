@@ -8,18 +8,9 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from graphopt.contract import Change, Context, Effect, Pass
+from graphopt_passes.fuse.fusing import Fused, Rule, fuse_all
 from graphopt_passes.fuse.misfit import Misfit
-from graphopt_passes.fuse.pattern import (
-    Any,
-    Either,
-    Fused,
-    Match,
-    Number,
-    Op,
-    Product,
-    Rule,
-    fuse_all,
-)
+from graphopt_passes.fuse.pattern import Any, Either, Match, Number, Op, Product
 
 FIRST_OPSET = 7
 """Before it, operators broadcast by attributes."""

@@ -8,6 +8,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from graphopt.contract import Change, Context, Effect, Pass
+from graphopt_passes.fuse.fusing import Fused, Rule, fuse_all
 from graphopt_passes.fuse.normalization import (
     SCALE,
     cast,
@@ -17,15 +18,7 @@ from graphopt_passes.fuse.normalization import (
     last_axes,
     parameter,
 )
-from graphopt_passes.fuse.pattern import (
-    Any,
-    Fused,
-    Match,
-    Op,
-    Product,
-    Rule,
-    fuse_all,
-)
+from graphopt_passes.fuse.pattern import Any, Match, Op, Product
 
 FIRST_OPSET = 23
 """RMSNormalization is a standard operator from here on."""

@@ -10,18 +10,9 @@ import onnx_ir as ir
 from graphopt.contract import Change, Context, Effect, Pass
 from graphopt.rewriting import stated_integers
 from graphopt.skeleton import known_shape
+from graphopt_passes.fuse.fusing import Fused, Rule, fuse_all
 from graphopt_passes.fuse.misfit import Misfit
-from graphopt_passes.fuse.pattern import (
-    Any,
-    Fused,
-    Inverse,
-    Match,
-    Op,
-    Pattern,
-    Product,
-    Rule,
-    fuse_all,
-)
+from graphopt_passes.fuse.pattern import Any, Inverse, Match, Op, Pattern, Product
 
 FIRST_OPSET = 13
 """Before it, Softmax runs over all axes from one on."""
