@@ -17,7 +17,6 @@ from graphopt.ledger import Size, Step, Verdict, size_of
 from graphopt.operators import (
     ONNX_DOMAINS,
     NodeIndex,
-    all_graphs,
     attributes_of,
     graphs_and_functions,
 )
@@ -104,7 +103,7 @@ class Pipeline:
         waiting = [(one, -1) for one in plan.passes]
         version = 0
         for round_number in range(1, ROUNDS_MAXIMUM + 1):
-            if round_number > 1 and _lacks_sizes(all_graphs(self.model)):
+            if round_number > 1 and _lacks_sizes(self._index.graphs):
                 # Who found nothing may find something where more is known.
                 version += infer_shapes(self.model)
                 self._spare = None

@@ -18,6 +18,7 @@ NOT_PASSES = {
     "__init__.py",
     "affine.py",
     "chains.py",
+    "fusing.py",
     "lost_fusions.py",
     "misfit.py",
     "no_change.py",
