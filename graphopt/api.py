@@ -19,6 +19,7 @@ from graphopt.gate import Gate, interface_of
 from graphopt.inspection import Inspection, inspect_model
 from graphopt.ledger import Run, Step, size_as_given, size_of, stamp
 from graphopt.loading import ModelLike
+from graphopt.observe import Observer
 from graphopt.operators import other_operators
 from graphopt.pipeline import Pipeline
 from graphopt.recipes import Plan, plan
@@ -123,6 +124,7 @@ def optimize(
         provider=provider,
         progress=progress,
         scratch=Scratch() if external_data else None,
+        observer=Observer(calibration, provider) if calibration is not None else None,
     )
     pipeline = Pipeline(working, original, external_data, gate, context, fresh, strict)
     pipeline.run(chosen)

@@ -22,6 +22,7 @@ The rules:
 - A pass holds no state between calls; the options are all it has.
 - What it looked at and left alone, it says: `change.skip(node, "why")`.
 - A weight that it computes becomes a tensor by `context.tensor`, so that memory does not grow.
+- What values are like on the samples it asks `context.observe`.
 - Nodes of certain operators it takes from `context.index_of(model)` instead of walking the graph.
 - An initializer that loses its last reader to a rewrite is removed by the pipeline.
 - Packed weights (`graphopt.packing.is_packed`) stay packed.
@@ -36,15 +37,19 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.errors import SampleError
 from graphopt.operators import NodeIndex
 from graphopt.rewriting import tensor_of
 from graphopt.scratch import Scratch
 from graphopt.spec import Bounds, check_options, format_pass
+
+if TYPE_CHECKING:
+    from graphopt.observe import Answers, Observer, Question
 
 __all__ = ["Bounds", "Change", "Context", "Effect", "Pass", "Skip"]
 
@@ -115,6 +120,7 @@ class Context:
         progress: call it with a few words to tell a user who waits what is going on.
         scratch: where `tensor` puts what is large; None leaves it in memory.
         index: of the nodes of the model that a pass is given; see `index_of`.
+        observer: runs models on the samples; see `observe`.
     """
 
     read_original: Callable[[], ir.Model]
@@ -123,6 +129,7 @@ class Context:
     progress: Callable[[str], None] = lambda _: None
     scratch: Scratch | None = None
     index: NodeIndex | None = None
+    observer: Observer | None = None
 
     @cached_property
     def original(self) -> ir.Model:
@@ -137,6 +144,22 @@ class Context:
         if self.index is not None and self.index.model is model:
             return self.index
         return NodeIndex(model)
+
+    def observe(self, model: ir.Model, questions: Iterable[Question]) -> Answers:
+        """Statistics of named values of a model over all calibration samples.
+
+        Memory does not grow with the number of samples, and what was asked before is remembered.
+
+        Args:
+            model: the one given to `apply`, `original`, or any other of the same inputs.
+            questions: see `graphopt.observe.Question`.
+
+        Raises:
+            SampleError: there are no samples, or the model does not run on one.
+        """
+        if self.observer is None:
+            raise SampleError("there are no samples to observe the model on")
+        return self.observer(model, questions)
 
     def tensor(
         self, array: np.ndarray, name: str, dtype: ir.DataType | None = None

@@ -1,0 +1,187 @@
+"""Statistics of values inside a model, over all samples.
+
+The model is run as deployed with the values as further outputs. They are taken in and let go sample
+by sample, and where one sample's values would fill the memory, the samples are run again for some
+of the values at a time: memory depends neither on the number of samples nor on the depth of the
+model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.content import digest
+from graphopt.errors import GraphoptError
+from graphopt.recording import Feed
+from graphopt.runtime import Session
+from graphopt.serializing import nothing, stubbed
+from graphopt.statistics import Gram, Patches, Reservoir, Rows, Spread
+
+WAVE_BYTES = 512 << 20
+"""Values of one sample that are looked at together may take so much."""
+
+Statistics = Spread | Gram | Rows | Reservoir
+
+FLOATS = (np.float16, np.float32, np.float64)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of a value.
+
+    Attributes:
+        value: its name, in the main graph of the model.
+        about: "spread", "gram", "rows" or "reservoir".
+        axis: of the channels, for a spread by channel.
+        patches: for the Gram matrix or rows of a Conv.
+    """
+
+    value: str
+    about: str = "spread"
+    axis: int | None = None
+    patches: Patches | None = None
+
+    def start(self) -> Statistics:
+        """Statistics of nothing yet."""
+        if self.about == "gram":
+            return Gram(self.patches)
+        if self.about == "rows":
+            return Rows(self.patches)
+        return Reservoir() if self.about == "reservoir" else Spread(self.axis)
+
+
+Answers = Mapping[Question, Statistics]
+
+
+@dataclass
+class Observer:
+    """Answers questions on the values of models, and remembers the answers.
+
+    Answers are kept by the content of the model, weights included, and by what was asked, so that a
+    rewritten model is looked at anew and an equal one is not.
+
+    Attributes:
+        feed: the samples, and how state is carried from one to the next.
+        provider: "cpu" or "cuda".
+        wave_bytes: values of one sample that are looked at together may take so much.
+    """
+
+    feed: Feed
+    provider: str = "cpu"
+    wave_bytes: int = WAVE_BYTES
+    _known: dict[str, dict[Question, Statistics]] = field(default_factory=dict)
+
+    def __call__(self, model: ir.Model, questions: Iterable[Question]) -> Answers:
+        """The statistics asked for, over all samples.
+
+        Args:
+            model: not modified. Its nodes and values may be named as the caller likes.
+            questions: on values of the main graph: outputs of nodes, or inputs.
+
+        Raises:
+            GraphoptError: onnxruntime does not run the model.
+        """
+        asked = list(dict.fromkeys(questions))
+        known = self._known.setdefault(content_key(model), {})
+        open_questions = [q for q in asked if q not in known]
+        for wave in self._waves(model, open_questions):
+            known.update(self._observe(model, wave))
+        return {q: known[q] for q in asked}
+
+    def _observe(
+        self, model: ir.Model, questions: Sequence[Question]
+    ) -> dict[Question, Statistics]:
+        found = {q: q.start() for q in questions}
+        by_value = defaultdict(list)
+        for question, statistics in found.items():
+            by_value[question.value].append(statistics)
+        for outputs in self._run(model, list(by_value), self.feed):
+            for name, wanted in by_value.items():
+                array = outputs[name]
+                for statistics in wanted if array.dtype.type in FLOATS else ():
+                    statistics.add(array)
+        return found
+
+    def _waves(self, model: ir.Model, questions: Sequence[Question]) -> Iterator[list[Question]]:
+        """The questions in groups whose values fit into memory together."""
+        if not questions:
+            return
+        sizes = self._sizes_bytes(model, {q.value for q in questions})
+        wave: list[Question] = []
+        seen: set[str] = set()
+        total = 0
+        for question in questions:
+            added = 0 if question.value in seen else sizes[question.value]
+            if wave and total + added > self.wave_bytes:
+                yield wave
+                wave, seen, total, added = [], set(), 0, sizes[question.value]
+            wave.append(question)
+            seen.add(question.value)
+            total += added
+        yield wave
+
+    def _sizes_bytes(self, model: ir.Model, names: set[str]) -> dict[str, int]:
+        """What each value takes in the largest of the first few samples.
+
+        Shapes are asked of onnxruntime, so that no value has to leave it for that.
+        """
+        few = replace(self.feed, samples=self.feed.samples.first(4))
+        sizes = dict.fromkeys(names, 0)
+        for shapes in self._run(model, sorted(names), few, "Shape"):
+            for name in names:
+                sizes[name] = max(sizes[name], 4 * int(np.prod(shapes[name])))
+        return sizes
+
+    def _run(
+        self, model: ir.Model, names: Sequence[str], feed: Feed, op_type: str = "Identity"
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """What an operator makes of these values, for each sample."""
+        probed, probes = _with_probes(model, names, op_type, {o for o, _ in feed.state})
+        session = Session(probed, provider=self.provider)
+        for outputs in feed.run(session):
+            yield {name: outputs[probes[name]] for name in names}
+
+
+def _with_probes(
+    model: ir.Model, names: Sequence[str], op_type: str, carried: set[str]
+) -> tuple[ir.Model, dict[str, str]]:
+    """A clone that outputs what `op_type` makes of the values, and those outputs' names."""
+    probed = model.clone()
+    graph = probed.graph
+    values = {v.name: v for v in graph.inputs}
+    values.update((o.name, o) for node in graph for o in node.outputs)
+    kept = [o for o in graph.outputs if o.name in carried]
+    graph.outputs.clear()
+    graph.outputs.extend(kept)
+    taken = set(values) | set(graph.initializers)
+    probes = {}
+    for number, name in enumerate(names):
+        if name not in values:
+            raise GraphoptError(f"the main graph has no value {name!r} to observe")
+        probe = f"graphopt.probe.{number}"
+        while probe in taken:
+            probe += "_"
+        node = ir.node(op_type, [values[name]], outputs=[ir.Value(name=probe)])
+        if op_type == "Shape":
+            node.outputs[0].type = ir.TensorType(ir.DataType.INT64)
+        else:
+            node.outputs[0].type = values[name].type
+        graph.append(node)
+        graph.outputs.append(node.outputs[0])
+        probes[name] = probe
+    return probed, probes
+
+
+def content_key(model: ir.Model) -> str:
+    """A hash of all that the outputs of a model depend on: graph, attributes and weights."""
+    proto, tensors = stubbed(model, nothing)
+    state = hashlib.sha256(proto.SerializeToString(deterministic=True))
+    for name in sorted(tensors):
+        state.update(name.encode() + b"\0" + digest(tensors[name]))
+    return state.hexdigest()
