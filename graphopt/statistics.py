@@ -244,7 +244,7 @@ def rows_of(array: np.ndarray, patches: Patches | None) -> np.ndarray:
     if patches is None:
         rows = array.reshape(-1, array.shape[-1])
         rows = rows[_spread_evenly(len(rows), rows.shape[1])]
-        return rows[np.newaxis].astype(np.float32)
+        return np.asarray(rows[np.newaxis], np.float32)
     windows = patches.cut(array)
     group, batch, channels = windows.shape[:3]
     rank = len(patches.kernel)
@@ -339,7 +339,7 @@ class Rows:
 
 @dataclass
 class Reservoir:
-    """A uniform sample of the elements seen so far (Vitter's problem, solved by random keys).
+    """A uniform sample of the elements seen so far (see `Rows`).
 
     Attributes:
         size: elements kept at most.

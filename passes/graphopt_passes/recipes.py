@@ -38,3 +38,8 @@ TRANSFORMERS = Recipe(
     ),
     repeat=True,
 )
+
+INT8 = Recipe(
+    summary="basic, then 8-bit integers wherever they are faster and the samples allow it",
+    passes=f"{BASIC.passes},quantize-static",
+)

@@ -1,0 +1,1 @@
+"""Passes that store and compute in narrow numbers."""

@@ -1,0 +1,223 @@
+"""Writes units of a graph in their form on codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.operators import is_onnx
+from graphopt.rewriting import (
+    Names,
+    add_initializer,
+    input_of,
+    is_read,
+    remove_node,
+    replace_value,
+    small_array,
+)
+from graphopt_passes.quantize.affine import Affine, affine_of
+from graphopt_passes.quantize.layers import Layer
+from graphopt_passes.quantize.parameters import Parameters
+from graphopt_passes.quantize.units import CONSTANT_MAXIMUM, Unit
+from graphopt_passes.quantize.weights import IntegerLayer
+
+TensorMaker = Callable[[np.ndarray, str], ir.TensorProtocol]
+
+
+@dataclass
+class Coding:
+    """Rewrites the nodes of a graph one after the other, in order.
+
+    Attributes:
+        graph: being rewritten.
+        names: of its model.
+        parameters: the maps of the values.
+        tensor: makes a tensor of an array.
+        float_outputs: products whose output stays float.
+    """
+
+    graph: ir.Graph
+    names: Names
+    parameters: Parameters
+    tensor: TensorMaker
+    float_outputs: frozenset[ir.Node] = frozenset()
+    _coded: dict[ir.Value, tuple[ir.Value, ir.Value]] = field(default_factory=dict)
+    _maps: dict[Affine, tuple[ir.Value, ir.Value]] = field(default_factory=dict)
+
+    # -------------------------------------------------------------- values
+
+    def _map(self, affine: Affine) -> tuple[ir.Value, ir.Value]:
+        """Initializers of scale and zero point; one pair for all values with this map."""
+        if affine not in self._maps:
+            number = len(self._maps)
+            self._maps[affine] = (
+                self._constant(np.asarray(affine.scale, np.float32), f"scale_{number}"),
+                self._constant(np.asarray(affine.zero_point, np.uint8), f"zero_point_{number}"),
+            )
+        return self._maps[affine]
+
+    def _constant(self, array: np.ndarray, hint: str) -> ir.Value:
+        name = self.names.new(hint)
+        return add_initializer(self.graph, self.tensor(array, name), name)
+
+    def _node(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        likes: Sequence[ir.Value],
+        suffix: str,
+        dtype: ir.DataType,
+        attributes: Iterable[ir.Attr] = (),
+    ) -> ir.Node:
+        """A node whose outputs have the names, with a suffix, and shapes of other values."""
+        outputs = [
+            ir.Value(
+                name=self.names.new(f"{like.name}_{suffix}"),
+                type=ir.TensorType(dtype),
+                shape=like.shape,
+            )
+            for like in likes
+        ]
+        name = self.names.new(f"{op_type}_{outputs[0].name}")
+        return ir.Node("", op_type, inputs, attributes, outputs=outputs, name=name)
+
+    def _insert(self, node: ir.Node, after: ir.Value) -> None:
+        """Put a node where a value has just been made."""
+        producer = after.producer()
+        if producer is None:
+            self.graph.insert_before(self.graph[0], node)
+        else:
+            self.graph.insert_after(producer, node)
+
+    def _numbers(self, codes: ir.Value, value: ir.Value) -> ir.Value:
+        """What the codes of a value stand for."""
+        inputs = [codes, *self._map(self.parameters.of(value))]
+        node = self._node("DequantizeLinear", inputs, [value], "dequantized", ir.DataType.FLOAT)
+        self._insert(node, codes)
+        return node.outputs[0]
+
+    def _keep(self, value: ir.Value, codes: ir.Value) -> ir.Value:
+        """Remember the codes and numbers of a value; the latter."""
+        numbers = self._numbers(codes, value)
+        self._coded[value] = codes, numbers
+        return numbers
+
+    def _source(self, value: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Codes and numbers of what a unit reads; quantized where no unit has made it."""
+        if value not in self._coded:
+            inputs = [value, *self._map(self.parameters.of(value))]
+            node = self._node("QuantizeLinear", inputs, [value], "codes", ir.DataType.UINT8)
+            self._insert(node, value)
+            self._keep(value, node.outputs[0])
+        return self._coded[value]
+
+    # -------------------------------------------------------------- units
+
+    def movement(self, unit: Unit) -> None:
+        """Let a node work on codes instead of numbers."""
+        node, inputs = unit.node, list(unit.node.inputs)
+        for place, value in zip(unit.places, unit.sources, strict=True):
+            inputs[place] = self._source(value)[0]
+        zero = self._map(self.parameters.of(unit.outputs[0]))[1]
+        op_type, attributes = node.op_type, node.attributes.values()
+        if is_onnx(node, "Relu"):
+            op_type, inputs = "Clip", [inputs[0], zero]
+        elif is_onnx(node, "Clip", "Pad"):
+            inputs = self._with_codes(unit, inputs, zero)
+        moved = self._node(op_type, inputs, node.outputs, "codes", ir.DataType.UINT8, attributes)
+        self.graph.insert_after(node, moved)
+        for value, codes in zip(node.outputs, moved.outputs, strict=True):
+            replace_value(value, self._keep(value, codes))
+        remove_node(node)
+
+    def _with_codes(
+        self, unit: Unit, inputs: list[ir.Value | None], zero: ir.Value
+    ) -> list[ir.Value | None]:
+        """The inputs, with constants that are numbers (limits, what pads) as codes."""
+        affine = self.parameters.of(unit.outputs[0])
+        places = (1, 2) if is_onnx(unit.node, "Clip") else (2,)
+        for place in places:
+            array = small_array(input_of(unit.node, place), 1)
+            if array is not None:
+                code = affine.codes(np.asarray(array, np.float32).reshape(()))
+                inputs[place] = self._constant(code, f"{unit.node.name}_limit")
+        if is_onnx(unit.node, "Pad"):
+            inputs += [None] * (3 - len(inputs))
+            inputs[2] = inputs[2] if inputs[2] is not None else zero
+        return inputs
+
+    def arithmetic(self, unit: Unit) -> None:
+        """Let a node read numbers that come from codes, and quantize what it makes."""
+        for place, value in zip(unit.places, unit.sources, strict=True):
+            unit.node.replace_input_with(place, self._source(value)[1])
+        for place, constant in enumerate(unit.node.inputs):
+            if place not in unit.places and constant is not None:
+                unit.node.replace_input_with(place, self._coded_constant(constant))
+        self._quantize_output(unit)
+
+    def _coded_constant(self, value: ir.Value) -> ir.Value:
+        array = small_array(value, CONSTANT_MAXIMUM)
+        assert array is not None
+        affine = affine_of(float(array.min()), float(array.max()))
+        codes = self._constant(affine.codes(array), f"{value.name}_codes")
+        inputs = [codes, *self._map(affine)]
+        node = self._node("DequantizeLinear", inputs, [value], "dequantized", ir.DataType.FLOAT)
+        self.graph.insert_before(self.graph[0], node)
+        return node.outputs[0]
+
+    def product(self, unit: Unit, layer: Layer, integers: IntegerLayer) -> None:
+        """Put integers in the place of weight and bias."""
+        node, hint = unit.node, layer.weight.name or unit.node.name
+        source = self._source(unit.sources[0])[1]
+        weight = self._parameter(integers.codes, integers.scales, layer.axis, f"{hint}")
+        inputs = [source, weight]
+        if not is_onnx(node, "MatMul") and (integers.bias.any() or layer.bias() is not None):
+            hint = f"{hint}_bias"
+            inputs.append(self._parameter(integers.bias, integers.bias_scales, 0, hint))
+        node.resize_inputs(len(inputs))
+        for index, value in enumerate(inputs):
+            node.replace_input_with(index, value)
+        if node not in self.float_outputs:
+            self._quantize_output(unit)
+
+    def _parameter(self, codes: np.ndarray, scales: np.ndarray, axis: int, hint: str) -> ir.Value:
+        inputs = [
+            self._constant(codes, f"{hint}_codes"),
+            self._constant(scales, f"{hint}_scales"),
+            self._constant(np.zeros(scales.shape, codes.dtype), f"{hint}_zero_points"),
+        ]
+        node = self._node(
+            "DequantizeLinear",
+            inputs,
+            [ir.Value(name=hint, shape=ir.Shape(codes.shape))],
+            "dequantized",
+            ir.DataType.FLOAT,
+            [ir.AttrInt64("axis", axis)],
+        )
+        self.graph.insert_before(self.graph[0], node)
+        return node.outputs[0]
+
+    def _quantize_output(self, unit: Unit) -> None:
+        """Let all that read the output of a unit read it as it comes back from codes."""
+        made, value = unit.node.outputs[0], unit.outputs[0]
+        inputs = [None, *self._map(self.parameters.of(value))]
+        node = self._node("QuantizeLinear", inputs, [value], "codes", ir.DataType.UINT8)
+        self.graph.insert_after(unit.node, node)
+        replace_value(value, self._keep(value, node.outputs[0]))
+        node.replace_input_with(0, made)
+        if unit.saturated is not None:
+            unit.saturated.replace_input_with(0, None)
+            remove_node(unit.saturated)
+        if not made.name:
+            # Its name went to the graph's output.
+            made.name = self.names.new(f"{node.name}_input")
+
+
+def drop_unread(graph: ir.Graph) -> None:
+    """Remove the DequantizeLinear nodes whose numbers nothing reads."""
+    for node in list(graph):
+        if is_onnx(node, "DequantizeLinear") and not is_read(node):
+            remove_node(node)

@@ -1,0 +1,121 @@
+"""Products as what they are: a matrix for each group of channels, applied to rows of inputs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.content import read_array
+from graphopt.observe import Question
+from graphopt.operators import is_onnx
+from graphopt.rewriting import constant_tensor, input_of
+from graphopt.statistics import Patches
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A Conv, Gemm or MatMul with a constant weight.
+
+    Attributes:
+        node: of the model.
+        group: groups of a Conv; 1 for others.
+    """
+
+    node: ir.Node
+    group: int
+
+    @property
+    def axis(self) -> int:
+        """Of the weight, along which its outputs lie."""
+        if is_onnx(self.node, "MatMul"):
+            return 1
+        if is_onnx(self.node, "Gemm"):
+            return 0 if _stated(self.node, "transB") else 1
+        return 0
+
+    @property
+    def source(self) -> ir.Value:
+        """The value that is multiplied with the weight."""
+        value = self.node.inputs[0]
+        assert value is not None
+        return value
+
+    @property
+    def weight(self) -> ir.Value:
+        """The weight."""
+        value = self.node.inputs[1]
+        assert value is not None
+        return value
+
+    def matrix(self) -> np.ndarray:
+        """The weight as float64 of shape [group, outputs of the group, inputs]."""
+        tensor = constant_tensor(self.weight)
+        assert tensor is not None
+        array = np.asarray(read_array(tensor), np.float64)
+        rows = np.moveaxis(array, self.axis, 0)
+        return rows.reshape(self.group, rows.shape[0] // self.group, -1)
+
+    def stored(self, matrix: np.ndarray) -> np.ndarray:
+        """A matrix of that shape, of any type, in the layout of the weight."""
+        tensor = constant_tensor(self.weight)
+        assert tensor is not None
+        shape = list(tensor.shape.numpy())
+        outputs = shape.pop(self.axis)
+        return np.ascontiguousarray(np.moveaxis(matrix.reshape(outputs, *shape), 0, self.axis))
+
+    def bias(self) -> np.ndarray | None:
+        """The bias, float64 of shape [outputs], or None."""
+        tensor = constant_tensor(input_of(self.node, 2))
+        return None if tensor is None else np.asarray(read_array(tensor), np.float64).reshape(-1)
+
+    def ask(self, about: str) -> Question:
+        """A question on the rows that the weight is multiplied with: "gram" or "rows"."""
+        return Question(self.source.name or "", about, patches=self.patches())
+
+    def patches(self) -> Patches | None:
+        """The windows of a Conv; None for others."""
+        if not is_onnx(self.node, "Conv"):
+            return None
+        tensor = constant_tensor(self.weight)
+        assert tensor is not None
+        kernel = tuple(int(k) for k in tensor.shape.numpy()[2:])
+        rank = len(kernel)
+        auto_pad = self.node.attributes.get("auto_pad")
+        return Patches(
+            kernel=kernel,
+            strides=_sizes(self.node, "strides", (1,) * rank),
+            dilations=_sizes(self.node, "dilations", (1,) * rank),
+            pads=_sizes(self.node, "pads", (0,) * 2 * rank),
+            group=self.group,
+            auto_pad=auto_pad.as_string() if auto_pad is not None else "NOTSET",
+        )
+
+
+def layer_of(node: ir.Node) -> Layer:
+    """The layer that a product is."""
+    return Layer(node, _stated(node, "group", 1) if is_onnx(node, "Conv") else 1)
+
+
+def products(rows: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """What a layer makes of rows: [group, rows, outputs of the group].
+
+    Args:
+        rows: [group, rows, inputs].
+        matrix: [group, outputs, inputs].
+    """
+    if math.prod(matrix.shape[1:]) <= 64:
+        return np.asarray(np.einsum("grk,gnk->grn", rows, matrix))
+    return np.asarray(np.matmul(rows, matrix.transpose(0, 2, 1)))
+
+
+def _stated(node: ir.Node, name: str, default: int = 0) -> int:
+    attribute = node.attributes.get(name)
+    return default if attribute is None else attribute.as_int()
+
+
+def _sizes(node: ir.Node, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
+    attribute = node.attributes.get(name)
+    return default if attribute is None else tuple(attribute.as_ints())

@@ -1,0 +1,167 @@
+"""Scale and zero point for every value that becomes codes, by what they do to the layers' outputs.
+
+For a value that layers read, each candidate range is tried on rows of their inputs, as sampled from
+the user's data: the one that changes their outputs least is taken. Other values take the range of
+least mean squared error.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.observe import Answers, Question
+from graphopt.operators import is_onnx
+from graphopt.statistics import Rows, Spread
+from graphopt_passes.quantize.affine import Affine, affine_of
+from graphopt_passes.quantize.layers import layer_of, products
+from graphopt_passes.quantize.ranges import candidate_ranges
+from graphopt_passes.quantize.regions import SameScale
+from graphopt_passes.quantize.units import Unit
+
+TRIED_ROWS = 256
+"""Rows on which a candidate range is tried."""
+
+SHARED_WIDTH_MAXIMUM = 2.0
+"""A value that others read too joins a Concat's range only where that is at most so much wider."""
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """The affine map of every value that becomes codes.
+
+    Attributes:
+        same: which values share one.
+        maps: by the value that stands for the set.
+        mixed: Concat nodes whose inputs keep maps of their own.
+    """
+
+    same: SameScale
+    maps: Mapping[ir.Value, Affine]
+    mixed: frozenset[ir.Node]
+
+    def of(self, value: ir.Value) -> Affine:
+        """The map of a value."""
+        return self.maps[self.same.of(value)]
+
+
+def questions_on(units: Sequence[Unit]) -> list[Question]:
+    """What must be known of the model to choose parameters."""
+    asked = [Question(v.name or "") for v in coded_values(units)]
+    asked += [layer_of(u.node).ask("rows") for u in units if u.kind == "product"]
+    return asked
+
+
+def coded_values(units: Sequence[Unit]) -> list[ir.Value]:
+    """The values that become codes, each once."""
+    values: dict[ir.Value, None] = {}
+    for unit in units:
+        values.update(dict.fromkeys(unit.sources))
+        values.update(dict.fromkeys(unit.outputs))
+    return list(values)
+
+
+def choose_parameters(units: Sequence[Unit], answers: Answers) -> Parameters:
+    """Choose them.
+
+    Args:
+        units: what works on codes.
+        answers: to `questions_on`.
+    """
+    limits = {o: u.limits for u in units for o in u.outputs}
+    spreads = {v: _spread(answers, v) for v in coded_values(units)}
+    same, mixed = _shared(units, spreads)
+    moved = {o for u in units if _passes_codes(u, mixed) for o in u.outputs}
+    made: dict[ir.Value, list[ir.Value]] = defaultdict(list)
+    readers: dict[ir.Value, list[Unit]] = defaultdict(list)
+    for value in spreads:
+        made[same.of(value)] += [] if value in moved else [value]
+    for unit in units:
+        if unit.kind == "product":
+            readers[same.of(unit.sources[0])].append(unit)
+    maps = {
+        root: _best(_candidates(values, spreads, limits), readers[root], answers)
+        for root, values in made.items()
+    }
+    return Parameters(same, maps, mixed)
+
+
+def _spread(answers: Answers, value: ir.Value) -> Spread:
+    found = answers[Question(value.name or "")]
+    assert isinstance(found, Spread)
+    return found
+
+
+def _passes_codes(unit: Unit, mixed: Iterable[ir.Node]) -> bool:
+    return unit.kind == "movement" and unit.node not in mixed
+
+
+def _shared(
+    units: Sequence[Unit], spreads: Mapping[ir.Value, Spread]
+) -> tuple[SameScale, frozenset[ir.Node]]:
+    same, mixed = SameScale(), set()
+    for unit in units:
+        if unit.kind != "movement":
+            continue
+        if is_onnx(unit.node, "Concat") and not _can_share(unit, spreads):
+            mixed.add(unit.node)
+            continue
+        same.join(unit.outputs[0], (*unit.sources, *unit.outputs[1:]))
+    return same, frozenset(mixed)
+
+
+def _can_share(concat: Unit, spreads: Mapping[ir.Value, Spread]) -> bool:
+    """No input loses much by taking the range of the output."""
+    whole = _width(spreads[concat.outputs[0]])
+    return all(
+        len(value.uses()) == 1 or whole <= SHARED_WIDTH_MAXIMUM * _width(spreads[value])
+        for value in concat.sources
+    )
+
+
+def _width(spread: Spread) -> float:
+    return max(spread.high, 0.0) - min(spread.low, 0.0)
+
+
+def _candidates(
+    values: Sequence[ir.Value],
+    spreads: Mapping[ir.Value, Spread],
+    limits: Mapping[ir.Value, tuple[float, float]],
+) -> list[Affine]:
+    """Maps for a set of values: for each method, one that covers its range for every value."""
+    ranges: dict[str, tuple[float, float]] = {}
+    for value in values:
+        lowest, highest = limits.get(value, (-np.inf, np.inf))
+        for method, (low, high) in candidate_ranges(spreads[value]).items():
+            low, high = max(low, lowest), min(high, highest)
+            old_low, old_high = ranges.get(method, (low, high))
+            ranges[method] = min(low, old_low), max(high, old_high)
+    return list(dict.fromkeys(affine_of(low, high) for low, high in ranges.values()))
+
+
+def _best(maps: Sequence[Affine], readers: Sequence[Unit], answers: Answers) -> Affine:
+    """The map that changes the outputs of the layers least; the first where none reads it."""
+    layers = [layer_of(unit.node) for unit in readers]
+    trials = []
+    for layer in layers:
+        rows = answers[layer.ask("rows")]
+        assert isinstance(rows, Rows)
+        if rows.values.size:
+            few = rows.values[:, :TRIED_ROWS]
+            matrix = layer.matrix().astype(np.float32)
+            signal = float(np.square(products(few, matrix)).sum())
+            trials.append((few, matrix, signal))
+    if not trials or len(maps) == 1:
+        return maps[0]
+
+    def error(one: Affine) -> float:
+        return sum(
+            float(np.square(products(one.rounded(rows) - rows, matrix)).sum()) / max(signal, 1e-30)
+            for rows, matrix, signal in trials
+        )
+
+    return min(maps, key=error)
