@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 
 import onnx_ir as ir
 
@@ -98,9 +99,14 @@ class Pipeline:
         return self.gate.why_malformed(self.model) is None
 
     def _run_rounds(self, plan: Plan, attempt: Attempt) -> None:
+        """Run the lossless passes before the first lossy one to their end, then all others."""
         self._index = NodeIndex(self.model)
         self._unread = _unread_initializers(self._index.graphs)
-        waiting = [(one, -1) for one in plan.passes]
+        for stage in _stages(plan):
+            self._run_stage(stage, plan.repeat, attempt)
+
+    def _run_stage(self, passes: Sequence[Pass], repeat: bool, attempt: Attempt) -> None:
+        waiting = [(one, -1) for one in passes]
         version = 0
         for round_number in range(1, ROUNDS_MAXIMUM + 1):
             if round_number > 1 and _lacks_sizes(self._index.graphs):
@@ -119,7 +125,7 @@ class Pipeline:
                 if step.verdict != "rolled back":
                     left.append((one, -1 if step.kept else version))
             waiting = left
-            if not plan.repeat or all(seen == version for _, seen in waiting):
+            if not repeat or _are_lossy(passes) or all(seen == version for _, seen in waiting):
                 return
 
     def _step(self, one: Pass, round_number: int, attempt: Attempt) -> Step:
@@ -216,6 +222,22 @@ class Pipeline:
         self._take(index)
         self._spare = None
         return change, "kept", None
+
+
+def _are_lossy(passes: Sequence[Pass]) -> bool:
+    return all(one.effect is Effect.LOSSY for one in passes)
+
+
+def _stages(plan: Plan) -> Iterator[tuple[Pass, ...]]:
+    """The passes in groups that repeat together: lossless ones, and each lossy one by itself.
+
+    What a lossy pass does is done once: a second time would find its own work to narrow.
+    """
+    for lossy, group in groupby(plan.passes, lambda one: one.effect is Effect.LOSSY):
+        if lossy:
+            yield from ((one,) for one in group)
+        else:
+            yield tuple(group)
 
 
 def _unread_initializers(graphs: Iterable[ir.Graph]) -> set[str]:

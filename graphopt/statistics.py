@@ -325,7 +325,7 @@ class Rows:
         Of all rows, those with the smallest random keys stay, so that each is as likely to.
         """
         rows = rows_of(array, self.patches)
-        keys = self._random.random(rows.shape[1])
+        keys: np.ndarray = self._random.random(rows.shape[1])
         finite = np.isfinite(rows).all(axis=(0, 2))
         rows, keys = rows[:, finite], keys[finite]
         if self._keys.size:
@@ -333,7 +333,7 @@ class Rows:
             keys = np.concatenate([self._keys, keys])
         if keys.size > ROWS_MAXIMUM:
             kept = np.argpartition(keys, ROWS_MAXIMUM)[:ROWS_MAXIMUM]
-            rows, keys = rows[:, kept], keys[kept]
+            rows, keys = rows[:, kept], np.asarray(keys[kept])
         self.values, self._keys = rows, keys
 
 
@@ -354,7 +354,7 @@ class Reservoir:
     def add(self, array: np.ndarray) -> None:
         """Take in one array of floating point."""
         values, _ = without_masks(array)
-        keys = self._random.random(values.size)
+        keys: np.ndarray = self._random.random(values.size)
         if len(self._keys) == self.size:
             better = keys < self._keys.max()
             values, keys = values[better], keys[better]

@@ -42,4 +42,5 @@ TRANSFORMERS = Recipe(
 INT8 = Recipe(
     summary="basic, then 8-bit integers wherever they are faster and the samples allow it",
     passes=f"{BASIC.passes},quantize-static",
+    repeat=True,
 )

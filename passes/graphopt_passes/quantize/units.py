@@ -122,7 +122,11 @@ def units_of(graph: ir.Graph, skip: Callable[[ir.Node, str], None]) -> dict[ir.N
 
 def _unit(node: ir.Node) -> Unit | None:
     if is_onnx(node, *PRODUCTS):
-        return _saturated(_product(node))
+        unit = _saturated(_product(node))
+        if _reaches_body(unit.outputs[0]):
+            # Seen of onnxruntime 1.32: it moves the DequantizeLinear on to there, and aborts.
+            raise NotQuantized("a body of If, Loop or Scan reads what it makes")
+        return unit
     if is_onnx(node, "ConvTranspose", "LSTM", "GRU", "RNN"):
         raise NotQuantized(f"onnxruntime's CPU provider has no integer kernel for {node.op_type}")
     if not node.outputs or node.outputs[0].dtype != ir.DataType.FLOAT:
@@ -136,6 +140,20 @@ def _unit(node: ir.Node) -> Unit | None:
     if is_onnx(node, *MOVEMENT) and _moves(node):
         return _of(node, "movement", [0])
     return None
+
+
+def _reaches_body(value: ir.Value) -> bool:
+    """A node in a body reads the value, or what movement makes of it."""
+    waiting, seen = [value], {value}
+    while waiting:
+        value = waiting.pop()
+        for use in value.uses():
+            if use.node.graph is not value.graph:
+                return True
+            if is_onnx(use.node, "Concat", *MOVEMENT):
+                waiting += [o for o in use.node.outputs if o not in seen]
+                seen.update(use.node.outputs)
+    return False
 
 
 def _of(node: ir.Node, kind: Kind, places: Iterable[int]) -> Unit:
