@@ -37,6 +37,15 @@ class Layer:
         return 0
 
     @property
+    def dimensions(self) -> tuple[int, int, int]:
+        """Groups, outputs of a group, and inputs of a group."""
+        tensor = constant_tensor(self.weight)
+        assert tensor is not None
+        shape = tensor.shape.numpy()
+        outputs = int(shape[self.axis])
+        return self.group, outputs // self.group, math.prod(map(int, shape)) // outputs
+
+    @property
     def source(self) -> ir.Value:
         """The value that is multiplied with the weight."""
         value = self.node.inputs[0]

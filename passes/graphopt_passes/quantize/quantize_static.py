@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import onnx_ir as ir
 
 from graphopt.contract import Change, Context, Effect, Pass
-from graphopt.observe import Answers
+from graphopt.observe import Answers, Question
 from graphopt.operators import is_onnx, opset_of
 from graphopt.rewriting import Names
-from graphopt.statistics import Rows
+from graphopt.statistics import Rows, Spread
 from graphopt_passes.quantize.coding import Coding, drop_unread
+from graphopt_passes.quantize.latency import Cost, other_cost, product_cost
 from graphopt_passes.quantize.layers import Layer, layer_of
 from graphopt_passes.quantize.parameters import choose_parameters, questions_on
 from graphopt_passes.quantize.regions import chosen_units
@@ -48,10 +50,15 @@ class QuantizeStatic(Pass):
         """Choose regions and parameters, then rewrite the main graph."""
         change = Change()
         graph = model.graph
-        units = chosen_units(graph, units_of(graph, change.skip))
-        if not units:
+        candidates = list(units_of(graph, change.skip).values())
+        if not candidates:
             return change
-        answers = context.observe(model, questions_on(units))
+        answers = context.observe(model, questions_on(candidates))
+        sizes = Sizes(answers, len(list(context.samples)))
+        units = chosen_units(candidates, sizes.costs(candidates), sizes.elements)
+        _tell_of_floats(candidates, units, change)
+        if not any(unit.kind == "product" for unit in units):
+            return change
         parameters = choose_parameters(units, answers)
         integers = {
             layer.node: integer_layer(layer, parameters.of(layer.source), _rows(answers, layer))
@@ -68,6 +75,42 @@ class QuantizeStatic(Pass):
             change.count(f"{unit.node.op_type} on 8-bit integers")
         drop_unread(graph)
         return change
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large values are in a sample, on average.
+
+    Attributes:
+        answers: spreads of the values.
+        samples: how many samples they are of.
+    """
+
+    answers: Answers
+    samples: int
+
+    def elements(self, value: ir.Value) -> float:
+        """Elements of a value."""
+        spread = self.answers[Question(value.name or "")]
+        assert isinstance(spread, Spread)
+        return (spread.count + spread.left_out) / max(self.samples, 1)
+
+    def costs(self, units: Sequence[Unit]) -> dict[Unit, Cost]:
+        """Costs of units."""
+        return {unit: self._cost(unit) for unit in units}
+
+    def _cost(self, unit: Unit) -> Cost:
+        elements = sum(self.elements(o) for o in unit.outputs)
+        if unit.kind == "product":
+            return product_cost(layer_of(unit.node), elements)
+        return other_cost(unit, elements)
+
+
+def _tell_of_floats(candidates: Sequence[Unit], chosen: Sequence[Unit], change: Change) -> None:
+    taken = {unit.node for unit in chosen}
+    for unit in candidates:
+        if unit.kind == "product" and unit.node not in taken:
+            change.skip(unit.node, "integers would be slower: its kernel, or what lies around it")
 
 
 def _rows(answers: Answers, layer: Layer) -> Rows:

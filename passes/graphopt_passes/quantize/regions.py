@@ -1,39 +1,117 @@
-"""Which of the nodes that can work on codes do, so that no value changes form for nothing."""
+"""Which of the nodes that can work on codes do: those for which it pays, as a minimum cut.
+
+Each node works on codes or on floats at a cost, and a value costs once where it must change its
+form. The cheapest choice for all of them together is a minimum cut of a graph that has these costs
+as capacities (Picard and Ratliff 1975, Minimum cuts and related problems; Greig et al. 1989), so
+that it is found exactly: no value changes form for nothing, and a region on floats is as large as
+it has to be.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
+import numpy as np
 import onnx_ir as ir
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
+from graphopt.operators import is_onnx
+from graphopt_passes.quantize.latency import DEQUANTIZE_NS, QUANTIZE_NS, Cost
 from graphopt_passes.quantize.units import Unit
 
+CODES, FLOATS = 0, 1
+"""The two ends of the cut."""
 
-def chosen_units(graph: ir.Graph, units: Mapping[ir.Node, Unit]) -> list[Unit]:
-    """The products, and whatever lies between them.
+CAPACITY_MAXIMUM = (1 << 31) - 1
+"""Of an arc: the solver counts in int32."""
 
-    Arithmetic and movement join where all they read is in codes already, or is an input of the
-    graph, and where a product reads what comes of them. What leads to outputs only stays float:
-    a last Softmax or Sigmoid keeps its precision, and boxes and scores that a last Concat joins
-    keep a scale each.
+
+def chosen_units(
+    units: Sequence[Unit],
+    costs: Mapping[Unit, Cost],
+    elements_of: Callable[[ir.Value], float],
+) -> list[Unit]:
+    """The units that are to work on codes, in order.
 
     Args:
-        graph: in topological order.
-        units: the candidates, in order; products among them are taken.
+        units: all candidates, in order.
+        costs: of each.
+        elements_of: how many elements a value has.
     """
-    coded: set[ir.Value] = {v for v in graph.inputs if not v.is_initializer()}
-    joined: list[Unit] = []
-    for unit in units.values():
-        if unit.kind == "product" or all(s in coded for s in unit.sources):
-            joined.append(unit)
-            coded.update(unit.outputs)
-    wanted: set[ir.Value] = set()
-    kept: list[Unit] = []
-    for unit in reversed(joined):
-        if unit.kind == "product" or any(o in wanted for o in unit.outputs):
-            kept.append(unit)
-            wanted.update(unit.sources)
-    return kept[::-1]
+    network = _Network(2 + len(units))
+    places = {unit.node: 2 + n for n, unit in enumerate(units)}
+    makers = {
+        o: place for unit, place in zip(units, places.values(), strict=True) for o in unit.outputs
+    }
+    for unit, place in zip(units, places.values(), strict=True):
+        network.arc(CODES, place, costs[unit].floats_ns)
+        network.arc(place, FLOATS, costs[unit].codes_ns)
+    for value in dict.fromkeys(v for unit in units for v in (*unit.sources, *unit.outputs)):
+        readers = {places.get(use.node, FLOATS) for use in value.uses()}
+        readers |= {FLOATS} if value.is_graph_output() else set()
+        _add_changes(network, value, makers.get(value, FLOATS), readers, elements_of(value))
+    on_codes = network.near_codes()
+    return [unit for unit in units if places[unit.node] in on_codes]
+
+
+def _add_changes(
+    network: _Network, value: ir.Value, maker: int, readers: set[int], elements: float
+) -> None:
+    """What it costs where a value is made in one form and read in the other, once each way."""
+    others = readers - {FLOATS}
+    if others:
+        quantized = network.place()
+        network.arc(quantized, maker, QUANTIZE_NS * elements)
+        for reader in others:
+            network.forbid(reader, quantized)
+    if maker == FLOATS or (not others and _leaves_as_floats(value)):
+        return
+    dequantized = network.place()
+    network.arc(maker, dequantized, DEQUANTIZE_NS * elements)
+    for reader in readers:
+        network.forbid(dequantized, reader)
+
+
+def _leaves_as_floats(value: ir.Value) -> bool:
+    """The integer kernel that makes the value can make floats of it, at no cost."""
+    maker = value.producer()
+    return maker is not None and is_onnx(maker, "Gemm", "MatMul")
+
+
+@dataclass
+class _Network:
+    """Arcs between places: one that leads from the side of codes to that of floats is paid for."""
+
+    places: int
+    _arcs: list[tuple[int, int, float]] = field(default_factory=list)
+
+    def place(self) -> int:
+        self.places += 1
+        return self.places - 1
+
+    def arc(self, start: int, end: int, cost_ns: float) -> None:
+        self._arcs.append((start, end, cost_ns))
+
+    def forbid(self, start: int, end: int) -> None:
+        """No cut has the start on the side of codes and the end on that of floats."""
+        self._arcs.append((start, end, np.inf))
+
+    def near_codes(self) -> set[int]:
+        """The places on the side of codes in a cut of least cost."""
+        starts, ends, costs_ns = (np.array(column) for column in zip(*self._arcs, strict=True))
+        finite = np.isfinite(costs_ns)
+        # All costs together must not reach what is forbidden.
+        scale = min(1.0, CAPACITY_MAXIMUM / 2 / max(float(costs_ns[finite].sum()), 1.0))
+        capacities = np.where(finite, np.rint(costs_ns * scale), CAPACITY_MAXIMUM - 1)
+        shape = (self.places, self.places)
+        data = capacities.astype(np.int32)
+        whole = csr_array((data, (starts.astype(np.int32), ends.astype(np.int32))), shape=shape)
+        left = whole - maximum_flow(whole, CODES, FLOATS).flow
+        left.eliminate_zeros()
+        order = breadth_first_order(left, CODES, return_predecessors=False)
+        return set(map(int, order))
 
 
 class SameScale:
