@@ -50,6 +50,7 @@ from graphopt.spec import Bounds, check_options, format_pass
 
 if TYPE_CHECKING:
     from graphopt.observe import Answers, Observer, Question
+    from graphopt.validation import OutputError
 
 __all__ = ["Bounds", "Change", "Context", "Effect", "Pass", "Skip"]
 
@@ -160,6 +161,24 @@ class Context:
         if self.observer is None:
             raise SampleError("there are no samples to observe the model on")
         return self.observer(model, questions)
+
+    def compare(
+        self, first: ir.Model, second: ir.Model, samples_maximum: int
+    ) -> tuple[OutputError, ...]:
+        """The errors of one model's outputs against another's, as deployed, on calibration samples.
+
+        Args:
+            first: the reference.
+            second: the model that is compared with it.
+            samples_maximum: compare on so many samples at most.
+
+        Raises:
+            SampleError: there are no samples.
+            GraphoptError: onnxruntime does not run one of the models.
+        """
+        if self.observer is None:
+            raise SampleError("there are no samples to compare models on")
+        return self.observer.compare(first, second, samples_maximum)
 
     def tensor(
         self, array: np.ndarray, name: str, dtype: ir.DataType | None = None

@@ -18,10 +18,11 @@ import onnx_ir as ir
 
 from graphopt.content import digest
 from graphopt.errors import GraphoptError
-from graphopt.recording import Feed
+from graphopt.recording import Feed, Recording, compare, record
 from graphopt.runtime import Session
 from graphopt.serializing import nothing, stubbed
 from graphopt.statistics import Gram, Patches, Reservoir, Rows, Spread
+from graphopt.validation import OutputError
 
 WAVE_BYTES = 512 << 20
 """Values of one sample that are looked at together may take so much."""
@@ -76,6 +77,7 @@ class Observer:
     provider: str = "cpu"
     wave_bytes: int = WAVE_BYTES
     _known: dict[str, dict[Question, Statistics]] = field(default_factory=dict)
+    _recordings: dict[str, Recording] = field(default_factory=dict)
 
     def __call__(self, model: ir.Model, questions: Iterable[Question]) -> Answers:
         """The statistics asked for, over all samples.
@@ -93,6 +95,27 @@ class Observer:
         for wave in self._waves(model, open_questions):
             known.update(self._observe(model, wave))
         return {q: known[q] for q in asked}
+
+    def compare(
+        self, first: ir.Model, second: ir.Model, samples_maximum: int
+    ) -> tuple[OutputError, ...]:
+        """The errors of the outputs of one model against those of another, as deployed.
+
+        Args:
+            first: the reference, whose outputs are recorded once.
+            second: the model that is compared with it.
+            samples_maximum: compare on so many samples at most.
+
+        Raises:
+            GraphoptError: onnxruntime does not run one of them.
+        """
+        few = replace(self.feed, samples=self.feed.samples.first(samples_maximum))
+        key = f"{content_key(first)} {samples_maximum}"
+        if key not in self._recordings:
+            self._recordings[key] = record(few.run(Session(first, provider=self.provider)))
+        steps = few.run(Session(second, provider=self.provider))
+        (found,) = compare(steps, [self._recordings[key]])
+        return found
 
     def _observe(
         self, model: ir.Model, questions: Sequence[Question]

@@ -115,6 +115,7 @@ class Spread:
 
     Attributes:
         axis: of the channels, or None for no statistics by channel.
+        arrays: how many arrays there were.
         count: finite elements.
         left_out: elements that are masks, infinite or not a number.
         low: the smallest element; 0 before any.
@@ -128,6 +129,7 @@ class Spread:
     """
 
     axis: int | None = None
+    arrays: int = 0
     count: int = 0
     left_out: int = 0
     low: float = 0.0
@@ -143,6 +145,7 @@ class Spread:
         """Take in one array of floating point."""
         values, left_out = without_masks(array)
         self.left_out += left_out
+        self.arrays += 1
         if not values.size:
             return
         low, high = float(values.min()), float(values.max())
@@ -168,6 +171,11 @@ class Spread:
             self.channel_sum = self.channel_sum + total
             self.channel_square = self.channel_square + square
         self.channel_count += rows.shape[1]
+
+    @property
+    def elements(self) -> int:
+        """How many elements there were."""
+        return self.count + self.left_out
 
     @property
     def channel_mean(self) -> np.ndarray:
@@ -327,7 +335,7 @@ class Rows:
         rows = rows_of(array, self.patches)
         keys: np.ndarray = self._random.random(rows.shape[1])
         finite = np.isfinite(rows).all(axis=(0, 2))
-        rows, keys = rows[:, finite], keys[finite]
+        rows, keys = rows[:, finite], np.asarray(keys[finite])
         if self._keys.size:
             rows = np.concatenate([self.values, rows], axis=1)
             keys = np.concatenate([self._keys, keys])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,12 +21,49 @@ from graphopt.rewriting import (
     static_shape,
 )
 from graphopt_passes.quantize.affine import Affine, affine_of
-from graphopt_passes.quantize.layers import Layer
+from graphopt_passes.quantize.layers import Layer, layer_of
 from graphopt_passes.quantize.parameters import Parameters
 from graphopt_passes.quantize.units import CONSTANT_MAXIMUM, Unit
 from graphopt_passes.quantize.weights import IntegerLayer
 
 TensorMaker = Callable[[np.ndarray, str], ir.TensorProtocol]
+
+
+def write_codes(
+    model: ir.Model,
+    units: Sequence[Unit],
+    parameters: Parameters,
+    integers: Mapping[str, IntegerLayer],
+    tensor: TensorMaker,
+) -> None:
+    """Rewrite units of the main graph in their form on codes.
+
+    Args:
+        model: rewritten in place.
+        units: of it, in order.
+        parameters: maps of all their values.
+        integers: weights and biases of the products, by the name of the product's output.
+        tensor: makes a tensor of an array.
+    """
+    coding = Coding(model.graph, Names(model), parameters, tensor, _float_outputs(units))
+    for unit in units:
+        if unit.kind == "product":
+            coding.product(unit, layer_of(unit.node), integers[unit.node.outputs[0].name or ""])
+        elif parameters.passes_codes(unit):
+            coding.movement(unit)
+        else:
+            coding.arithmetic(unit)
+    _drop_unread(model.graph)
+
+
+def _float_outputs(units: Sequence[Unit]) -> frozenset[ir.Node]:
+    """Gemm and MatMul whose outputs nothing reads as codes; onnxruntime fuses them as they are."""
+    read = {s for unit in units for s in unit.sources}
+    return frozenset(
+        unit.node
+        for unit in units
+        if unit.kind == "product" and not is_onnx(unit.node, "Conv") and unit.outputs[0] not in read
+    )
 
 
 @dataclass
@@ -239,7 +276,7 @@ def _picked(node: ir.Node) -> tuple[int, np.ndarray] | None:
     return axis, np.arange(shape[axis], dtype=np.int64)[slice(start, end, step)]
 
 
-def drop_unread(graph: ir.Graph) -> None:
+def _drop_unread(graph: ir.Graph) -> None:
     """Remove the DequantizeLinear nodes whose numbers nothing reads."""
     for node in list(graph):
         if is_onnx(node, "DequantizeLinear") and not is_read(node):

@@ -8,7 +8,7 @@ least mean squared error.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,18 +35,20 @@ class Parameters:
     """The affine map of every value that becomes codes.
 
     Attributes:
-        same: which values share one.
-        maps: by the value that stands for the set.
-        mixed: Concat nodes whose inputs keep maps of their own.
+        maps: by the name of the value.
+        mixed: names of values that a Concat makes of inputs which keep maps of their own.
     """
 
-    same: SameScale
-    maps: Mapping[ir.Value, Affine]
-    mixed: frozenset[ir.Node]
+    maps: Mapping[str, Affine]
+    mixed: frozenset[str]
 
     def of(self, value: ir.Value) -> Affine:
         """The map of a value."""
-        return self.maps[self.same.of(value)]
+        return self.maps[value.name or ""]
+
+    def passes_codes(self, unit: Unit) -> bool:
+        """The unit takes codes and gives codes of the same map."""
+        return unit.kind == "movement" and unit.outputs[0].name not in self.mixed
 
 
 def questions_on(units: Sequence[Unit]) -> list[Question]:
@@ -75,7 +77,8 @@ def choose_parameters(units: Sequence[Unit], answers: Answers) -> Parameters:
     limits = {o: u.limits for u in units for o in u.outputs}
     spreads = {v: _spread(answers, v) for v in coded_values(units)}
     same, mixed = _shared(units, spreads)
-    moved = {o for u in units if _passes_codes(u, mixed) for o in u.outputs}
+    moves = [u for u in units if u.kind == "movement" and u.outputs[0].name not in mixed]
+    moved = {o for u in moves for o in u.outputs}
     made: dict[ir.Value, list[ir.Value]] = defaultdict(list)
     readers: dict[ir.Value, list[Unit]] = defaultdict(list)
     for value in spreads:
@@ -87,7 +90,7 @@ def choose_parameters(units: Sequence[Unit], answers: Answers) -> Parameters:
         root: _best(_candidates(values, spreads, limits), readers[root], answers)
         for root, values in made.items()
     }
-    return Parameters(same, maps, mixed)
+    return Parameters({v.name or "": maps[same.of(v)] for v in spreads}, mixed)
 
 
 def _spread(answers: Answers, value: ir.Value) -> Spread:
@@ -96,19 +99,16 @@ def _spread(answers: Answers, value: ir.Value) -> Spread:
     return found
 
 
-def _passes_codes(unit: Unit, mixed: Iterable[ir.Node]) -> bool:
-    return unit.kind == "movement" and unit.node not in mixed
-
-
 def _shared(
     units: Sequence[Unit], spreads: Mapping[ir.Value, Spread]
-) -> tuple[SameScale, frozenset[ir.Node]]:
-    same, mixed = SameScale(), set()
+) -> tuple[SameScale, frozenset[str]]:
+    same = SameScale()
+    mixed: set[str] = set()
     for unit in units:
         if unit.kind != "movement":
             continue
         if is_onnx(unit.node, "Concat") and not _can_share(unit, spreads):
-            mixed.add(unit.node)
+            mixed.add(unit.outputs[0].name or "")
             continue
         same.join(unit.outputs[0], (*unit.sources, *unit.outputs[1:]))
     return same, frozenset(mixed)
