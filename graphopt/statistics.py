@@ -309,6 +309,12 @@ class Gram:
         """The second moments, float64 of shape [group, inputs, inputs]."""
         return self.total / max(self.rows, 1)
 
+    @property
+    def covariance(self) -> np.ndarray:
+        """The same about the mean."""
+        means = self.sums / max(self.rows, 1)
+        return self.mean - means[:, :, np.newaxis] * means[:, np.newaxis, :]
+
 
 ROWS_MAXIMUM = 1024
 

@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from graphopt.contract import Context
 from graphopt.observe import Answers, Question
-from graphopt.statistics import Rows, Spread
+from graphopt.statistics import Gram, Rows, Spread
 from graphopt.validation import OutputError
 from graphopt_passes.quantize.coding import write_codes
 from graphopt_passes.quantize.latency import Cost, other_cost, product_cost
@@ -158,9 +158,10 @@ class Choice:
         name = unit.node.outputs[0].name or ""
         if name not in self._integers:
             layer = layer_of(unit.node)
-            rows = self.answers[layer.ask("rows")]
-            assert isinstance(rows, Rows)
-            self._integers[name] = integer_layer(layer, self.parameters.of(layer.source), rows)
+            rows, gram = self.answers[layer.ask("rows")], self.answers[layer.ask("gram")]
+            assert isinstance(rows, Rows) and isinstance(gram, Gram)
+            source = self.parameters.of(layer.source)
+            self._integers[name] = integer_layer(layer, source, rows, gram)
         return self._integers[name]
 
 

@@ -59,6 +59,11 @@ class Layer:
         assert value is not None
         return value
 
+    @property
+    def can_have_bias(self) -> bool:
+        """The operator has an input for one."""
+        return not is_onnx(self.node, "MatMul")
+
     def matrix(self) -> np.ndarray:
         """The weight as float64 of shape [group, outputs of the group, inputs]."""
         tensor = constant_tensor(self.weight)

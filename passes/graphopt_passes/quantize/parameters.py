@@ -54,8 +54,8 @@ class Parameters:
 def questions_on(units: Sequence[Unit]) -> list[Question]:
     """What must be known of the model to choose parameters."""
     asked = [Question(v.name or "") for v in coded_values(units)]
-    asked += [layer_of(u.node).ask("rows") for u in units if u.kind == "product"]
-    return asked
+    layers = [layer_of(u.node) for u in units if u.kind == "product"]
+    return asked + [layer.ask(about) for layer in layers for about in ("rows", "gram")]
 
 
 def coded_values(units: Sequence[Unit]) -> list[ir.Value]:

@@ -17,13 +17,16 @@ def candidate_ranges(spread: Spread) -> dict[str, tuple[float, float]]:
     for share in (0.999, 0.9999, 0.99999):
         high = edges[min(int(np.searchsorted(cumulated, share)) + 1, len(edges) - 1)]
         low = edges[int(np.searchsorted(cumulated, 1 - share))]
-        found[f"percentile {share:.3%}"] = (max(spread.low, float(low)) if spread.low < 0 else 0.0, min(spread.high, float(high)))
+        found[f"percentile {share:.3%}"] = (
+            max(spread.low, float(low)) if spread.low < 0 else 0.0,
+            min(spread.high, float(high)),
+        )
     best = None
     centres = (edges[1:] + edges[:-1]) / 2
     used = counts > 0
     c, x = counts[used], centres[used]
     for a in np.linspace(0.3, 1, 29):
-        for b in ([1.0] if spread.low >= 0 else np.linspace(0.3, 1, 15)):
+        for b in [1.0] if spread.low >= 0 else np.linspace(0.3, 1, 15):
             low, high = min(spread.low, 0.0) * b, max(spread.high, 0) * a
             step = (high - low) / 255
             if step <= 0:

@@ -6,12 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from graphopt.statistics import Rows
+from graphopt.statistics import Gram, Rows
 from graphopt_passes.quantize.affine import Affine
 from graphopt_passes.quantize.layers import Layer, products
-
-CODE_MAXIMUM = 127
-"""Codes go from -127 to 127: symmetric, so that no zero point is needed."""
+from graphopt_passes.quantize.rounding import round_to_gram, search_scales
 
 BIAS_CODE_MAXIMUM = float(1 << 30)
 
@@ -33,38 +31,62 @@ class IntegerLayer:
     bias_scales: np.ndarray
 
 
-def integer_layer(layer: Layer, source: Affine, rows: Rows | None) -> IntegerLayer:
-    """Round weight and bias of a layer.
+def integer_layer(layer: Layer, source: Affine, rows: Rows, gram: Gram) -> IntegerLayer:
+    """Round weight and bias of a layer so that its outputs change least.
 
-    With rows of the layer's input, what rounding changes in the mean of each output is taken back
-    by the bias (bias correction: Nagel et al. 2019, Data-free quantization, section 4.2, here with
-    measured means).
+    What rounding changes in the mean of each output is taken back by the bias (bias correction:
+    Nagel et al. 2019, Data-free quantization, section 4.2, here with measured means). So codes are
+    chosen for the rest, the variance that they add: against the covariance of the inputs, which is
+    the Gram matrix less the product of the means.
 
     Args:
         layer: not modified.
         source: the map of the layer's input.
-        rows: of its input; None for rounding to nearest.
+        rows: of its input.
+        gram: of its input.
     """
     matrix = layer.matrix()
     outputs = matrix.shape[0] * matrix.shape[1]
     bias = layer.bias()
     bias = np.zeros(outputs) if bias is None else bias
-    scales = np.abs(matrix).max(axis=2) / CODE_MAXIMUM
-    floor = np.abs(bias).reshape(scales.shape) / (float(source.scale) * BIAS_CODE_MAXIMUM)
-    scales = np.maximum(np.maximum(scales, floor), np.finfo(np.float32).tiny * 256)
-    scales = scales.astype(np.float32)
-    codes = np.clip(np.rint(matrix / scales[..., np.newaxis]), -CODE_MAXIMUM, CODE_MAXIMUM)
-    if rows is not None and rows.values.size:
+    floor = np.abs(bias) / (float(source.scale) * BIAS_CODE_MAXIMUM)
+    corrects = layer.can_have_bias
+    codes, scales = _rounded(matrix, gram.covariance if corrects else gram.mean, floor)
+    if corrects and rows.values.size:
         bias = bias + _mean_change(matrix, codes * scales[..., np.newaxis], source, rows)
-    flat = scales.reshape(-1)
+    flat = scales.reshape(-1).astype(np.float32)
     bias_scales = np.float32(source.scale) * flat
     rounded = np.clip(np.rint(bias / bias_scales), -(2**31), 2**31 - 1)
     return IntegerLayer(
-        codes=layer.stored(codes.astype(np.int8)),
+        codes=layer.stored(codes),
         scales=flat,
         bias=rounded.astype(np.int32),
         bias_scales=bias_scales,
     )
+
+
+def _rounded(
+    matrix: np.ndarray, grams: np.ndarray, floor: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Codes [group, outputs, inputs], int8, and scales [group, outputs], float64."""
+    group, outputs, inputs = matrix.shape
+    floors = floor.reshape(group, outputs)
+    if not grams.size:
+        grams = np.zeros((group, inputs, inputs))
+    if outputs == 1 and group > 1:
+        # Depthwise: a Gram matrix for each row.
+        codes, scales = _rounded_rows(matrix[:, 0], grams, floors[:, 0])
+        return codes[:, np.newaxis], scales[:, np.newaxis]
+    done = [_rounded_rows(*part) for part in zip(matrix, grams, floors, strict=True)]
+    return np.stack([codes for codes, _ in done]), np.stack([scales for _, scales in done])
+
+
+def _rounded_rows(
+    weight: np.ndarray, gram: np.ndarray, floor: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    # The model's scales are float32, and so the codes must be for these.
+    scales = search_scales(weight, gram, floor=floor).astype(np.float32).astype(np.float64)
+    return round_to_gram(weight, scales, gram), scales
 
 
 def _mean_change(matrix: np.ndarray, rounded: np.ndarray, source: Affine, rows: Rows) -> np.ndarray:
