@@ -115,6 +115,7 @@ class Spread:
 
     Attributes:
         axis: of the channels, or None for no statistics by channel.
+        arrays: how many were taken in.
         count: finite elements.
         left_out: elements that are masks, infinite or not a number.
         low: the smallest element; 0 before any.
@@ -128,6 +129,7 @@ class Spread:
     """
 
     axis: int | None = None
+    arrays: int = 0
     count: int = 0
     left_out: int = 0
     low: float = 0.0
@@ -141,6 +143,7 @@ class Spread:
 
     def add(self, array: np.ndarray) -> None:
         """Take in one array of floating point."""
+        self.arrays += 1
         values, left_out = without_masks(array)
         self.left_out += left_out
         if not values.size:
