@@ -55,7 +55,9 @@ def columns_of(weight: np.ndarray, code_maximum: int = CODE_MAXIMUM) -> Columns:
     return Columns(np.ascontiguousarray(codes, np.int8), np.ascontiguousarray(scales[..., 0, :]))
 
 
-def error_of_product(rows: np.ndarray, weight: np.ndarray, columns: Columns) -> float:
+def error_of_product(
+    rows: np.ndarray, weight: np.ndarray, code_maximum: int = CODE_MAXIMUM
+) -> float:
     """By how much a product changes when both factors are rounded, as a relative L2 norm.
 
     The activations are rounded as DynamicQuantizeLinear would if the rows were one tensor: to uint8
@@ -64,14 +66,17 @@ def error_of_product(rows: np.ndarray, weight: np.ndarray, columns: Columns) -> 
     Args:
         rows: of activations, float32 of shape [rows, inputs].
         weight: float32 of shape [..., inputs, outputs].
-        columns: what the weight is rounded to.
+        code_maximum: of the codes of the weight.
+
+    Returns:
+        0 where there are no rows.
     """
     if not rows.size:
         return 0.0
     affine = affine_of(float(rows.min()), float(rows.max()))
     few = rows[:TRIED_ROWS]
     exact = np.matmul(few, weight)
-    change = np.matmul(affine.rounded(few), columns.numbers()) - exact
+    change = np.matmul(affine.rounded(few), columns_of(weight, code_maximum).numbers()) - exact
     signal = float(np.linalg.norm(exact))
     return float(np.linalg.norm(change)) / signal if signal else 0.0
 

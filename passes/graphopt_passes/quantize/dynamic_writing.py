@@ -11,7 +11,7 @@ import onnx_ir as ir
 from graphopt.operators import is_onnx
 from graphopt.packing import is_constant
 from graphopt.rewriting import Names, add_initializer, input_of, only_reader, remove_node
-from graphopt_passes.quantize.columns import Columns
+from graphopt_passes.quantize.columns import columns_of
 from graphopt_passes.quantize.dynamic_layers import Candidate, Weight
 
 DOMAIN, VERSION = "com.microsoft", 1
@@ -37,16 +37,18 @@ class DynamicWriting:
         model: being rewritten.
         names: of it.
         tensor: makes a tensor of an array.
+        code_maximum: of the codes of weights.
     """
 
     model: ir.Model
     names: Names
     tensor: TensorMaker
+    code_maximum: int
     _sources: dict[ir.Value, Codes] = field(default_factory=dict)
     _weights: dict[tuple[ir.Value, bool], tuple[ir.Value, ir.Value]] = field(default_factory=dict)
     _zeros: dict[tuple[int, ...], ir.Value] = field(default_factory=dict)
 
-    def product(self, layer: Candidate, columns: Columns) -> None:
+    def product(self, layer: Candidate) -> None:
         """A MatMul or Gemm, in the standard operators that onnxruntime fuses into one.
 
         onnxruntime 1.32 makes DynamicQuantizeMatMul of
@@ -58,7 +60,7 @@ class DynamicWriting:
         operands counts: the scale of the activations comes first, and the bias second.
         """
         node, bias = layer.node, input_of(layer.node, 2)
-        weight, scales = self._weight(layer.weights[0], columns)
+        weight, scales = self._weight(layer.weights[0])
         source = self._source(layer)
         like = node.outputs[0]
         integers = self._node(
@@ -87,17 +89,18 @@ class DynamicWriting:
             _put_bias_second(node)
         _drop_unread(layer.weights)
 
-    def recurrent(self, layer: Candidate, inputs: Columns, state: Columns) -> None:
+    def recurrent(self, layer: Candidate) -> None:
         """An LSTM, as DynamicQuantizeLSTM of onnxruntime."""
         node = layer.node
         operands = [input_of(node, index) for index in range(8)]
-        zeros = self._zero_points(inputs.scales.shape)
-        operands[1], input_scales = self._weight(layer.weights[0], inputs)
-        operands[2], state_scales = self._weight(layer.weights[1], state)
+        operands[1], input_scales = self._weight(layer.weights[0])
+        operands[2], state_scales = self._weight(layer.weights[1])
+        directions, hidden, columns = layer.weights[1].shape
+        zeros = self._zero_points((directions, columns))
         node.op_type, node.domain = "DynamicQuantizeLSTM", DOMAIN
         node.attributes.pop("layout", None)
         if "hidden_size" not in node.attributes:
-            node.attributes["hidden_size"] = ir.AttrInt64("hidden_size", layer.weights[1].shape[1])
+            node.attributes["hidden_size"] = ir.AttrInt64("hidden_size", hidden)
         _set_inputs(node, [*operands, input_scales, zeros, state_scales, zeros])
         self.model.opset_imports.setdefault(DOMAIN, VERSION)
         _drop_unread(layer.weights)
@@ -127,9 +130,10 @@ class DynamicWriting:
             self._sources[value] = Codes(*made)
         return self._sources[value]
 
-    def _weight(self, weight: Weight, columns: Columns) -> tuple[ir.Value, ir.Value]:
+    def _weight(self, weight: Weight) -> tuple[ir.Value, ir.Value]:
         """Initializers of codes and scales; one pair for all that share the weight."""
         if weight.key not in self._weights:
+            columns = columns_of(weight.array(), self.code_maximum)
             hint = weight.value.name or "weight"
             self._weights[weight.key] = (
                 self._constant(columns.codes, f"{hint}_codes"),

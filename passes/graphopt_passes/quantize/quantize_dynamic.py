@@ -18,8 +18,6 @@ from graphopt_passes.quantize.activations import Activations, observe_activation
 from graphopt_passes.quantize.columns import (
     CODE_MAXIMUM,
     REDUCED_CODE_MAXIMUM,
-    Columns,
-    columns_of,
     error_of_product,
     outlier_of,
 )
@@ -97,16 +95,12 @@ class QuantizeDynamic(Pass):
         activations = observe_activations(model, (layer.source for layer in layers), context)
         layers = _finite(layers, activations, change)
         layers = list(self._faster(layers, activations, change))
-        columns = self._rounded(layers, activations, change)
-        layers = _without_second_copies([x for x in layers if x in columns], change)
-        writing = DynamicWriting(model, Names(model), context.tensor)
+        layers = list(self._exact_enough(layers, activations, change))
+        layers = _without_second_copies(layers, change)
+        writing = DynamicWriting(model, Names(model), context.tensor, self._code_maximum)
         for layer in layers:
-            what = f"{layer.node.op_type} on 8-bit integers"
-            if layer.is_recurrent:
-                writing.recurrent(layer, *columns[layer])
-            else:
-                writing.product(layer, *columns[layer])
-            change.count(what)
+            change.count(f"{layer.node.op_type} on 8-bit integers")
+            writing.recurrent(layer) if layer.is_recurrent else writing.product(layer)
         return change
 
     def narrow(self) -> Pass | None:
@@ -173,28 +167,25 @@ class QuantizeDynamic(Pass):
         after = dynamic_lstm_ns(steps, batch, layer.inputs, hidden)
         return directions * before, directions * after, 0.0
 
-    def _rounded(
+    @property
+    def _code_maximum(self) -> int:
+        return REDUCED_CODE_MAXIMUM if self.reduce_range else CODE_MAXIMUM
+
+    def _exact_enough(
         self, layers: Sequence[Candidate], activations: Activations, change: Change
-    ) -> dict[Candidate, list[Columns]]:
-        """The codes of the weights of each layer that bears to be rounded."""
-        code_maximum = REDUCED_CODE_MAXIMUM if self.reduce_range else CODE_MAXIMUM
-        known: dict[tuple[ir.Value, bool], Columns] = {}
-        found = {}
+    ) -> Iterator[Candidate]:
+        """The layers that bear to be rounded, in order."""
         for layer in layers:
             arrays = [weight.array() for weight in layer.weights]
             if not all(np.isfinite(array).all() for array in arrays):
                 change.skip(layer.node, "its weight is not finite")
                 continue
-            for weight, array in zip(layer.weights, arrays, strict=True):
-                if weight.key not in known:
-                    known[weight.key] = columns_of(array, code_maximum)
             rows = activations.rows(layer.source)
-            error = error_of_product(rows, arrays[0], known[layer.weights[0].key])
+            error = error_of_product(rows, arrays[0], self._code_maximum)
             if error > self.layer_error:
                 change.skip(layer.node, _why_inexact(error, self.layer_error, rows))
-                continue
-            found[layer] = [known[weight.key] for weight in layer.weights]
-        return found
+            else:
+                yield layer
 
 
 def _finite(
