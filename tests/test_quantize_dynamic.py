@@ -429,6 +429,14 @@ def test_the_number_of_rows_is_assumed_or_seen() -> None:
     assert not observed(QuantizeDynamic(rows=64), model.clone(), {"x": normal(2, 1, 64)})
 
 
+def test_known_dimensions_count_without_samples() -> None:
+    text = """
+    agraph (float[N, 64, 64] x, float[64, 1024] w) => (float[N, 64, 1024] y) { y = MatMul(x, w) }
+    """
+
+    assert apply_pass(QuantizeDynamic(), parse(text, w=normal(1, 64, 1024)))
+
+
 def test_costs_keep_the_order_that_was_measured() -> None:
     gain = float_ns(1, 64, 64) / dynamic_ns(1, 64, 64)
     assert gain < 0.5

@@ -57,6 +57,13 @@ class Activations:
         return found
 
 
+def least_rows(value: ir.Value) -> float:
+    """How many rows the value has if the dimensions that are not known are 1."""
+    shape = known_shape(value)
+    sizes = [] if shape is None else [d for d in shape[:-1] if isinstance(d, int)]
+    return float(math.prod(sizes))
+
+
 def observe_activations(
     model: ir.Model, values: Iterable[ir.Value], context: Context
 ) -> Activations:

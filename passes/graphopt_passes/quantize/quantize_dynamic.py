@@ -14,7 +14,7 @@ from graphopt.contract import Bounds, Change, Context, Effect, Pass
 from graphopt.operators import is_onnx
 from graphopt.rewriting import Names, why_too_old
 from graphopt.skeleton import known_shape
-from graphopt_passes.quantize.activations import Activations, observe_activations
+from graphopt_passes.quantize.activations import Activations, least_rows, observe_activations
 from graphopt_passes.quantize.columns import (
     CODE_MAXIMUM,
     REDUCED_CODE_MAXIMUM,
@@ -63,7 +63,8 @@ class QuantizeDynamic(Pass):
         layer_error: and where its output changes by no more, in relative L2 norm on the samples. Of
             an LSTM, what the gates get from its input.
         recurrent: LSTM too.
-        rows: how many rows a MatMul or Gemm has where neither shapes nor samples say it.
+        rows: how many rows a MatMul or Gemm has where neither shapes nor samples say it; more, where
+            the dimensions that are known make more.
         reduce_range: weights of 7 bits, for CPUs with AVX2 and no VNNI, whose kernels saturate.
     """
 
@@ -100,7 +101,10 @@ class QuantizeDynamic(Pass):
         writing = DynamicWriting(model, Names(model), context.tensor, self._code_maximum)
         for layer in layers:
             change.count(f"{layer.node.op_type} on 8-bit integers")
-            writing.recurrent(layer) if layer.is_recurrent else writing.product(layer)
+            if layer.is_recurrent:
+                writing.recurrent(layer)
+            else:
+                writing.product(layer)
         return change
 
     def narrow(self) -> Pass | None:
@@ -155,7 +159,7 @@ class QuantizeDynamic(Pass):
         rows = activations.row_count(layer.source, layer.inputs)
         if not layer.is_recurrent:
             outputs = layer.weights[0].shape[-1]
-            count = float(self.rows) if rows is None else rows
+            count = max(self.rows, least_rows(layer.source)) if rows is None else rows
             return (
                 float_ns(count, layer.inputs, outputs),
                 product_ns(count, layer.inputs, outputs),
