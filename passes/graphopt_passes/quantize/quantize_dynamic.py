@@ -63,8 +63,8 @@ class QuantizeDynamic(Pass):
         layer_error: and where its output changes by no more, in relative L2 norm on the samples. Of
             an LSTM, what the gates get from its input.
         recurrent: LSTM too.
-        rows: how many rows a MatMul or Gemm has where neither shapes nor samples say it; more, where
-            the dimensions that are known make more.
+        rows: how many rows a MatMul or Gemm has where neither shapes nor samples say it; the known
+            dimensions alone may make more.
         reduce_range: weights of 7 bits, for CPUs with AVX2 and no VNNI, whose kernels saturate.
     """
 
