@@ -11,7 +11,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from graphopt import loading
-from graphopt.benchmark import BenchmarkReport
+from graphopt.benchmark import BenchmarkReport, latency_ratio
 from graphopt.benchmark import benchmark as time_models
 from graphopt.contract import Context, Effect, Pass
 from graphopt.errors import ModelError, SampleError, SpecError, did_you_mean
@@ -127,6 +127,8 @@ def optimize(
         observer=Observer(calibration, provider) if calibration is not None else None,
     )
     pipeline = Pipeline(working, original, external_data, gate, context, fresh, strict)
+    if benchmark and validate and judged is not None:
+        pipeline.clock = partial(latency_ratio, samples=judged.samples, provider=provider)
     pipeline.run(chosen)
     stamp(pipeline.model, chosen, subject.source)
     progress("comparing with the original")

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 
 from graphopt import runtime
 from graphopt.contract import Sample
@@ -297,6 +298,46 @@ def _rate(subject: _Subject, latencies_ms: np.ndarray) -> float:
         for number, latency_ms in enumerate(latencies_ms)
     ]
     return float(np.median(rates))
+
+
+def latency_ratio(
+    first: ir.Model,
+    second: ir.Model,
+    samples: Iterable[Sample],
+    provider: str = "cpu",
+    *,
+    seconds: float = 1.0,
+    rounds: tuple[int, int] = (10, 400),
+) -> float:
+    """Latency of the second model over that of the first, at one thread, as deployed.
+
+    The models take turns on the first samples, and the median over the rounds of the ratio within
+    a round counts.
+
+    Args:
+        first: not modified.
+        second: not modified; takes the same inputs.
+        samples: what to run them on.
+        provider: "cpu" or "cuda".
+        seconds: how long to time, per model.
+        rounds: the fewest and the most runs of each model.
+
+    Raises:
+        GraphoptError: onnxruntime does not run one of them.
+    """
+    chosen = list(islice(samples, SAMPLES_MAXIMUM))
+    calls = []
+    for model in (first, second):
+        session = Session(model, provider=provider, threads=1)
+        inputs = [i for i in signature(model) if i.name in session.inputs]
+        feeds = [
+            complete({i.name: s[i.name] for i in inputs if i.name in s}, inputs) for s in chosen
+        ]
+        calls.append([session.bind(feed) for feed in feeds])
+        for call in calls[-1]:
+            call()
+    table_ms = take_turns(calls, 2 * seconds, rounds)
+    return float(np.median(table_ms[:, 1] / table_ms[:, 0]))
 
 
 # ------------------------------------------------------------------ load

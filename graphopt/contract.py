@@ -210,6 +210,8 @@ class Pass(ABC):
         needs_samples: the pass cannot run without samples.
         max_error: for a LOSSY pass, the relative L2 error of the worst output that the gate allows
             when the user states no budget.
+        max_latency: what the result may take at most, as a share of the latency of the model before
+            the pass; measured where models are timed at all. None where the pass claims nothing.
 
     Raises:
         SpecError: an option has the wrong type or is out of its bounds.
@@ -220,6 +222,7 @@ class Pass(ABC):
     operators: ClassVar[frozenset[str] | None] = None
     needs_samples: ClassVar[bool] = False
     max_error: ClassVar[float] = 0.0
+    max_latency: ClassVar[float | None] = None
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -131,6 +131,7 @@ class Gate:
     lossless_so_far: bool = True
     written: Reference = Reference.AS_WRITTEN
     notes: list[str] = field(default_factory=list)
+    _judged: tuple[Recording, bool] | None = None
 
     def __post_init__(self) -> None:
         if self.feed is None:
@@ -162,12 +163,13 @@ class Gate:
         return Session(model, reference, provider=self.provider)
 
     def why_rejected(self, candidate: ir.Model, by: Pass) -> str | None:
-        """Why the candidate may not be kept, or None; then it is the model before the next pass.
+        """Why the candidate may not be kept, or None; then `accept` may follow.
 
         Args:
             candidate: the rewritten model.
             by: the pass that rewrote it.
         """
+        self._judged = None
         reason = self.why_malformed(candidate)
         if reason is not None or not self.loads:
             return reason
@@ -185,6 +187,12 @@ class Gate:
         except SampleError as error:
             return f"it does not run: {error}"
 
+    def accept(self) -> None:
+        """Take the candidate that was judged last for the model before the next pass."""
+        if self._judged is not None:
+            self.before, self.lossless_so_far = self._judged
+            self._judged = None
+
     def check_read(self, model: ir.Model, notes: Sequence[str]) -> None:
         """Raise ModelError when what was read computes something else than the file.
 
@@ -198,6 +206,7 @@ class Gate:
             return
         session = self._session(model, self.written)
         reason = self._why_not_equal(session, model, Effect.ROUNDING)
+        self.accept()
         if reason is not None:
             raise ModelError(
                 f"the model cannot be read for certain ({'; '.join(notes)}): what onnxruntime "
@@ -261,7 +270,7 @@ class Gate:
             reason = why_over(Effect.ROUNDING, outputs, computed_in=computed_in)
             if reason is not None:
                 return f"{reason}, counted from the original"
-        self.before = after
+        self._judged = after, self.lossless_so_far
         return None
 
     def _why_over_budget(self, written: Session, deployed: Session, by: Pass) -> str | None:
@@ -269,8 +278,7 @@ class Gate:
         (outputs,) = compare(self.feed.run(deployed), [self._original(Reference.AS_DEPLOYED)])
         reason = why_over(Effect.LOSSY, outputs, self.budgets_for(by))
         if reason is None:
-            self.lossless_so_far = False
-            self.before = record(self._lossless(self.feed).run(written))
+            self._judged = record(self._lossless(self.feed).run(written)), False
         return reason
 
     def numerics(self, model: ir.Model) -> dict[str, tuple[OutputError, ...]]:

@@ -19,7 +19,7 @@ from graphopt.recipes import Plan
 from graphopt.runtime import Reference, Session
 from graphopt.validation import OutputError
 
-Verdict = Literal["kept", "unchanged", "rolled back", "refused"]
+Verdict = Literal["kept", "unchanged", "rolled back", "too slow", "refused"]
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,9 @@ class Step:
     Attributes:
         spec: the pass in text form; the form that was judged last where it narrowed itself.
         effect: what it may do to the outputs.
-        verdict: kept; unchanged (it found nothing to do); rolled back; or refused (by the pass).
-        reason: why it was rolled back or refused, else None.
+        verdict: kept; unchanged (it found nothing to do); rolled back (the gate rejected it); too
+            slow (it was rolled back because it did not pay); or refused (by the pass).
+        reason: why it was rolled back, too slow or refused, else None.
         changes: how often each kind of rewrite was done, also when it was rolled back.
         skips: what it left alone, and why.
         nodes_before: nodes of the model; see `graphopt.operators.node_count`.
@@ -40,6 +41,8 @@ class Step:
         seconds: for the pass and its gate.
         round: 1 for the first time through the passes; later rounds list only what acted.
         max_error: for a lossy pass, the budget that it was judged by.
+        latency_ratio: measured latency over that of the model before, for a pass that is judged by
+            it; None where nothing was measured.
     """
 
     spec: str
@@ -55,6 +58,7 @@ class Step:
     seconds: float
     round: int
     max_error: str | None = None
+    latency_ratio: float | None = None
 
     @property
     def kept(self) -> bool:

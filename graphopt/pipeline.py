@@ -54,6 +54,7 @@ class Pipeline:
         context: for the passes.
         fresh: makes the model as it was before any pass.
         strict: raise where a pass is rejected.
+        clock: latency of the second model over that of the first; None measures nothing.
         steps: the ledger.
     """
 
@@ -64,10 +65,12 @@ class Pipeline:
     context: Context
     fresh: Callable[[], ir.Model]
     strict: bool = False
+    clock: Callable[[ir.Model, ir.Model], float] | None = None
     steps: list[Step] = field(default_factory=list)
     _unread: set[str] = field(default_factory=set)
     _index: NodeIndex = field(init=False)
     _spare: ir.Model | None = None
+    _latency_ratio: float | None = None
     _model_traits: list[object] = field(default_factory=list)
 
     def run(self, plan: Plan) -> None:
@@ -122,7 +125,7 @@ class Pipeline:
                 if round_number == 1 or step.verdict not in ("unchanged", "refused"):
                     self.steps.append(step)
                 version += step.kept
-                if step.verdict != "rolled back":
+                if step.verdict not in ("rolled back", "too slow"):
                     left.append((one, -1 if step.kept else version))
             waiting = left
             if not repeat or _are_lossy(passes) or all(seen == version for _, seen in waiting):
@@ -131,7 +134,7 @@ class Pipeline:
     def _step(self, one: Pass, round_number: int, attempt: Attempt) -> Step:
         started = time.perf_counter()
         self.context.progress(one.name)
-        before = self.size
+        before, self._latency_ratio = self.size, None
         change, verdict, reason = attempt(one)
         while verdict == "rolled back" and (narrower := one.narrow()) is not None:
             one = narrower
@@ -154,6 +157,7 @@ class Pipeline:
             seconds=time.perf_counter() - started,
             round=round_number,
             max_error=self.gate.budget_text(one) if one.effect is Effect.LOSSY else None,
+            latency_ratio=self._latency_ratio,
         )
 
     def _apply(self, one: Pass) -> Outcome:
@@ -181,6 +185,16 @@ class Pipeline:
             infer_shapes(index.model)
         self.model, self._index = index.model, index
         self.size = size_of(index.model, self.external_data, index.counts)
+
+    def _why_too_slow(self, candidate: ir.Model, one: Pass) -> str | None:
+        """Why the candidate does not pay, by the clock; None where it does or nobody measures."""
+        if self.clock is None or one.max_latency is None:
+            return None
+        self.context.progress(f"timing {one.name}")
+        ratio = self._latency_ratio = self.clock(self.model, candidate)
+        if ratio <= one.max_latency:
+            return None
+        return f"it takes {ratio:.3g} of the latency before, over {one.max_latency:g}"
 
     def _has_nothing_for(self, one: Pass) -> bool:
         if one.operators is None:
@@ -219,6 +233,11 @@ class Pipeline:
         if reason is not None:
             self._spare = None
             return change, "rolled back", reason
+        slow = self._why_too_slow(candidate, one)
+        if slow is not None:
+            self._spare = None
+            return change, "too slow", slow
+        self.gate.accept()
         self._take(index)
         self._spare = None
         return change, "kept", None

@@ -24,8 +24,13 @@ from graphopt.validation import OutputError
 SHOWN_DUPLICATES = 8
 SHOWN_NAMES = 3
 
-_MARKS = {"kept": "kept", "rolled back": "ROLLED BACK", "refused": "refused"}
-_STYLES = {"kept": "green", "rolled back": "red", "refused": "yellow"}
+_MARKS = {
+    "kept": "kept",
+    "rolled back": "ROLLED BACK",
+    "too slow": "TOO SLOW",
+    "refused": "refused",
+}
+_STYLES = {"kept": "green", "rolled back": "red", "too slow": "yellow", "refused": "yellow"}
 
 
 def render_run(run: Run) -> RenderableType:

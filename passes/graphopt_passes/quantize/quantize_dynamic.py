@@ -72,6 +72,7 @@ class QuantizeDynamic(Pass):
     effect: ClassVar[Effect] = Effect.LOSSY
     operators: ClassVar[frozenset[str] | None] = frozenset(PRODUCTS + RECURRENT)
     max_error: ClassVar[float] = 0.15
+    max_latency: ClassVar[float | None] = 0.97
 
     minimum_gain: Annotated[float, Bounds(0, 100)] = 1.1
     layer_error: Annotated[float, Bounds(0, 1)] = 0.05
