@@ -1,0 +1,1 @@
+"""Passes that store weights and compute with numbers of few bits."""
