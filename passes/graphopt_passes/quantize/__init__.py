@@ -1,1 +1,1 @@
-"""Passes that store and compute in narrow numbers."""
+"""Passes that store weights and compute with numbers of few bits."""

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-SCALE_MINIMUM = float(np.finfo(np.float32).tiny) * 256
-
+from graphopt_passes.quantize.ranges import affine_parameters
 
 @dataclass(frozen=True)
 class Affine:
@@ -47,13 +46,6 @@ class Affine:
 
 
 def affine_of(low: float, high: float) -> Affine:
-    """The map to uint8 codes that covers a range, widened to hold 0, which has a code of its own.
-
-    A range of nothing but 0 gets a scale of 1.
-    """
-    low, high = min(low, 0.0), max(high, 0.0)
-    if high - low <= SCALE_MINIMUM:
-        return Affine(np.float32(1), 0)
-    scale = np.float32((high - low) / 255)
-    zero_point = int(np.clip(np.rint(-low / float(scale)), 0, 255))
+    """The map to uint8 codes that holds a range; see `affine_parameters`."""
+    scale, zero_point = affine_parameters(low, high, np.uint8)
     return Affine(scale, zero_point)

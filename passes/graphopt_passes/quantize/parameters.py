@@ -19,7 +19,14 @@ from graphopt.operators import is_onnx
 from graphopt.statistics import Rows, Spread
 from graphopt_passes.quantize.affine import Affine, affine_of
 from graphopt_passes.quantize.layers import layer_of, products
-from graphopt_passes.quantize.ranges import candidate_ranges
+from graphopt_passes.quantize.ranges import (
+    PERCENTILES,
+    Histogram,
+    entropy,
+    least_squares,
+    min_max,
+    percentile,
+)
 from graphopt_passes.quantize.regions import SameScale
 from graphopt_passes.quantize.units import Unit
 
@@ -136,11 +143,25 @@ def _candidates(
     ranges: dict[str, tuple[float, float]] = {}
     for value in values:
         lowest, highest = limits.get(value, (-np.inf, np.inf))
-        for method, (low, high) in candidate_ranges(spreads[value]).items():
+        for method, (low, high) in _ranges(spreads[value]).items():
             low, high = max(low, lowest), min(high, highest)
             old_low, old_high = ranges.get(method, (low, high))
             ranges[method] = min(low, old_low), max(high, old_high)
     return list(dict.fromkeys(affine_of(low, high) for low, high in ranges.values()))
+
+
+def _ranges(spread: Spread) -> dict[str, tuple[float, float]]:
+    """Lowest and highest number to hold, by method; least squares first, where it is tried."""
+    if not spread.count:
+        return {"min-max": (0.0, 0.0)}
+    bins = spread.histogram
+    histogram = Histogram(bins.counts, bins.edges(), spread.low, spread.high)
+    return {
+        "least squares": least_squares(histogram, np.uint8),
+        "min-max": min_max(histogram),
+        **{f"percentile {p}": percentile(histogram, p) for p in PERCENTILES},
+        "entropy": entropy(histogram),
+    }
 
 
 def _best(maps: Sequence[Affine], readers: Sequence[Unit], answers: Answers) -> Affine:

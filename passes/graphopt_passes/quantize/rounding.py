@@ -6,15 +6,15 @@ it computes with Wq = s * C instead, and what its output is wrong by, on average
     E |(Wq - W)[c] x|^2  =  (Wq - W)[c] H (Wq - W)[c]^T,        H = E[x x^T]
 
 so all that has to be known of the inputs is their Gram matrix H, of shape [K, K]. A depthwise
-convolution has one for each channel: [N, K, K]. Which of the two a function is given, it sees by the
-number of dimensions. Grams must be symmetric and positive semi-definite; they count as they are,
-only ratios matter. Where a Gram is float32, so are the large products; else all is float64.
+convolution has one for each channel: [N, K, K]. Which of the two a function is given, it sees by
+the number of dimensions. Grams must be symmetric and positive semi-definite; a factor before one
+changes no code. Where a Gram is float32, so are the large products; else all is float64.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float64]
 Floats = npt.NDArray[np.floating[Any]]
 Codes = npt.NDArray[np.int8]
+_Float = TypeVar("_Float", bound=np.floating[Any])
 
 LOW, HIGH = -127, 127
 """Symmetric, as -128 has no counterpart."""
@@ -38,7 +39,7 @@ DAMPING = 0.01
 ENUMERATED = 12
 """Most weights in a row of which all roundings are tried: 2^12 patterns."""
 
-_BLOCK = 64
+_BLOCK = 128
 _ROWS = 256
 _TIE = 1.0 - 2.0**-16
 """A move that gains no more than rounding errors is none: without that, ties could go round."""
@@ -60,11 +61,11 @@ def scales_of(
             needs s_w > |b| / (2^31 s_x).
 
     Returns:
-        Of shape [N], in the weight's unit, positive. Every one is a float32 held as float64, so that
-        codes are made for the scale that a file can hold. A row of zeros, or of numbers so small
-        that its scale would be no normal float32, gets the largest scale of the others (1.0 if
-        there is none): codes are 0 with any, and a bias in its units is then neither beyond int32
-        nor coarser than that of all others.
+        Of shape [N], in the weight's unit, positive. Every one is a float32 held as float64, so
+        that codes are made for the scale that a file can hold. A row of zeros, or of numbers so
+        small that its scale would be no normal float32, gets the largest scale of the others (1.0
+        if there is none): codes are 0 with any, and a bias in its units is then neither beyond
+        int32 nor coarser than that of all others.
 
     Raises:
         ValueError: a weight is not finite.
@@ -76,7 +77,8 @@ def scales_of(
     scale = np.minimum(largest * (shrink / high), float(usual.max)).astype(np.float32)
     small = scale < usual.tiny
     scale[small] = scale[~small].max(initial=0.0) or 1.0
-    return np.maximum(scale, np.asarray(floor, np.float32)).astype(np.float64)
+    floored: Array = np.maximum(scale, np.asarray(floor, np.float32)).astype(np.float64)
+    return floored
 
 
 def search_scales(
@@ -155,24 +157,26 @@ def relative_output_error(weight: Floats, quantized: Floats, gram: Floats) -> Ar
         gram: H, [K, K] or [N, K, K].
 
     Returns:
-        Of shape [N], without unit; 0 where the error is 0, infinite where only the power is.
+        Of shape [N], without unit; 0 where the error is 0, infinite where the power is and it is not.
     """
     error, power = output_error(weight, quantized, gram), _power(weight, gram)
     without = np.where(error > 0.0, np.inf, 0.0)
-    return np.divide(error, power, out=without, where=power > 0.0)
+    np.divide(error, power, out=without, where=power > 0.0)
+    return without
 
 
 def _power(rows: Floats, gram: Floats) -> Array:
-    rows = rows.astype(_precision(gram))
+    rows, gram = rows.astype(_precision(gram)), gram.astype(_precision(gram), copy=False)
     products = np.einsum("nk,nk->n", _times(rows, gram), rows, dtype=np.float64)
-    return np.maximum(products, 0.0)
+    power: Array = np.maximum(products, 0.0)
+    return power
 
 
-def _times(rows: Floats, gram: Floats) -> Floats:
+def _times(rows: npt.NDArray[_Float], gram: npt.NDArray[_Float]) -> npt.NDArray[_Float]:
     """Row n of [N, K] times the Gram, or times Gram n."""
-    if gram.ndim == 2:
-        return rows @ gram
-    product: Floats = np.matmul(rows[:, None, :], gram)[:, 0, :]
+    product: npt.NDArray[_Float] = (
+        rows @ gram if gram.ndim == 2 else np.matmul(rows[:, None, :], gram)[:, 0, :]
+    )
     return product
 
 
@@ -202,11 +206,9 @@ def round_to_gram(
     Returns:
         Codes of shape [N, K]; with damping 0 no row has a larger error than with nearest codes.
     """
-    few = gram.ndim == 3 and weight.shape[1] <= ENUMERATED
-    if few:
+    codes = round_nearest(weight, scale)
+    if gram.ndim == 3 and weight.shape[1] <= ENUMERATED:
         codes = enumerate_exactly(weight, scale, gram, damping)
-    else:
-        codes = round_nearest(weight, scale)
     return descend(weight, scale, gram, codes, sweeps, damping)
 
 
@@ -224,9 +226,9 @@ def descend(
 
     That is QuantEase (arXiv 2309.01885). In units of codes, with R = C - W/s and D = R H, the best
     real value of a code is C[:, j] - D[:, j] / H[j, j], the best code the nearest to it, and when
-    it is set, D changes by what R[:, j] changed by, times row j of H. As GPTQ does, only a block of
-    columns is kept up to date; the others get all changes of a block in one matrix product. No step
-    increases the (damped) error, but for rounding errors.
+    it is set, D changes by what R[:, j] changed by, times row j of H. That is done for a block of
+    columns at a time, whose D is one matrix product. No step increases the (damped) error, but for
+    rounding errors.
 
     Args:
         weight: of shape [N, K], finite.
@@ -234,40 +236,41 @@ def descend(
         gram: [K, K] or [N, K, K].
         codes: of shape [N, K], to begin with.
         sweeps: at most so many; rows that one leaves as they are take no part in the next.
-        damping: share of the mean of a Gram's diagonal that is added to the diagonal: it draws codes
-            to the nearest, where few samples say little about the inputs.
+        damping: share of the mean of a Gram's diagonal that is added to the diagonal: it draws
+            codes to the nearest, where few samples say little about the inputs.
         low: the smallest code.
         high: the largest code.
 
     Returns:
-        Codes of shape [N, K]. Without damping, inputs that are always zero (H[j, j] = 0) keep theirs.
+        Codes of shape [N, K]. Without damping, those of inputs that are always zero (H[j, j] = 0)
+        stay as they are.
     """
     kind = _precision(gram)
-    damped = _damped(gram, damping).astype(kind, copy=False)
+    damped = _damped(gram.astype(kind, copy=False), damping)
     grams = damped[..., None] if damped.ndim == 2 else np.moveaxis(damped, 0, 2).copy()
     found = codes.copy()
     active = np.arange(len(weight))
-    current = codes.T.astype(kind)
-    slope = _spread(grams, current - (weight / scale[:, None]).T.astype(kind))
+    rest = np.subtract(codes, weight / scale[:, None]).T.astype(kind)
     for _ in range(sweeps):
-        moved = _sweep(grams, slope, current, low, high)
-        found[active] = current.T.astype(np.int8)
+        current = found[active].T.astype(kind)
+        moved = _sweep(grams, rest, current, low, high)
+        found[active] = current.T
         if not moved.any():
             break
-        active, current, slope = active[moved], current[:, moved], slope[:, moved]
+        active, rest = active[moved], rest[:, moved]
         grams = grams if grams.shape[2] == 1 else grams[:, :, moved]
     return found
 
 
 def _sweep(
-    grams: Floats, slope: Floats, codes: Floats, low: int, high: int
+    grams: Floats, rest: Floats, codes: Floats, low: int, high: int
 ) -> npt.NDArray[np.bool_]:
-    """Set every code to the best once. Rows lie along the last axis here, so that all are adjacent.
+    """Set every code to the best once. Rows lie along the last axis, so that they are adjacent.
 
     Args:
         grams: [K, K, 1], or [K, K, N].
-        slope: D as [K, N], changed in place.
-        codes: as [K, N], changed in place.
+        rest: R as [K, N], changed in place.
+        codes: C as [K, N], changed in place.
         low: the smallest code.
         high: the largest code.
 
@@ -277,39 +280,36 @@ def _sweep(
     moved = np.zeros(codes.shape[1], np.bool_)
     for start in range(0, len(codes), _BLOCK):
         block = slice(start, start + _BLOCK)
-        changes = _sweep_block(grams[block, block], slope[block].copy(), codes[block], low, high)
-        columns = np.flatnonzero(changes.any(axis=1))
-        if len(columns):
-            slope += _spread(grams[start + columns], changes[columns])
-            moved |= changes.any(axis=0)
+        before = codes[block].copy()
+        slope = _slope(grams[block], rest)
+        _sweep_block(grams[block, block], slope, codes[block], low, high)
+        changes = codes[block] - before
+        rest[block] += changes
+        moved |= changes.any(axis=0)
     return moved
 
 
-def _sweep_block(grams: Floats, slope: Floats, codes: Floats, low: int, high: int) -> Floats:
-    """The same within a block, with the arguments' own parts of it; what codes changed by."""
-    changes = np.zeros_like(codes)
+def _sweep_block(grams: Floats, slope: Floats, codes: Floats, low: int, high: int) -> None:
+    """The same within a block, with its own part of every argument and D in place of R."""
     curvature = np.einsum("kkn->kn", grams)
-    live = curvature > 0.0
     best = np.zeros(curvature.shape, curvature.dtype)
-    np.divide(-_TIE, curvature, out=best, where=live)
+    np.divide(-_TIE, curvature, out=best, where=curvature > 0.0)
     for j, code in enumerate(codes):
         change = np.rint(slope[j] * best[j])
         if not change.any():
             continue
         np.clip(code + change, low, high, out=change)
         change -= code
-        slope[j + 1 :] += grams[j, j + 1 :] * change
         code += change
-        changes[j] = change
-    return changes
+        slope[j + 1 :] += grams[j, j + 1 :] * change
 
 
-def _spread(grams: Floats, changes: Floats) -> Floats:
-    """What D changes by, [K, N], when codes change by [J, N]; rows J of the Grams [J, K, 1 or N]."""
+def _slope(grams: Floats, rest: Floats) -> Floats:
+    """Some columns of D, as [J, N], from columns J of the Grams [J, K, 1 or N] and R as [K, N]."""
     if grams.shape[2] == 1:
-        product: Floats = grams[..., 0].T @ changes
+        product: Floats = grams[..., 0] @ rest
         return product
-    each: Floats = np.einsum("jkn,jn->kn", grams, changes)
+    each: Floats = np.einsum("jkn,kn->jn", grams, rest)
     return each
 
 
@@ -340,8 +340,7 @@ def enumerate_exactly(
     count, width = weight.shape
     if width > ENUMERATED:
         raise ValueError(f"rows of {width} weights have too many roundings; use descend")
-    damped = _damped(grams.astype(np.float64, copy=False), damping)
-    damped = np.broadcast_to(damped, (count, width, width))
+    damped = np.broadcast_to(_damped(grams.astype(np.float64), damping), (count, width, width))
     patterns = (np.arange(1 << width)[:, None] >> np.arange(width) & 1).astype(np.float64)
     pairs = (patterns[:, :, None] * patterns[:, None, :]).reshape(len(patterns), -1)
     codes = round_nearest(weight, scale, low, high)
@@ -410,7 +409,7 @@ def asymmetric_target(
 def _solve(systems: Array, rows: Array) -> Array:
     """Rows [N, K] times the inverse of [K, K], or each times that of its own in [N, K, K]."""
     if systems.ndim == 3:
-        return np.linalg.solve(systems, rows[..., None])[..., 0]
+        return np.asarray(np.linalg.solve(systems, rows[..., None])[..., 0], np.float64)
     # Importing scipy.linalg takes longer than most of the work here.
     from scipy.linalg import cho_factor, cho_solve
 
@@ -418,7 +417,7 @@ def _solve(systems: Array, rows: Array) -> Array:
     return solution
 
 
-def _damped(grams: Floats, damping: float) -> Floats:
+def _damped(grams: npt.NDArray[_Float], damping: float) -> npt.NDArray[_Float]:
     """A copy with `damping` times the mean of the diagonal added to the diagonal."""
     result = grams.copy()
     diagonal = np.einsum("...kk->...k", result)
