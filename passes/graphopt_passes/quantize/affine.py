@@ -8,6 +8,7 @@ import numpy as np
 
 from graphopt_passes.quantize.ranges import affine_parameters
 
+
 @dataclass(frozen=True)
 class Affine:
     """number = scale * (code - zero_point).

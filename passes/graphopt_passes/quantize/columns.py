@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from graphopt_passes.quantize.affine import SCALE_MINIMUM, affine_of
+from graphopt_passes.quantize.affine import affine_of
 
 CODE_MAXIMUM = 127
 REDUCED_CODE_MAXIMUM = 64
@@ -20,6 +20,10 @@ TRIED_ROWS = 256
 
 OUTLIER_RATIO_MINIMUM = 10.0
 """An input channel that reaches so many times as far as the median one is called an outlier."""
+
+
+SCALE_MINIMUM = float(np.finfo(np.float32).tiny) * 256
+"""Of a weight: smaller, and its products with an activation's scale are no normal numbers."""
 
 
 @dataclass(frozen=True, eq=False)

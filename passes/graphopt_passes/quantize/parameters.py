@@ -33,6 +33,13 @@ from graphopt_passes.quantize.units import Unit
 TRIED_ROWS = 256
 """Rows on which a candidate range is tried."""
 
+CLIPPING_GAIN = 0.5
+"""A range that clips must bring the squared error down to this share of that of one that does not.
+
+The largest values are few, so that they count for little in a mean, but a model that looks for
+something says by them that it found it.
+"""
+
 SHARED_WIDTH_MAXIMUM = 2.0
 """A value that others read too joins a Concat's range only where that is at most so much wider."""
 
@@ -151,21 +158,27 @@ def _candidates(
 
 
 def _ranges(spread: Spread) -> dict[str, tuple[float, float]]:
-    """Lowest and highest number to hold, by method; least squares first, where it is tried."""
+    """Lowest and highest number to hold, by method; first the range that clips nothing."""
     if not spread.count:
         return {"min-max": (0.0, 0.0)}
     bins = spread.histogram
     histogram = Histogram(bins.counts, bins.edges(), spread.low, spread.high)
     return {
-        "least squares": least_squares(histogram, np.uint8),
         "min-max": min_max(histogram),
+        "least squares": least_squares(histogram, np.uint8),
         **{f"percentile {p}": percentile(histogram, p) for p in PERCENTILES},
         "entropy": entropy(histogram),
     }
 
 
 def _best(maps: Sequence[Affine], readers: Sequence[Unit], answers: Answers) -> Affine:
-    """The map that changes the outputs of the layers least; the first where none reads it."""
+    """The map that changes the outputs of the layers least; the first where none reads it.
+
+    Args:
+        maps: candidates; the first clips nothing.
+        readers: the layers that read the value.
+        answers: with rows of their inputs.
+    """
     layers = [layer_of(unit.node) for unit in readers]
     trials = []
     for layer in layers:
@@ -185,4 +198,6 @@ def _best(maps: Sequence[Affine], readers: Sequence[Unit], answers: Answers) -> 
             for rows, matrix, signal in trials
         )
 
-    return min(maps, key=error)
+    whole, *clipping = maps
+    best = min(clipping, key=error)
+    return best if error(best) < CLIPPING_GAIN * error(whole) else whole
