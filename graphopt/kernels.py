@@ -401,6 +401,19 @@ def _shared_weight(around: _Around) -> Reason | None:
     )
 
 
+def _shared_scale(around: _Around) -> Reason | None:
+    weight = around.weights.get(1)
+    scale = input_of(weight, 1) if weight is not None else None
+    if scale is None or len(scale.consumers()) == 1:
+        return None
+    return Reason(
+        "shared-scale",
+        "more than one node reads the scale of the quantized weight",
+        "give each weight a scale of its own, one for each column: onnxruntime itself shares equal "
+        "numbers",
+    )
+
+
 def _block_size(around: _Around) -> Reason | None:
     block = _block(around)
     if block == 0 or (block >= _SMALLEST_BLOCK and block & (block - 1) == 0):
@@ -458,9 +471,9 @@ def _differing_quantization(around: _Around) -> Reason | None:
 
 
 def _no_integer_kernel(around: _Around) -> Reason | None:
-    if around.operator in INTEGER or around.operator in _CLIPS:
-        return None
-    if around.operator in MOVEMENT and around.operator != "Resize":
+    # An operator without a float kernel either is computed by several nodes, such as Mul.
+    names = (around.operator, *around.operators)
+    if all(_may_be_integer(name) for name in names):
         return None
     if len(around.operators) > 1 and INTEGER.issuperset(around.operators):
         return Reason(
@@ -472,6 +485,10 @@ def _no_integer_kernel(around: _Around) -> Reason | None:
     if "BatchNormalization" in around.operators:
         change = "fold it into the Conv before it (graphopt optimize does), then quantize"
     return Reason("no-integer-kernel", f"{_joined(around)} has no integer kernel", change)
+
+
+def _may_be_integer(operator: str) -> bool:
+    return operator in INTEGER or operator in _CLIPS or operator in MOVEMENT - {"Resize"}
 
 
 def _input_in_float(around: _Around) -> Reason | None:
@@ -590,6 +607,7 @@ _WEIGHT_ONLY: tuple[Callable[[_Around], Reason | None], ...] = (
     _weight_type,
     _weight_rank,
     _shared_weight,
+    _shared_scale,
     _block_size,
     _weight_axis,
 )
