@@ -11,10 +11,11 @@ import onnx_ir as ir
 from graphopt import runtime
 from graphopt.benchmark import cpu_name
 from graphopt.contract import Sample
-from graphopt.kernels import Reason, find_reasons
+from graphopt.kernels import find_reasons
 from graphopt.operators import all_graphs
 from graphopt.origins import Fates, Marked, mark, operator_of, trace_back
 from graphopt.profiling import Trace, traced
+from graphopt.reasons import Reason
 from graphopt.signature import signature
 
 

@@ -226,10 +226,15 @@ def _add_copies(claims: Mapping[int, Sequence[ir.Node]], sources: dict[ir.Node, 
 def _add_parts(optimized: ir.Model, sources: dict[ir.Node, list[int]]) -> None:
     """A node without a mark is a part of the one behind it, which was taken apart."""
     for graph in all_graphs(optimized):
+        behind: dict[ir.Node, list[int]] = {}
         for kernel in reversed(graph):
-            if kernel in sources or kernel.op_type in CONVERSIONS | _VIEWS:
+            if kernel in sources:
+                behind[kernel] = sources[kernel]
                 continue
             readers = [r for value in kernel.outputs for r in value.consumers()]
-            found = next((sources[r] for r in readers if r in sources), None)
-            if found is not None and not _MARK.search(kernel.name or ""):
+            found = next((behind[r] for r in readers if r in behind), None)
+            if found is None or _MARK.search(kernel.name or ""):
+                continue
+            behind[kernel] = found
+            if kernel.op_type not in CONVERSIONS | _VIEWS:
                 sources[kernel] = list(found)

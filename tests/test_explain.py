@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,7 +120,8 @@ CASES = {
     "1 block, transB": Case(
         "transposed-weight",
         plain(
-            "wd = DequantizeLinear <axis = 1, block_size = 32> (w, ws) y = Gemm <transB = 1> (x, wd)"
+            "wd = DequantizeLinear <axis = 1, block_size = 32> (w, ws) "
+            "y = Gemm <transB = 1> (x, wd)"
         ),
         plain("wd = DequantizeLinear <axis = 0, block_size = 32> (w, ws) y = Gemm (x, wd)"),
         {"w": weights(32, 64), "ws": np.full((32, 2), 0.01, np.float32)},
@@ -342,6 +344,17 @@ CASES = {
             'Resize <mode = "nearest"> (b, , r)',
         )
     },
+    "11 Split": Case(
+        "differing-quantization",
+        both(
+            q("x", "a") + "b, c = Split <num_outputs = 2> (a) " + q("b", "e") + q("c", "f", "t")
+            + "d = Pow (e, f)"
+        ),
+        both(
+            q("x", "a") + "b, c = Split <num_outputs = 2> (a) " + q("b", "e") + q("c", "f")
+            + "d = Pow (e, f)"
+        ),
+    ),
     "11 Q of DQ": Case("requantized", both(q("x", "a", zero="u9") + "r = Relu (a)" + q("r", "d"))),
     "12 MatMul, Add": Case(
         "quantized-bias",
@@ -366,6 +379,29 @@ CASES = {
         {**KERNEL, "bias": weights(8, dtype=np.int32)},
         beside=LAYOUT,
     ),
+    "a bias of another scale": Case(
+        "bias-scale",
+        image(
+            "bd = DequantizeLinear (bias, s) c = Conv <pads = [1, 1, 1, 1]> (b, wd, bd) "
+            + q("c", "d")
+        ),
+        None,
+        {**KERNEL, "bias": weights(8, dtype=np.int32)},
+    ),
+    "a scale that is a vector": Case(
+        "vector-scale",
+        both(q("x", "a", "v") + q("z", "b") + "c = Add (a, b) " + q("c", "d")),
+        both(q("x", "a") + q("z", "b") + "c = Add (a, b) " + q("c", "d")),
+        {"v": np.full(1, 0.02, np.float32)},
+        {},
+    ),
+    "a scale of a weight that is a vector": Case(
+        "vector-scale",
+        plain("wd = DequantizeLinear (w, v) y = MatMul (x, wd)"),
+        plain("wd = DequantizeLinear (w, s) y = MatMul (x, wd)"),
+        {**MATRIX, "v": np.full(1, 0.02, np.float32)},
+        MATRIX,
+    ),
     "13 Conv": Case(
         "weight-only-operator",
         "(float[1, 8, 6, 6] x) => (float[] y) { wd = DequantizeLinear (w, s) y = Conv (x, wd) }",
@@ -378,6 +414,20 @@ CASES = {
         "y = Gather (wd, k) }",
         None,
         {**MATRIX, "n": np.array(64)},
+    ),
+    "13 ConvTranspose before Q": Case(
+        "weight-only-operator",
+        "(float[1, 8, 6, 6] x) => (float[] y) { wd = DequantizeLinear (w, s) "
+        f"c = ConvTranspose (x, wd) {q('c', 'd')} y = Exp (d) }}",
+        None,
+        KERNEL,
+    ),
+    "13 Reshape": Case(
+        "weight-only-operator",
+        plain("wd = DequantizeLinear (w, s) r = Reshape (wd, n) y = MatMul (x, r)"),
+        plain("wd = DequantizeLinear (w, s) y = MatMul (x, wd)"),
+        {**TALL, "n": np.array([64, 32])},
+        MATRIX,
     ),
     "13 LSTM": Case(
         "weight-only-operator",
@@ -473,3 +523,185 @@ def test_what_a_rule_asks_for_takes_the_reason_away(name: str) -> None:
     found = explain(model(case.good, **arrays))
 
     assert codes(found) - case.beside == set()
+
+
+@pytest.mark.skipif(platform.machine().lower() not in ("amd64", "x86_64"), reason="of x86 alone")
+def test_uint8_weights_run_in_integers_and_are_slow() -> None:
+    text = image(CONV + q("c", "d")).replace("w, s, i0", "w, s, u9")
+
+    found = explain(model(text, w=weights(8, 8, 3, 3, dtype=np.uint8)))
+
+    assert codes(found) - LAYOUT == {"uint8-weights"}
+    assert kernels(found)["c"] == "com.microsoft.QLinearConv"
+
+
+def test_casts_of_a_float16_model_are_explained() -> None:
+    proto = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 21]> g (float16[4, 8] x, float16[8, 8] w) '
+        "=> (float16[4, 8] y) { m = MatMul (x, w) y = Tanh (m) }"
+    )
+
+    found = explain(proto)
+
+    assert codes(found) == {"no-half-kernel"}
+    whys = {row.reason.why for row in found.rows if row.reason is not None}
+    assert whys == {f"{op} has no float16 kernel on the CPU provider" for op in ("MatMul", "Tanh")}
+
+
+def test_a_weight_quantized_in_the_graph_is_no_reason() -> None:
+    text = image(CONV + q("c", "d")).replace("wd =", "wq = QuantizeLinear (w, s, i0) wd =")
+
+    found = explain(
+        model(text.replace("(w, s, i0) c", "(wq, s, i0) c"), w=np.ones((8, 8, 3, 3), np.float32))
+    )
+
+    assert codes(found) == set(LAYOUT)
+
+
+def test_of_what_is_not_known_no_rule_is_made_up() -> None:
+    # onnxruntime turns int8 activations into uint8, but not where one is read twice.
+    found = explain(
+        model(both(q("x", "a", zero="i0") + "c = Add (a, a) " + q("c", "d", zero="i0")))
+    )
+
+    assert codes(found) == {"unknown"}
+
+
+# ------------------------------------------------------------------ nodes and kernels
+
+
+def kernels(found: Explanation) -> dict[str, str]:
+    """The kernel of each node that has one, by name."""
+    return {fate.node: fate.kernel for fate in found.fates if fate.kernel is not None}
+
+
+def fates(found: Explanation) -> dict[str, str]:
+    return {fate.node: fate.how for fate in found.fates}
+
+
+def test_nodes_of_a_quantized_model_are_found_in_the_integer_kernel() -> None:
+    found = explain(model(image(CONV + "r = Relu (c) " + q("r", "d")), **KERNEL))
+
+    fused = ("b", "wd", "c", "r", "d_q")
+    assert {kernels(found)[node] for node in fused} == {"com.microsoft.QLinearConv"}
+    assert [k.operators for k in found.kernels] == [
+        ("QuantizeLinear",), (), ("Conv", "Relu"), (), ("DequantizeLinear",), ("Exp",)
+    ]  # fmt: skip
+
+
+def test_a_float_model_shows_what_was_fused_and_folded() -> None:
+    found = explain(
+        model(
+            "(float[4, 8] x) => (float[] y) { n = Shape (x) m = MatMul (x, w) a = Add (m, b) "
+            "r = Relu (a) k = Add (one, one) p = Mul (r, k) y = Reshape (p, n) }",
+            w=np.ones((8, 8), np.float32),
+            b=np.ones(8, np.float32),
+            one=np.ones(8, np.float32),
+        )
+    )
+
+    assert codes(found) == set()
+    assert {kernels(found)[node] for node in ("m", "a", "r")} == {"com.microsoft.FusedGemm"}
+    assert fates(found) == {
+        "n": "folded", "m": "runs", "a": "fused", "r": "runs", "k": "folded", "p": "runs",
+        "y": "runs",
+    }  # fmt: skip
+
+
+def test_borders_of_the_blocked_layout_are_explained() -> None:
+    found = explain(
+        model(
+            "(float[1, 16, 6, 6] x) => (float[] y) { c = Conv <pads = [1, 1, 1, 1]> (x, w) "
+            "y = Tanh (c) }",
+            w=np.ones((16, 16, 3, 3), np.float32),
+        )
+    )
+
+    assert codes(found) == {"blocked-layout"}
+    assert kernels(found)["c"] == "com.microsoft.nchwc.Conv"
+    assert [row.operators for row in found.rows if row.reason is not None] == [(), ()]
+
+
+def test_a_decomposed_node_is_known_in_its_parts() -> None:
+    found = explain(model("(float[4, 8] x) => (float[] y) { y = HardSwish (x) }"))
+
+    assert [(k.operator, k.operators) for k in found.kernels] == [
+        ("HardSigmoid", ("HardSwish",)), ("Mul", ("HardSwish",))
+    ]  # fmt: skip
+
+
+def test_bodies_and_functions_are_looked_into() -> None:
+    proto = onnx.parser.parse_model("""
+        <ir_version: 10, opset_import: ["" : 21, "own" : 1]>
+        g (float[4] x) => (float[4] y) {
+            s = ReduceSum <keepdims = 0> (x)
+            z = Constant <value_float = 1e9> ()
+            c = Less (s, z)
+            i = If (c) <
+                then_branch = g1 () => (float[4] t) { t = Exp (x) },
+                else_branch = g2 () => (float[4] e) { e = Neg (x) }
+            >
+            y = own.twice (i)
+        }
+        <domain: "own", opset_import: ["" : 21]> twice (a) => (b) { b = Add (a, a) }
+    """)
+
+    found = explain(proto)
+
+    times_us = {k.operators: k.us_per_run for k in found.kernels}
+    assert times_us[("Exp",)] is not None
+    assert times_us[("Neg",)] is None
+    assert kernels(found)["t"] == "Exp"
+    assert kernels(found)["b"] == "Add"
+
+
+def test_names_of_the_model_are_used_and_it_is_not_modified() -> None:
+    proto = model("(float[4] x) => (float[] y) { e = Exp (x) y = Neg (e) }")
+    proto.graph.node[0].name = "first"
+    before = proto.SerializeToString()
+
+    found = explain(proto)
+
+    assert [k.nodes for k in found.kernels] == [("first",), ("y",)]
+    assert proto.SerializeToString() == before
+
+
+# ------------------------------------------------------------------ rows
+
+
+def test_rows_are_grouped_and_those_with_a_reason_come_first() -> None:
+    found = explain(
+        model(
+            both(
+                "e = Neg (x) f = Neg (z) "
+                + q("e", "a") + q("f", "b") + "c = Sub (a, b) " + q("c", "d")
+            )
+        )
+    )  # fmt: skip
+
+    assert [row.reason is None for row in found.rows] == sorted(
+        row.reason is None for row in found.rows
+    )
+    for rows_of in ([r for r in found.rows if r.reason], [r for r in found.rows if not r.reason]):
+        times_us = [row.us_per_run for row in rows_of]
+        assert times_us == sorted(times_us, reverse=True)
+    assert {row.operators: row.count for row in found.rows}[("Neg",)] == 2
+    assert sum(row.count for row in found.rows) == len(found.kernels)
+    assert sum(row.share for row in found.rows) == pytest.approx(1)
+    assert found.us_per_run == pytest.approx(sum(row.us_per_run for row in found.rows))
+    assert 0 < found.lost_us < found.us_per_run
+    assert (found.runs, found.provider, found.threads) == (20, "cpu", 1)
+    assert found.onnxruntime == ort.__version__
+
+
+def test_the_samples_are_what_is_run() -> None:
+    proto = model("(float[n] x) => (float[] y) { y = Exp (x) }")
+
+    found = graphopt.explain(proto, samples=[{"x": np.zeros(3, np.float32)}])
+
+    assert found.notes == ()
+    assert "no samples were given: run on 4 random ones" in graphopt.explain(proto).notes
+    with pytest.raises(graphopt.SampleError, match="wrong element type"):
+        graphopt.explain(proto, samples=[{"x": np.zeros(3)}])
+    with pytest.raises(graphopt.SpecError, match="threads is 0"):
+        graphopt.explain(proto, threads=0)
