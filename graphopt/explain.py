@@ -89,7 +89,7 @@ class Explanation:
     Attributes:
         rows: what takes time for a reason first, most time first; then the rest.
         kernels: all nodes that onnxruntime runs, in order.
-        fates: of all nodes of the model.
+        fates: of all nodes of the model but Constant.
         us_per_run: microseconds of all nodes in a run of the model.
         runs: how many runs were profiled.
         provider: "cpu" or "cuda".
@@ -223,6 +223,8 @@ def _row(group: list[Kernel], total_us: float) -> Row:
 def _fates(marked: Marked, fates: Fates) -> tuple[Fate, ...]:
     found = []
     for index, origin in enumerate(marked.origins):
+        if origin.operator == "Constant":
+            continue
         kernel = fates.kernels.get(index)
         how = "folded" if kernel is None else "runs" if index in fates.own else "fused"
         name = operator_of(kernel) if kernel is not None else None

@@ -151,6 +151,8 @@ def _marks(kernel: ir.Node) -> list[int]:
 def _may_be(kernel: ir.Node, node: ir.Node) -> bool:
     if kernel.op_type not in CONVERSIONS or kernel.op_type == node.op_type:
         return True
+    if kernel.op_type == "Cast" and node.op_type == "CastLike":
+        return True
     return kernel.op_type in _VIEWS and node.op_type in _VIEWS
 
 

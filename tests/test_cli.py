@@ -402,7 +402,7 @@ def test_explain_shows_kernels_and_what_they_take(graphopt: Graphopt, few_sample
 
     assert (done.code, done.err) == (0, "")
     assert done.out.startswith("cpu, 1 thread, 20 runs, onnxruntime ")
-    assert re.search(r"^Gemm +1 +\S*Gemm float ", done.out, re.MULTILINE)
+    assert re.search(r"^Conv +6 +Conv float ", done.out, re.MULTILINE)
     assert "nodes 53 -> " in done.out
 
 
