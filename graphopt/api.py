@@ -312,9 +312,11 @@ def explain(
     """
     _check_counts(random_samples=random_samples, threads=threads)
     subject = open_subject(model, provider, True, True, progress)
+    # Those of `feed` are about judging outputs, which are not looked at here.
+    notes = list(subject.notes)
     if samples is None and random_samples is None:
         random_samples = RANDOM_SAMPLES_DEFAULT
-        subject.notes.append(f"no samples were given: run on {random_samples} random ones")
+        notes.append(f"no samples were given: run on {random_samples} random ones")
     feed = subject.feed(samples, random_samples, ())
     progress("profiling")
     return explain_model(
@@ -322,7 +324,7 @@ def explain(
         feed.samples,
         provider=provider,
         threads=threads,
-        notes=tuple(subject.notes),
+        notes=tuple(notes),
     )
 
 

@@ -630,6 +630,34 @@ def test_a_decomposed_node_is_known_in_its_parts() -> None:
     ]  # fmt: skip
 
 
+def test_nodes_without_a_name_are_timed_too() -> None:
+    # In float16, onnxruntime takes Softmax apart, and gives the parts no names.
+    proto = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 21]> g (float16[4, 8] x) => (float16[4, 8] y) '
+        "{ e = Exp (x) y = Softmax (e) }"
+    )
+
+    found = explain(proto)
+
+    parts = [k for k in found.kernels if k.operators == ("Softmax",)]
+    assert {"ReduceMax", "Sub", "Exp", "Div"} <= {k.operator for k in parts}
+    assert all(k.us_per_run is not None for k in found.kernels)
+
+
+def test_quantization_is_seen_through_the_blocked_layout() -> None:
+    found = explain(
+        model(
+            f"(float[1, 16, 6, 6] x) => (float[] y) {{ {q('x', 'b')} e = Tanh (b) "
+            f"c = Conv <pads = [1, 1, 1, 1]> (e, w) f = Relu (c) {q('f', 'd', zero='u9')} "
+            "y = Exp (d) }",
+            w=np.ones((16, 16, 3, 3), np.float32),
+        )
+    )
+
+    assert kernels(found)["c"] == "com.microsoft.nchwc.Conv"
+    assert codes(found) == {"no-integer-kernel", "input-in-float", "blocked-layout"}
+
+
 def test_bodies_and_functions_are_looked_into() -> None:
     proto = onnx.parser.parse_model("""
         <ir_version: 10, opset_import: ["" : 21, "own" : 1]>
