@@ -170,8 +170,8 @@ _QUANTIZATION = ("DequantizeLinear", "QuantizeLinear")
 
 def _shown(marked: Marked, indices: tuple[int, ...]) -> tuple[int, ...]:
     """Without the QuantizeLinear and DequantizeLinear of an integer kernel: they say nothing."""
-    named = marked.origins
-    others = tuple(i for i in indices if named[i].operator not in _QUANTIZATION)
+    # By the bare operator: onnxruntime has both in a domain of its own, too.
+    others = tuple(i for i in indices if marked.nodes[i].op_type not in _QUANTIZATION)
     return others or indices
 
 

@@ -209,8 +209,7 @@ def is_open(value: ir.Value | None) -> bool:
 
 def joined(around: Around) -> str:
     """The operators of the model that the node computes."""
-    names = [o for o in around.operators if o not in ("DequantizeLinear", "QuantizeLinear")]
-    return "+".join(names) if 0 < len(names) <= 3 else around.operator
+    return "+".join(around.operators) if 0 < len(around.operators) <= 3 else around.operator
 
 
 def weight_of(around: Around) -> ir.TensorProtocol | None:

@@ -276,7 +276,8 @@ def _operators_text(operators: Sequence[str]) -> str:
     if not operators:
         return "(inserted)"
     more = len(operators) - SHOWN_OPERATORS
-    return "+".join(operators[:SHOWN_OPERATORS]) + (f"+{more} more" if more > 0 else "")
+    shown = (name.removeprefix("com.microsoft.") for name in operators[:SHOWN_OPERATORS])
+    return "+".join(shown) + (f"+{more} more" if more > 0 else "")
 
 
 def _kernel_sum(found: Explanation) -> Text:
