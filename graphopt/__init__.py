@@ -9,7 +9,7 @@ to the numerics, the bytes and the latency::
 
 from __future__ import annotations
 
-from graphopt.api import Validation, benchmark, inspect, optimize, validate
+from graphopt.api import Validation, benchmark, explain, inspect, optimize, validate
 from graphopt.contract import Change, Context, Effect, Pass
 from graphopt.errors import (
     CheckFailed,
@@ -19,6 +19,7 @@ from graphopt.errors import (
     SampleError,
     SpecError,
 )
+from graphopt.explain import Explanation
 from graphopt.ledger import Run, Step
 from graphopt.loading import load
 from graphopt.saving import save
@@ -28,6 +29,7 @@ __all__ = [
     "CheckFailed",
     "Context",
     "Effect",
+    "Explanation",
     "GraphoptError",
     "ModelError",
     "Pass",
@@ -38,6 +40,7 @@ __all__ = [
     "Step",
     "Validation",
     "benchmark",
+    "explain",
     "inspect",
     "load",
     "optimize",

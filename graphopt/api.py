@@ -1,4 +1,4 @@
-"""The verbs of graphopt: optimize, validate, benchmark, inspect."""
+"""The verbs of graphopt: optimize, validate, benchmark, inspect, explain."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from graphopt.benchmark import BenchmarkReport, latency_ratio
 from graphopt.benchmark import benchmark as time_models
 from graphopt.contract import Context, Effect, Pass
 from graphopt.errors import ModelError, SampleError, SpecError, did_you_mean
+from graphopt.explain import Explanation, explain_model
 from graphopt.gate import Gate, interface_of
 from graphopt.inspection import Inspection, inspect_model
 from graphopt.ledger import Run, Step, size_as_given, size_of, stamp
@@ -28,7 +29,14 @@ from graphopt.requirements import Requirement, parse_requirements
 from graphopt.runtime import Reference, Session
 from graphopt.scratch import Scratch
 from graphopt.signature import signature
-from graphopt.subject import Progress, SamplesLike, State, Subject, open_subject
+from graphopt.subject import (
+    RANDOM_SAMPLES_DEFAULT,
+    Progress,
+    SamplesLike,
+    State,
+    Subject,
+    open_subject,
+)
 from graphopt.validation import Budget, OutputError, parse_budget, why_over
 
 
@@ -281,6 +289,47 @@ def benchmark(
         return time_models(
             files, samples=feed.samples, provider=provider, threads=threads, batch_size=batch_size
         )
+
+
+def explain(
+    model: ModelLike,
+    *,
+    samples: SamplesLike | None = None,
+    random_samples: int | None = None,
+    provider: str = "cpu",
+    threads: int = 1,
+    progress: Progress = _quiet,
+) -> Explanation:
+    """In which kernels onnxruntime runs a model, what they take, and why it is not less.
+
+    Args:
+        model: see `optimize`.
+        samples: see `optimize`; what a stateful model carries from run to run is zeros where the
+            samples lack it.
+        random_samples: see `optimize`.
+        provider: "cpu" or "cuda".
+        threads: intra-op threads.
+        progress: see `optimize`.
+
+    Raises:
+        GraphoptError: the model does not load, or a sample does not fit.
+    """
+    _check_counts(random_samples=random_samples, threads=threads)
+    subject = open_subject(model, provider, True, True, progress)
+    # Those of `feed` are about judging outputs, which are not looked at here.
+    notes = list(subject.notes)
+    if samples is None and random_samples is None:
+        random_samples = RANDOM_SAMPLES_DEFAULT
+        notes.append(f"no samples were given: run on {random_samples} random ones")
+    feed = subject.feed(samples, random_samples, ())
+    progress("profiling")
+    return explain_model(
+        subject.source.model,
+        feed.samples,
+        provider=provider,
+        threads=threads,
+        notes=tuple(notes),
+    )
 
 
 def inspect(model: ModelLike, *, progress: Progress = _quiet) -> tuple[Inspection, Run]:

@@ -143,7 +143,7 @@ def benchmark(
         provider=provider,
         threads=threads,
         batch_size=batch_size,
-        cpu=_cpu_name(),
+        cpu=cpu_name(),
         onnxruntime=runtime.version() or "none",
         onnx=onnx.__version__,
         python=platform.python_version(),
@@ -426,7 +426,7 @@ def _row(
     )
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     """The processor model, for example `AMD EPYC 7B13`; the architecture if that is all."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -254,13 +254,36 @@ def inspect(model: Model, json: Json = None) -> None:
 
 
 @app.command()
+def explain(
+    model: Model,
+    samples: SamplesPath = None,
+    random_samples: RandomSamples = None,
+    threads: Annotated[int, typer.Option(min=1, help="Intra-op threads.")] = 1,
+    provider: Provider = "cpu",
+    json: Json = None,
+) -> None:
+    """Show in which kernels onnxruntime runs MODEL, what they take, and why it is not less."""
+    _check_json(json, [model], [samples])
+    with _progress() as progress:
+        found = graphopt.explain(
+            model,
+            samples=samples,
+            random_samples=random_samples,
+            provider=provider,
+            threads=threads,
+            progress=progress,
+        )
+    _show(report.render_explanation(found), json, lambda: json_report.explanation_to_json(found))
+
+
+@app.command()
 def passes(
     name: Annotated[
         str | None, typer.Argument(metavar="NAME", help="A pass, to see its options.")
     ] = None,
     json: Json = None,
 ) -> None:
-    """List the passes and recipes, or explain one pass."""
+    """List the passes and recipes, or describe one pass."""
     _check_json(json)
     classes = [pass_class(n) for n in (pass_names() if name is None else [name])]
     known = {n: recipe_of(n) for n in (recipe_names() if name is None else [])}

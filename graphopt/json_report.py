@@ -15,6 +15,7 @@ from graphopt.api import Validation
 from graphopt.benchmark import BenchmarkReport
 from graphopt.contract import Effect, Pass, Skip
 from graphopt.demo import Demonstration
+from graphopt.explain import Explanation
 from graphopt.inspection import Inspection
 from graphopt.ledger import Run, Step
 from graphopt.recipes import Recipe
@@ -138,6 +139,16 @@ def inspection_to_json(found: Inspection, tried: Run) -> dict[str, Any]:
             "optimized": asdict(tried.optimized),
             "steps": [_step_to_json(s) for s in tried.steps if s.kept],
         },
+        "versions": versions(),
+    }
+
+
+def explanation_to_json(found: Explanation) -> dict[str, Any]:
+    """In which kernels a model runs, and why, as plain data."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        **plain(asdict(found)),
+        "lost_us": found.lost_us,
         "versions": versions(),
     }
 

@@ -13,6 +13,7 @@ from graphopt.api import Validation
 from graphopt.benchmark import BenchmarkReport
 from graphopt.contract import Effect, Pass
 from graphopt.demo import Demonstration
+from graphopt.explain import Explanation, Row
 from graphopt.inspection import Inspection, Port, Weight
 from graphopt.json_report import summary
 from graphopt.ledger import Run, Size, Step
@@ -23,6 +24,9 @@ from graphopt.validation import OutputError
 
 SHOWN_DUPLICATES = 8
 SHOWN_NAMES = 3
+SHOWN_OPERATORS = 4
+SHOWN_SHARE = 0.005
+"""Of the time; what takes less, and for no reason that is known, is shown together."""
 
 _MARKS = {
     "kept": "kept",
@@ -147,12 +151,16 @@ def render_benchmark(report: BenchmarkReport) -> RenderableType:
 def describe_conditions(report: BenchmarkReport) -> str:
     """Where and how a benchmark was taken, in a line."""
     rounds = min(row.rounds for row in report.rows)
-    threads = f"{report.threads} thread" + ("s" if report.threads > 1 else "")
+    threads = _threads(report.threads)
     batch = "" if report.batch_size is None else f"per second at batch {report.batch_size}, "
     return (
         f"{report.provider}, {threads}, {batch}{rounds} interleaved rounds, onnxruntime "
         f"{report.onnxruntime}, {report.cpu}"
     )
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread" + ("s" if count > 1 else "")
 
 
 def render_validation(found: Validation) -> RenderableType:
@@ -227,6 +235,65 @@ def render_inspection(found: Inspection, tried: Run) -> RenderableType:
     else:
         parts += [Text("basic would change nothing", style="bold")]
     return Group(*parts)
+
+
+def render_explanation(found: Explanation) -> RenderableType:
+    """Kernels, what they take, why, and what would change it."""
+    head = (
+        f"{found.provider}, {_threads(found.threads)}, {found.runs} runs, onnxruntime "
+        f"{found.onnxruntime}, {found.cpu}"
+    )
+    table = _table("operators", ">count", "kernel", ">us", ">share", "why")
+    small = [row for row in found.rows if row.reason is None and row.share < SHOWN_SHARE]
+    for row in found.rows:
+        if row not in small:
+            table.add_row(*_kernel_row(row))
+    if small:
+        us = sum(row.us_per_run for row in small)
+        count = sum(row.count for row in small)
+        share = sum(row.share for row in small)
+        table.add_row("others", str(count), "", _us_text(us), f"{share:.1%}", "")
+    reasons = dict.fromkeys(row.reason for row in found.rows if row.reason is not None)
+    changes = [Text(f"- {reason.why}: {reason.change}") for reason in reasons]
+    parts: list[RenderableType] = [Text(head, style="dim"), table, "", _kernel_sum(found)]
+    if changes:
+        parts += ["", Text("what would change it:", style="bold"), *changes]
+    return Group(*parts, *(Text(f"note: {note}", style="dim") for note in found.notes))
+
+
+def _kernel_row(row: Row) -> list[str]:
+    kernel = row.kernel.removeprefix("com.microsoft.")
+    return [
+        _operators_text(row.operators),
+        str(row.count),
+        kernel if row.element_type is None else f"{kernel} {row.element_type}",
+        _us_text(row.us_per_run),
+        f"{row.share:.1%}",
+        row.reason.why if row.reason is not None else "",
+    ]
+
+
+def _us_text(us: float) -> str:
+    return f"{us:,.0f}" if us >= 10 else f"{us:.1f}"
+
+
+def _operators_text(operators: Sequence[str]) -> str:
+    if not operators:
+        return "(inserted)"
+    more = len(operators) - SHOWN_OPERATORS
+    shown = (name.removeprefix("com.microsoft.") for name in operators[:SHOWN_OPERATORS])
+    return "+".join(shown) + (f"+{more} more" if more > 0 else "")
+
+
+def _kernel_sum(found: Explanation) -> Text:
+    fates = [fate.how for fate in found.fates]
+    lost = f"{found.lost_us / found.us_per_run:.0%}" if found.us_per_run else "none"
+    return Text(
+        f"nodes {len(fates)} -> {len(found.kernels)} ({fates.count('fused')} fused, "
+        f"{fates.count('folded')} folded), {found.us_per_run:,.0f} us per run, {lost} of it in "
+        "nodes with a reason",
+        style="bold",
+    )
 
 
 def _port_text(port: Port | Weight) -> str:

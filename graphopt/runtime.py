@@ -25,6 +25,9 @@ from graphopt.serializing import nothing, stubbed, write_node
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
+OPTIMIZED = "optimized.onnx"
+"""In the folder of a trace: the graph as onnxruntime runs it."""
+
 _SHARED_DTYPES = frozenset(
     {
         ir.DataType.FLOAT,
@@ -116,6 +119,8 @@ class Session:
         reference: as written or as deployed.
         provider: "cpu" or "cuda".
         threads: intra-op threads; None leaves onnxruntime's default (as written always has one).
+        trace: folder to which onnxruntime writes the graph that it really runs (`OPTIMIZED`, with
+            its weights beside it) and, at `end_trace`, what each node took.
 
     Raises:
         ModelError: onnxruntime does not load the model; the message is onnxruntime's.
@@ -129,6 +134,7 @@ class Session:
         *,
         provider: str = "cpu",
         threads: int | None = None,
+        trace: Path | None = None,
     ) -> None:
         check_provider(provider)
         ort = _onnxruntime()
@@ -141,6 +147,8 @@ class Session:
             options.intra_op_num_threads = threads
         # Without it the threads of a session spin on after a run, and slow down the next session.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        if trace is not None:
+            _write_trace(options, trace)
         self.provider = provider
         self._kept: list[Any] = []
         source: str | bytes
@@ -249,6 +257,10 @@ class Session:
 
         return run_here
 
+    def end_trace(self) -> Path:
+        """The profile of all runs so far, as JSON; nothing more is recorded."""
+        return Path(self.inner.end_profiling())
+
     def _bind_to_device(self, feeds: Mapping[str, np.ndarray]) -> Callable[[], None]:
         binding = self.inner.io_binding()
         text = {name: a for name, a in _with_text(feeds).items() if a.dtype.kind in "OU"}
@@ -266,6 +278,16 @@ class Session:
             binding.synchronize_outputs()
 
         return run_there
+
+
+def _write_trace(options: Any, folder: Path) -> None:
+    options.enable_profiling = True
+    options.profile_file_prefix = str(folder / "profile")
+    options.optimized_model_filepath = str(folder / OPTIMIZED)
+    # Without it, a graph with its weights in one file is limited to 2 GB.
+    key = "session.optimized_model_external_initializers_"
+    options.add_session_config_entry(f"{key}file_name", "weights")
+    options.add_session_config_entry(f"{key}min_size_in_bytes", "1024")
 
 
 def _narrow_dtype(ort_type: str) -> ir.DataType | None:

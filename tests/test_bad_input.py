@@ -539,6 +539,9 @@ COMMANDS = [
     Case("validate-missing", linear, "validate {d}/m.onnx {d}/no.onnx", ("no.onnx", "no such")),
     Case("benchmark-missing", linear, "benchmark {d}/m.onnx {d}/no.onnx", ("no.onnx", "no such")),
     Case("inspect-missing", nothing, "inspect {d}/no.onnx", ("no.onnx", "no such file")),
+    Case("explain-missing", nothing, "explain {d}/no.onnx", ("no.onnx", "no such file")),
+    Case("explain-onto-itself", linear, "explain {d}/m.onnx --json {d}/m.onnx", ("input itself",)),
+    Case("explain-provider", linear, "explain {d}/m.onnx --provider tpu", ("'tpu'", "cpu or cuda")),
     Case("inspect-text", file("m.onnx", b"hello"), "inspect {d}/m.onnx", ("not an ONNX model",)),
 ]
 

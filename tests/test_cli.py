@@ -397,6 +397,31 @@ def test_inspect_tells_the_same_as_json(graphopt: Graphopt, tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
+def test_explain_shows_kernels_and_what_they_take(graphopt: Graphopt, few_samples: str) -> None:
+    done = graphopt("explain", DIGITS, "--samples", few_samples)
+
+    assert (done.code, done.err) == (0, "")
+    assert done.out.startswith("cpu, 1 thread, 20 runs, onnxruntime ")
+    assert re.search(r"^Conv +6 +Conv float ", done.out, re.MULTILINE)
+    assert "nodes 53 -> " in done.out
+
+
+def test_explain_tells_everything_as_json(graphopt: Graphopt, tmp_path: Path) -> None:
+    done = graphopt("explain", DIGITS, "--random-samples", "1", "--threads", "2", "--json", "-")
+
+    assert (done.code, done.err) == (0, "")
+    told = done.json
+    assert told["schema_version"] == 1
+    assert (told["provider"], told["threads"], told["runs"]) == ("cpu", 2, 20)
+    assert len(told["fates"]) == 53
+    assert {fate["how"] for fate in told["fates"]} == {"runs", "fused", "folded"}
+    assert sum(row["count"] for row in told["rows"]) == len(told["kernels"])
+    reasons = [row["reason"] for row in told["rows"] if row["reason"] is not None]
+    assert all(reason.keys() == {"code", "why", "change"} for reason in reasons)
+    assert told["versions"]["onnxruntime"] == ort.__version__
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_names_that_look_like_markup_are_shown_as_they_are(
     graphopt: Graphopt, tmp_path: Path
 ) -> None:
