@@ -1,10 +1,10 @@
 """Which part of its values a quantized activation can hold, chosen from a histogram.
 
 An integer tensor with scale s and zero point z stands for s * (q - z), so it holds 0 exactly and
-values from s * (q_min - z) to s * (q_max - z); others are clipped to these. The wider the range, the
-coarser all else. Four ways to choose it, each a function of a `Histogram` that gives (low, high) with
-low <= 0 <= high: `min_max`, `percentile`, `least_squares` and `entropy`. None is best for every
-tensor, so callers try them and keep what the next layer likes most.
+values from s * (q_min - z) to s * (q_max - z); others are clipped to these. The wider the range,
+the coarser all else. Four ways to choose it, each a function of a `Histogram` that gives (low,
+high) with low <= 0 <= high: `min_max`, `percentile`, `least_squares` and `entropy`. None is best
+for every tensor, so callers try them and keep what the next layer likes most.
 
 Within a bin values are taken to be spread evenly.
 """
@@ -30,8 +30,8 @@ STEPS = 128
 LEVELS = 128
 """That `entropy` merges bins into, as in TensorRT and onnxruntime."""
 
-_FINALISTS = 24
 _NARROW = 2.0**-20
+_ROUNDING = 2.0**-40
 _SMOOTHING = 1e-4
 
 
@@ -56,9 +56,7 @@ class Histogram:
 
     def __post_init__(self) -> None:
         if self.counts.ndim != 1 or self.edges.shape != (len(self.counts) + 1,):
-            raise ValueError(
-                f"{self.counts.shape} counts need one more edge, not {self.edges.shape}"
-            )
+            raise ValueError(f"{self.counts.shape} counts have {self.edges.shape} edges")
         if not -np.inf < self.minimum <= self.maximum < np.inf:
             raise ValueError(f"no values lie from {self.minimum} to {self.maximum}")
 
@@ -95,7 +93,7 @@ def affine_parameters(
 def _affine(
     low: Array | np.float64, high: Array | np.float64, dtype: np.dtype[Any], symmetric: bool
 ) -> tuple[Array, Array]:
-    """The same for arrays of bounds; scales are float32 numbers, zero points integers, as float64."""
+    """The same for arrays of bounds; float32 scales and integer zero points, held as float64."""
     codes, usual = np.iinfo(dtype), np.finfo(np.float32)
     if symmetric and codes.min == 0:
         raise ValueError(f"{dtype} has no zero in the middle; take a signed type")
@@ -151,12 +149,12 @@ def quantization_error(
     narrow = widths <= _NARROW * scales.max()
     density = np.divide(counts, widths, out=np.zeros(len(widths)), where=~narrow)
     whole, rest = _nearest(edges / scales, first, last)
-    integral = np.diff(whole / 12.0 + rest**3 / 3.0) @ density
+    integral = np.diff(whole / 12.0 + rest * rest * rest / 3.0) @ density
     points = (edges[:-1] + widths / 2.0)[narrow]
     _, distance = _nearest(points / scales, first, last)
-    error: Array = scales[..., 0] ** 3 * integral
-    error += scales[..., 0] ** 2 * (distance**2 @ counts[narrow])
-    return error / total
+    squared = scales[..., 0] * integral + distance**2 @ counts[narrow]
+    error: Array = scales[..., 0] ** 2 * squared / total
+    return error
 
 
 def _nearest(values: Array, first: Array, last: Array) -> tuple[Array, Array]:
@@ -170,7 +168,7 @@ def _nearest(values: Array, first: Array, last: Array) -> tuple[Array, Array]:
 
 def min_max(histogram: Histogram) -> Range:
     """The range of all values that were seen, and 0."""
-    return min(histogram.minimum, 0.0), max(histogram.maximum, 0.0)
+    return min(float(histogram.minimum), 0.0), max(float(histogram.maximum), 0.0)
 
 
 def percentile(histogram: Histogram, percent: float, symmetric: bool = False) -> Range:
@@ -201,7 +199,8 @@ def percentile(histogram: Histogram, percent: float, symmetric: bool = False) ->
         within = np.interp(magnitudes, edges, below) - np.interp(-magnitudes, edges, below)
         bound = _quantile(magnitudes, within, share)
         return -bound, bound
-    low, high = (_quantile(edges, below, (1.0 + side * share) / 2.0) for side in (-1, 1))
+    high = _quantile(edges, below, (1.0 + share) / 2.0)
+    low = -_quantile(-edges[::-1], below[-1] - below[::-1], (1.0 + share) / 2.0)
     return min(low, 0.0), max(high, 0.0)
 
 
@@ -215,8 +214,9 @@ def least_squares(
 
     Each side on which there are values is shrunk by itself, in even steps; on the other side the
     range ends at 0. What a pair of bounds costs is first estimated: what clipping costs on each
-    side, and a twelfth of the squared scale for all values within. The most promising ones, and
-    `min_max`, are then weighed exactly, with the scale and zero point that they really get.
+    side, and a twelfth of the squared scale for all values within. The `steps` most promising ones
+    and `min_max` are then weighed exactly, with the scale and zero point that they really get;
+    where only one bound varies, that is all of them.
 
     Args:
         histogram: of the values.
@@ -233,28 +233,24 @@ def least_squares(
         low, high = min(low, -high), max(high, -low)
     if not total or histogram.minimum == histogram.maximum:
         return low, high
-    edges, below = _cumulative(histogram)
     shrinks = np.arange(steps, 0, -1) / steps
     lows = low * shrinks if low < 0.0 else np.zeros(1)
     highs = high * shrinks if high > 0.0 else np.zeros(1)
-    clipped_low = _clipping(histogram.counts[::-1], -edges[::-1], -lows)
-    clipped_high = _clipping(histogram.counts, edges, highs)
     if not symmetric:
-        lows, clipped_low, below_low = (
-            array[:, None] for array in (lows, clipped_low, np.interp(lows, edges, below))
-        )
-    else:
-        below_low = np.interp(lows, edges, below)
+        lows = lows[:, None]
     scales, zero_points = _affine(lows, highs, np.dtype(dtype), symmetric)
-    within = np.interp(highs, edges, below) - below_low
-    estimate = clipped_low + clipped_high + scales**2 / 12.0 * within
-    finalists = _smallest(estimate.ravel(), _FINALISTS)
+    edges, below = _cumulative(histogram)
+    within = np.interp(highs, edges, below) - np.interp(lows, edges, below)
+    clipped = _clipping(histogram.counts, edges, highs)
+    clipped = clipped + _clipping(histogram.counts[::-1], -edges[::-1], -lows)
+    estimate = clipped + scales**2 / 12.0 * within
+    finalists = _smallest(estimate.ravel(), steps)
     exact = quantization_error(
         histogram.counts, edges, scales.ravel()[finalists], zero_points.ravel()[finalists], dtype
     )
     best = finalists[np.argmin(exact)]
-    pairs = np.broadcast_arrays(lows, highs)
-    return float(pairs[0].ravel()[best]), float(pairs[1].ravel()[best])
+    all_lows, all_highs = np.broadcast_arrays(lows, highs)
+    return float(all_lows.flat[best]), float(all_highs.flat[best])
 
 
 def _smallest(estimate: Array, count: int) -> npt.NDArray[np.intp]:
@@ -266,14 +262,20 @@ def _smallest(estimate: Array, count: int) -> npt.NDArray[np.intp]:
 
 
 def _clipping(counts: Counts, edges: Array, bounds: Array) -> Array:
-    """Sum of (x - bound)^2 over all values x beyond each bound, of shape [bounds]."""
+    """Sum of (x - bound)^2 over all values x beyond each bound, of the shape of the bounds.
+
+    Exact at edges, where sums of x^0, x^1 and x^2 beyond one follow from those beyond the next.
+    """
     widths = np.diff(edges)
-    beyond = np.maximum(edges - bounds[:, None], 0.0)
-    points = widths <= _NARROW * np.abs(edges).max()
-    density = np.divide(counts, widths, out=np.zeros(len(widths)), where=~points)
-    cost: Array = np.diff(beyond**3 / 3.0) @ density
-    cost += beyond[:, 1:][:, points] ** 2 @ counts[points]
-    return cost
+    number = _beyond(counts.astype(np.float64))
+    distance = _beyond(widths * (number[1:] + counts / 2.0))
+    square = _beyond(widths * (2.0 * distance[1:] + widths * (number[1:] + counts / 3.0)))
+    return np.interp(bounds, edges, square)
+
+
+def _beyond(terms: Array) -> Array:
+    """Sums of the terms of all bins after each edge, of shape [B + 1]."""
+    return np.append(np.cumsum(terms[::-1])[::-1], 0.0)
 
 
 def _cumulative(histogram: Histogram) -> tuple[Array, Array]:
@@ -283,11 +285,11 @@ def _cumulative(histogram: Histogram) -> tuple[Array, Array]:
 
 
 def _quantile(edges: Array, below: Array, share: float) -> float:
-    """The least value that has `share` of all at or below it."""
+    """The least value that has `share` of all at or below it, where `share` is not 0."""
     wanted = share * below[-1]
-    bin_ = max(int(np.searchsorted(below, wanted)), 1)
+    bin_ = max(int(np.searchsorted(below, wanted - _ROUNDING * below[-1])), 1)
     count = below[bin_] - below[bin_ - 1]
-    part = (wanted - below[bin_ - 1]) / count if count else 0.0
+    part = min((wanted - below[bin_ - 1]) / count, 1.0) if count else 0.0
     return float(edges[bin_ - 1] + part * (edges[bin_] - edges[bin_ - 1]))
 
 
@@ -297,8 +299,8 @@ def _quantile(edges: Array, below: Array, share: float) -> float:
 def entropy(histogram: Histogram, levels: int = LEVELS) -> Range:
     """The range after which least is lost when its bins are merged into a few levels.
 
-    What is lost is the Kullback-Leibler divergence of the values, those outside counted at the ends,
-    from values spread evenly over all bins of a level that are not empty.
+    What is lost is the Kullback-Leibler divergence of the values, those outside counted at the
+    ends, from values spread evenly over all bins of a level that are not empty.
 
     Values of one sign are clipped on one side, as in TensorRT (S. Migacz, GTC 2017, S7310), with
     what NVIDIA's pytorch_quantization adds: the first bin counts as many as the second, since it
@@ -363,8 +365,10 @@ def _from_zero(histogram: Histogram) -> tuple[Array, Array]:
 
 
 def _two_sided_entropy(histogram: Histogram, levels: int) -> Range:
-    """Bins are merged by whole numbers, and those left over go to the last level without being
-    expanded again; empty bins are smoothed by 1e-4: all as onnxruntime does it.
+    """The range, with the divergence that onnxruntime takes.
+
+    Bins are merged by whole numbers, and those left over are counted in the last level without
+    being expanded again; empty bins are smoothed by 1e-4.
     """
     edges, counts = _symmetric(histogram)
     size, middle = len(counts), len(counts) // 2
@@ -425,10 +429,10 @@ def _divergence(
     spread = np.floor(np.divide(merged, filled_bins, out=0.0 * merged, where=filled_bins > 0.0))
     spread[:, -1] = 0.0
     level, expanded = _smoothed(spread, bins)
-    divergence = (own - (reference * np.log(level)).sum(axis=1)) / below[-1] - np.log(below[-1])
-    result = np.full(len(starts), np.inf)
-    np.log(expanded, out=result, where=expanded > 0.0)
-    return result + divergence
+    divergence = np.full(len(starts), np.inf)
+    np.log(expanded, out=divergence, where=expanded > 0.0)
+    divergence += (own - (reference * np.log(level)).sum(axis=1)) / below[-1] - np.log(below[-1])
+    return divergence
 
 
 def _smoothed(spread: Array, bins: npt.NDArray[np.intp]) -> tuple[Array, Array]:
@@ -439,16 +443,19 @@ def _smoothed(spread: Array, bins: npt.NDArray[np.intp]) -> tuple[Array, Array]:
     present = np.where(spread > 0.0, bins, 0).sum(axis=1)
     less = _SMOOTHING * (bins.sum(axis=1) - present) / np.maximum(present, 1)
     level = np.where(spread > 0.0, spread - less[:, None], _SMOOTHING)
-    return np.maximum(level, _SMOOTHING), (spread * bins).sum(axis=1)
+    expanded: Array = (spread * bins).sum(axis=1)
+    return np.maximum(level, _SMOOTHING), expanded
 
 
 def _sums(counts: Array) -> Array:
     """Of the terms of all bins before each edge, of shape [4, B + 1]."""
     terms = np.cumsum(_terms(counts), axis=1)
-    return np.concatenate((np.zeros((4, 1)), terms), axis=1)
+    sums: Array = np.concatenate((np.zeros((4, 1)), terms), axis=1)
+    return sums
 
 
 def _terms(counts: Array) -> Array:
     """What is summed over bins: x, whether x > 0, x log x and log x, 0 for 0; of shape [4, ...]."""
     logarithm = np.log(np.where(counts > 0.0, counts, 1.0))
-    return np.stack((counts, counts > 0.0, counts * logarithm, logarithm))
+    terms: Array = np.stack((counts, counts > 0.0, counts * logarithm, logarithm))
+    return terms

@@ -157,7 +157,7 @@ def relative_output_error(weight: Floats, quantized: Floats, gram: Floats) -> Ar
         gram: H, [K, K] or [N, K, K].
 
     Returns:
-        Of shape [N], without unit; 0 where the error is 0, infinite where the power is and it is not.
+        Of shape [N], without unit; 0 where the error is 0, infinite where only the power is 0.
     """
     error, power = output_error(weight, quantized, gram), _power(weight, gram)
     without = np.where(error > 0.0, np.inf, 0.0)
