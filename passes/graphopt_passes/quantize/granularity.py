@@ -1,10 +1,15 @@
-"""Along which axes of a weight the numbers share a scale: those of one output of what reads it.
+"""What reads a weight, and along which axes its numbers share a scale.
 
-Numbers that are widened again when the model is loaded may be given scales in any way; which one is
-right for a reader is a matter of error alone. So where readers disagree, any of them is right.
+They share it where they belong to one output of the reader. As numbers that are widened when the
+model is loaded may have scales of any shape, another one would be right too, only less exact: so
+where readers disagree, the first is asked.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
@@ -24,54 +29,73 @@ WEIGHTS = {
 """The inputs that hold weights, by operator."""
 
 VIEWS = frozenset({"Flatten", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
-"""What a weight may pass before it gets there; merge-views writes some of these."""
+"""What a weight may pass on its way; merge-views writes some of these."""
 
 Axes = tuple[int, ...]
 
 
-def shared_axes(value: ir.Value, rank: int) -> Axes:
-    """The axes along which numbers share a scale: those of the first reader that says so.
+@dataclass(frozen=True)
+class Role:
+    """What a constant is to one of its readers, or to all.
+
+    Attributes:
+        operator: of the reader.
+        shared: the axes along which numbers share a scale; None where views hide them.
+        channels: the inputs or the outputs, whichever are fewer; infinite where that says nothing.
+    """
+
+    operator: str
+    shared: Axes | None
+    channels: float = math.inf
+
+
+def role_of(value: ir.Value) -> Role:
+    """What an initializer is to all that reads it.
 
     Args:
-        value: with readers, in subgraphs too.
-        rank: of its tensor.
+        value: of two dimensions or more.
 
     Raises:
-        Misfit: something reads it as anything but a weight.
+        Misfit: something reads it as anything but a weight, or nothing does.
     """
-    found = _wishes(value, rank)
-    if not found:
+    assert value.const_value is not None
+    shape = tuple(value.const_value.shape.numpy())
+    roles = list(_roles(value, shape))
+    if not roles:
         raise Misfit("nothing reads it")
-    return next((axes for axes in found if axes is not None), _all_but(0, rank))
+    asked = (role.shared for role in roles if role.shared is not None)
+    shared = next(asked, _all_but(0, len(shape)))
+    return Role(roles[0].operator, shared, min(role.channels for role in roles))
 
 
-def _wishes(value: ir.Value, rank: int | None) -> list[Axes | None]:
-    """The axes that each reader asks for; None where views put them out of sight."""
-    found: list[Axes | None] = []
-    for node, index in value.uses():
-        if index == 0 and is_onnx(node, *VIEWS):
-            found += _wishes_behind(node, rank)
-        elif is_onnx(node, *WEIGHTS) and index in WEIGHTS[node.op_type]:
-            found.append(None if rank is None else _axes(node, index, rank))
-        else:
-            raise Misfit(f"{node.op_type} reads it, and not as a weight")
+def _roles(value: ir.Value, shape: tuple[int, ...] | None) -> Iterator[Role]:
     if value.is_graph_output():
         raise Misfit("it is an output of its graph")
-    return found
+    for node, index in value.uses():
+        if index == 0 and is_onnx(node, *VIEWS):
+            yield from _roles_behind(node, shape)
+        elif not is_onnx(node, *WEIGHTS) or index not in WEIGHTS[node.op_type]:
+            raise Misfit(f"{node.op_type} reads it, and not as a weight")
+        elif shape is None:
+            yield Role(node.op_type, None)
+        else:
+            yield Role(node.op_type, _axes(node, index, len(shape)), _channels(node, shape))
 
 
-def _wishes_behind(view: ir.Node, rank: int | None) -> list[Axes | None]:
-    if is_onnx(view, "Transpose") and rank is not None:
-        order = view.attributes.get_ints("perm", tuple(reversed(range(rank))))
-        behind = _wishes(view.outputs[0], rank)
-        return [None if axes is None else tuple(sorted(order[a] for a in axes)) for axes in behind]
-    return _wishes(view.outputs[0], rank if is_onnx(view, "Identity", "Slice") else None)
+def _roles_behind(view: ir.Node, shape: tuple[int, ...] | None) -> Iterator[Role]:
+    output = view.outputs[0]
+    if shape is None or not is_onnx(view, "Transpose"):
+        yield from _roles(output, shape if is_onnx(view, "Identity") else None)
+        return
+    order = view.attributes.get_ints("perm", tuple(reversed(range(len(shape)))))
+    for role in _roles(output, tuple(shape[axis] for axis in order)):
+        axes = None if role.shared is None else tuple(sorted(order[a] for a in role.shared))
+        yield Role(role.operator, axes, role.channels)
 
 
 def _axes(node: ir.Node, index: int, rank: int) -> Axes:
     if is_onnx(node, "MatMul"):
-        # Of a vector all numbers belong to the same outputs.
-        return (0,) if rank == 1 else (rank - 2 if index else rank - 1,)
+        return (rank - 2 if index else rank - 1,)
     if is_onnx(node, "Gemm"):
         transposed = node.attributes.get_int("transB" if index else "transA", 0) != 0
         return (1,) if transposed == bool(index) else (0,)
@@ -79,10 +103,18 @@ def _axes(node: ir.Node, index: int, rank: int) -> Axes:
         return (rank - 1,)
     if is_onnx(node, "Gather"):
         return _all_but(node.attributes.get_int("axis", 0) % rank, rank)
-    # [inputs, outputs of the group, ...]: of several groups, an output's numbers are no block of
-    # the tensor, but those of an input are, and no two groups mix in it.
+    # [inputs, outputs of the group, ...]: of several groups, the numbers of an output are no block
+    # of the tensor, but those of an input are, and it belongs to one group.
     grouped = node.attributes.get_int("group", 1) != 1
     return _all_but(1 if is_onnx(node, "ConvTranspose") and not grouped else 0, rank)
+
+
+def _channels(node: ir.Node, shape: tuple[int, ...]) -> float:
+    if is_onnx(node, "Gather"):
+        return math.inf
+    if is_onnx(node, "Conv", "ConvTranspose"):
+        return min(shape[0], shape[1] * node.attributes.get_int("group", 1))
+    return min(shape[-2:])
 
 
 def _all_but(kept: int, rank: int) -> Axes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 import numpy as np
@@ -12,17 +12,20 @@ import onnx_ir as ir
 
 from graphopt.content import read_array
 from graphopt.contract import Bounds, Change, Context, Effect, Pass
-from graphopt.operators import all_graphs, is_onnx
+from graphopt.operators import all_graphs
 from graphopt.packing import FOLDED_BYTES_MAXIMUM, is_packed
 from graphopt.rewriting import Names, add_initializer
 from graphopt.skeleton import INFERRED
 from graphopt_passes.fuse.misfit import Misfit
-from graphopt_passes.quantize.granularity import VIEWS, WEIGHTS, Axes, shared_axes
+from graphopt_passes.quantize.granularity import WEIGHTS, Axes, Role, role_of
 from graphopt_passes.quantize.rounding import Coded, largest, round_to_codes, scale_type
 from graphopt_passes.simplify.chains import why_refused
 
 FIRST_OPSET = 7
 """Before it, Mul broadcasts by attributes."""
+
+FEW_CHANNELS = 5
+"""One more than an image has, with its alpha channel."""
 
 NAMES, NODES_BYTES = 7, 150
 """What two nodes and two initializers take in the file: a name so many times, and so many bytes."""
@@ -46,6 +49,8 @@ class QuantizeWeights(Pass):
 
     Attributes:
         min_elements: smaller weights are not worth the nodes.
+        min_channels: weights of fewer inputs or outputs stay as they are. Rounding shows most in
+            filters of a signal or an image and in those that make a single output.
     """
 
     name: ClassVar[str] = "quantize-weights"
@@ -54,6 +59,7 @@ class QuantizeWeights(Pass):
     max_error: ClassVar[float] = 0.05
 
     min_elements: Annotated[int, Bounds(1)] = 256
+    min_channels: Annotated[int, Bounds(1)] = 1
 
     def refuse(self, model: ir.Model, context: Context) -> str | None:
         """Refuse opsets before 7, which broadcast in another way."""
@@ -67,13 +73,44 @@ class QuantizeWeights(Pass):
                 if not _is_candidate(value, self.min_elements):
                     continue
                 try:
-                    coded = _coded(value)
+                    role, coded = self._coded(value)
                 except Misfit as reason:
                     change.skip(value, str(reason))
                     continue
-                change.count(f"weight of {_reader(value)} stored as int8")
                 _replace(value, coded, names, context)
+                change.count(f"weight of {role.operator} stored as int8")
         return change
+
+    def narrow(self) -> QuantizeWeights | None:
+        """Leave alone what is next to a signal, an image or a single output."""
+        if self.min_channels >= FEW_CHANNELS:
+            return None
+        return replace(self, min_channels=FEW_CHANNELS)
+
+    def _coded(self, value: ir.Value) -> tuple[Role, Coded]:
+        """The weight as codes and scales.
+
+        Raises:
+            Misfit: it had better stay as it is.
+        """
+        tensor = value.const_value
+        assert tensor is not None
+        if value.is_graph_input():
+            raise Misfit("an input that a caller can override")
+        role = role_of(value)
+        if role.channels < self.min_channels:
+            raise Misfit(f"it has {role.channels} inputs or outputs only")
+        if tensor.dtype not in TYPES:
+            raise Misfit(f"a weight of type {tensor.dtype.name} is not packed")
+        if tensor.nbytes > FOLDED_BYTES_MAXIMUM:
+            raise Misfit("over 1 GiB onnxruntime would widen it at every inference")
+        shared = role.shared or ()
+        if _packed_bytes(value, tensor, shared) >= tensor.nbytes:
+            raise Misfit("codes and scales would take no fewer bytes")
+        weight = read_array(tensor)
+        if not np.isfinite(largest(weight, shared)).all():
+            raise Misfit("it holds infinity or NaN")
+        return role, round_to_codes(weight, shared)
 
 
 def _is_candidate(value: ir.Value, min_elements: int) -> bool:
@@ -86,37 +123,11 @@ def _is_candidate(value: ir.Value, min_elements: int) -> bool:
     return not all(is_packed(use.node.outputs[0]) for use in value.uses())
 
 
-def _coded(value: ir.Value) -> Coded:
-    """The weight as codes and scales.
-
-    Raises:
-        Misfit: it had better stay as it is.
-    """
-    tensor = value.const_value
-    assert tensor is not None
-    if value.is_graph_input():
-        raise Misfit("an input that a caller can override")
-    shape = tuple(tensor.shape.numpy())
-    shared = shared_axes(value, len(shape))
-    if tensor.dtype not in TYPES:
-        raise Misfit(f"a weight of type {tensor.dtype.name} is not packed")
-    if tensor.nbytes > FOLDED_BYTES_MAXIMUM:
-        raise Misfit("over 1 GiB onnxruntime would widen it at every inference")
-    if _packed_bytes(value, shape, shared) >= tensor.nbytes:
-        raise Misfit("codes and scales would take no fewer bytes")
-    weight = read_array(tensor)
-    if not np.isfinite(largest(weight, shared)).all():
-        raise Misfit("it holds infinity or NaN")
-    return round_to_codes(weight, shared)
-
-
-def _packed_bytes(value: ir.Value, shape: tuple[int, ...], shared: Axes) -> int:
+def _packed_bytes(value: ir.Value, tensor: ir.TensorProtocol, shared: Axes) -> int:
     """What codes, scales and the nodes take in the file, about."""
-    tensor = value.const_value
-    assert tensor is not None
-    scales = math.prod([size for axis, size in enumerate(shape) if axis not in shared])
-    names = NAMES * len(value.name or "")
-    return tensor.size + scales * scale_type(tensor.dtype.numpy()).itemsize + names + NODES_BYTES
+    blocks = [size for axis, size in enumerate(tensor.shape.numpy()) if axis not in shared]
+    scale_bytes = math.prod(blocks) * scale_type(tensor.dtype.numpy()).itemsize
+    return tensor.size + scale_bytes + NAMES * len(value.name or "") + NODES_BYTES
 
 
 def _replace(value: ir.Value, coded: Coded, names: Names, context: Context) -> None:
@@ -154,9 +165,3 @@ def _node(
     # It can be inferred again; no file need state it.
     output.meta[INFERRED] = True
     return node
-
-
-def _reader(value: ir.Value) -> str:
-    """The operator that a weight is for."""
-    node = next(iter(value.uses())).node
-    return _reader(node.outputs[0]) if is_onnx(node, *VIEWS) else node.op_type
