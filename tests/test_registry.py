@@ -19,6 +19,7 @@ NOT_PASSES = {
     "affine.py",
     "chains.py",
     "fusing.py",
+    "granularity.py",
     "lost_fusions.py",
     "misfit.py",
     "no_change.py",
@@ -27,6 +28,7 @@ NOT_PASSES = {
     "ranks.py",
     "recipes.py",
     "reductions.py",
+    "rounding.py",
     "views.py",
 }
 
