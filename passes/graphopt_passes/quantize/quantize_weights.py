@@ -27,8 +27,11 @@ FIRST_OPSET = 7
 FEW_CHANNELS = 5
 """One more than an image has, with its alpha channel."""
 
+MORE_ELEMENTS = (1 << 13, 1 << 16)
+"""The smallest weights of ever narrower forms."""
+
 NAMES, NODES_BYTES = 7, 150
-"""What two nodes and two initializers take in the file: a name so many times, and so many bytes."""
+"""What nodes and initializers take in the file: a name so many times, and so many bytes."""
 
 TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
 """Of weights that are packed."""
@@ -82,10 +85,14 @@ class QuantizeWeights(Pass):
         return change
 
     def narrow(self) -> QuantizeWeights | None:
-        """Leave alone what is next to a signal, an image or a single output."""
-        if self.min_channels >= FEW_CHANNELS:
-            return None
-        return replace(self, min_channels=FEW_CHANNELS)
+        """Leave alone what is next to a signal, an image or a single output; then small weights.
+
+        A small weight adds as much to the error as a large one, and saves little.
+        """
+        if self.min_channels < FEW_CHANNELS:
+            return replace(self, min_channels=FEW_CHANNELS)
+        more = next((n for n in MORE_ELEMENTS if n > self.min_elements), None)
+        return None if more is None else replace(self, min_elements=more)
 
     def _coded(self, value: ir.Value) -> tuple[Role, Coded]:
         """The weight as codes and scales.
@@ -99,7 +106,7 @@ class QuantizeWeights(Pass):
             raise Misfit("an input that a caller can override")
         role = role_of(value)
         if role.channels < self.min_channels:
-            raise Misfit(f"it has {role.channels} inputs or outputs only")
+            raise Misfit(f"of its inputs and its outputs, the fewer are {role.channels}")
         if tensor.dtype not in TYPES:
             raise Misfit(f"a weight of type {tensor.dtype.name} is not packed")
         if tensor.nbytes > FOLDED_BYTES_MAXIMUM:
