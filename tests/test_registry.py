@@ -24,6 +24,7 @@ NOT_PASSES = {
     "dynamic_layers.py",
     "dynamic_writing.py",
     "fusing.py",
+    "granularity.py",
     "lost_fusions.py",
     "misfit.py",
     "no_change.py",

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from graphopt.contract import Bounds, Change, Context, Effect, Pass
 from graphopt.operators import all_graphs, is_onnx, opset_of
+from graphopt.packing import FOLDED_BYTES_MAXIMUM
 from graphopt.rewriting import (
     Names,
     add_initializer,
@@ -27,9 +28,6 @@ FIRST_OPSET = 10
 
 GEMM_OPSET = 11
 """From here on, Gemm does without C."""
-
-FOLDED_BYTES_MAXIMUM = 1 << 30
-"""onnxruntime computes no larger result at load (unless told to, by an option of the session)."""
 
 TOO_LARGE = (
     "it holds the numbers of another initializer, but over 1 GiB onnxruntime would make it from "

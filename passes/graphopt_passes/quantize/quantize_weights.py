@@ -1,0 +1,174 @@
+"""quantize-weights: store float weights as 8-bit codes, which are widened at load."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.content import read_array
+from graphopt.contract import Bounds, Change, Context, Effect, Pass
+from graphopt.operators import all_graphs
+from graphopt.packing import FOLDED_BYTES_MAXIMUM, is_packed
+from graphopt.rewriting import Names, add_initializer
+from graphopt.skeleton import INFERRED
+from graphopt_passes.fuse.misfit import Misfit
+from graphopt_passes.quantize.balanced_rounding import Coded, largest, round_to_codes, scale_type
+from graphopt_passes.quantize.granularity import WEIGHTS, Axes, Role, role_of
+from graphopt_passes.simplify.chains import why_refused
+
+FIRST_OPSET = 7
+"""Before it, Mul broadcasts by attributes."""
+
+FEW_CHANNELS = 5
+"""One more than an image has, with its alpha channel."""
+
+MORE_ELEMENTS = (1 << 13, 1 << 16)
+"""The smallest weights of ever narrower forms."""
+
+NAMES, NODES_BYTES = 7, 150
+"""What nodes and initializers take in the file: a name so many times, and so many bytes."""
+
+TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
+"""Of weights that are packed."""
+
+
+@dataclass(frozen=True)
+class QuantizeWeights(Pass):
+    """Store weights as int8 with a scale for each output channel, a quarter of the bytes.
+
+    A weight W becomes Mul(Cast(codes), scales), which onnxruntime computes once, when it loads the
+    model: the kernels, the fusions and the speed are those of the float model, and so is its
+    memory. A DequantizeLinear would run at every inference, or have the activations of a MatMul
+    rounded too.
+
+    Weights are those of Conv, ConvTranspose, Gemm, MatMul, LSTM, GRU and RNN, and tables of Gather,
+    also in subgraphs. Each block of codes has the scale largest / 127: one output channel, one row
+    of a gate, one row of a table; where readers disagree, as the first one has it.
+
+    Attributes:
+        min_elements: smaller weights are not worth the nodes.
+        min_channels: weights of fewer inputs or outputs stay as they are. Rounding shows most in
+            filters of a signal or an image and in those that make a single output.
+    """
+
+    name: ClassVar[str] = "quantize-weights"
+    effect: ClassVar[Effect] = Effect.LOSSY
+    operators: ClassVar[frozenset[str] | None] = frozenset(WEIGHTS)
+    max_error: ClassVar[float] = 0.05
+
+    min_elements: Annotated[int, Bounds(1)] = 256
+    min_channels: Annotated[int, Bounds(1)] = 1
+
+    def refuse(self, model: ir.Model, context: Context) -> str | None:
+        """Refuse opsets before 7, which broadcast in another way."""
+        return why_refused(model, FIRST_OPSET)
+
+    def apply(self, model: ir.Model, context: Context) -> Change:
+        """Pack one weight after the other."""
+        change, names = Change(), Names(model)
+        for graph in all_graphs(model):
+            for value in list(graph.initializers.values()):
+                if not _is_candidate(value, self.min_elements):
+                    continue
+                try:
+                    role, coded = self._coded(value)
+                except Misfit as reason:
+                    change.skip(value, str(reason))
+                    continue
+                _replace(value, coded, names, context)
+                change.count(f"weight of {role.operator} stored as int8")
+        return change
+
+    def narrow(self) -> QuantizeWeights | None:
+        """Leave alone what is next to a signal, an image or a single output; then small weights.
+
+        A small weight adds as much to the error as a large one, and saves little.
+        """
+        if self.min_channels < FEW_CHANNELS:
+            return replace(self, min_channels=FEW_CHANNELS)
+        more = next((n for n in MORE_ELEMENTS if n > self.min_elements), None)
+        return None if more is None else replace(self, min_elements=more)
+
+    def _coded(self, value: ir.Value) -> tuple[Role, Coded]:
+        """The weight as codes and scales.
+
+        Raises:
+            Misfit: it had better stay as it is.
+        """
+        tensor = value.const_value
+        assert tensor is not None
+        if value.is_graph_input():
+            raise Misfit("an input that a caller can override")
+        role = role_of(value)
+        if role.channels < self.min_channels:
+            raise Misfit(f"of its inputs and its outputs, the fewer are {role.channels}")
+        if tensor.dtype not in TYPES:
+            raise Misfit(f"a weight of type {tensor.dtype.name} is not packed")
+        if tensor.nbytes > FOLDED_BYTES_MAXIMUM:
+            raise Misfit("over 1 GiB onnxruntime would widen it at every inference")
+        shared = role.shared or ()
+        if _packed_bytes(value, tensor, shared) >= tensor.nbytes:
+            raise Misfit("codes and scales would take no fewer bytes")
+        weight = read_array(tensor)
+        if not np.isfinite(largest(weight, shared)).all():
+            raise Misfit("it holds infinity or NaN")
+        return role, round_to_codes(weight, shared)
+
+
+def _is_candidate(value: ir.Value, min_elements: int) -> bool:
+    """A large constant of floating point, no vector, that is not the scale of codes already."""
+    tensor = value.const_value
+    if tensor is None or tensor.size < min_elements or not tensor.dtype.is_floating_point():
+        return False
+    if len(tensor.shape) < 2:
+        return False
+    return not all(is_packed(use.node.outputs[0]) for use in value.uses())
+
+
+def _packed_bytes(value: ir.Value, tensor: ir.TensorProtocol, shared: Axes) -> int:
+    """What codes, scales and the nodes take in the file, about."""
+    blocks = [size for axis, size in enumerate(tensor.shape.numpy()) if axis not in shared]
+    scale_bytes = math.prod(blocks) * scale_type(tensor.dtype.numpy()).itemsize
+    return tensor.size + scale_bytes + NAMES * len(value.name or "") + NODES_BYTES
+
+
+def _replace(value: ir.Value, coded: Coded, names: Names, context: Context) -> None:
+    """Let nodes at the head of the graph make the weight, under its name."""
+    graph, name, tensor = value.graph, value.name, value.const_value
+    assert isinstance(graph, ir.Graph) and name is not None and tensor is not None
+    codes, scales = (
+        add_initializer(graph, context.tensor(array, new), new)
+        for array, new in (
+            (coded.codes, names.new(f"{name}_codes")),
+            (coded.scales, names.new(f"{name}_scales")),
+        )
+    )
+    del graph.initializers[name]
+    value.name = None
+    wide, half = scales.dtype, tensor.dtype == ir.DataType.FLOAT16
+    nodes = [_node("Cast", [codes], wide, names.new(f"{name}_wide"))]
+    product = names.new(f"{name}_float") if half else name
+    nodes.append(_node("Mul", [nodes[0].outputs[0], scales], wide, product))
+    if half:
+        # onnxruntime's CPU provider has no Mul in float16 that it could compute at load.
+        nodes.append(_node("Cast", [nodes[1].outputs[0]], tensor.dtype, name))
+    graph.insert_before(graph[0], nodes)
+    value.replace_all_uses_with(nodes[-1].outputs[0])
+
+
+def _node(
+    op_type: str, inputs: Sequence[ir.Value], dtype: ir.DataType | None, name: str
+) -> ir.Node:
+    """A node on the codes, of one output of their shape."""
+    node = ir.node(op_type, inputs, {"to": dtype} if op_type == "Cast" else {}, name=name)
+    (output,) = node.outputs
+    output.name, output.shape = name, inputs[0].shape
+    output.type = ir.TensorType(dtype) if dtype is not None else None
+    # It can be inferred again; no file need state it.
+    output.meta[INFERRED] = True
+    return node

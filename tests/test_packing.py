@@ -1,0 +1,101 @@
+"""What counts as packed, and what does not."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from graphopt.packing import CODES_MINIMUM, is_packed
+from graphopt.testing import assert_unchanged, parse
+from graphopt_passes.simplify.fold_constants import FoldConstants
+
+
+def packed(body: str, kind: str = "int8[8,16]", **initializers: np.ndarray) -> bool:
+    """Whether `v` is, in a graph of codes `q`, scales `s` and an input `x`."""
+    text = f"""
+    agraph (float[8,16] x, {kind} q, float[8,1] s) => (float[A,B] y)
+    <int64[2] shape = {{8, 16}}, float one = {{1.0}}>
+    {{ {body}  y = Mul(x, v) }}
+    """
+    given = {"q": np.ones((8, 16), np.int8), "s": np.ones((8, 1), np.float32), **initializers}
+    model = parse(text, **given)
+    return is_packed(next(o for n in model.graph for o in n.outputs if o.name == "v"))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "v = DequantizeLinear(q, one)",
+        "v = Cast<to = 1>(q)",
+        "c = Cast<to = 1>(q) v = Mul(c, s)",
+        "c = Cast<to = 1>(q) v = Mul(s, c)",
+        "c = Cast<to = 10>(q) v = Cast<to = 1>(q)",
+        "c = Cast<to = 1>(q) m = Mul(c, s) v = Cast<to = 1>(m)",
+        "t = Transpose(q) c = Cast<to = 1>(t) v = Mul(c, s)",
+        "r = Reshape(q, shape) v = Cast<to = 1>(r)",
+        "k = Constant<value_int = 1>() c = Cast<to = 1>(q) v = Mul(c, s)",
+    ],
+)
+def test_narrow_constants_that_nodes_widen_are_packed(body: str) -> None:
+    assert packed(body)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "v = Cast<to = 6>(q)",
+        "c = Cast<to = 1>(q) v = Add(c, s)",
+        "c = Cast<to = 1>(q) v = Mul(c, x)",
+        "c = Cast<to = 1>(q) m = Mul(c, x) v = Cast<to = 1>(m)",
+        "i = Cast<to = 3>(x) v = Cast<to = 1>(i)",
+        "v = Mul(s, one)",
+        "v = Relu(x)",
+    ],
+)
+def test_others_are_not(body: str) -> None:
+    assert not packed(body)
+
+
+@pytest.mark.parametrize(
+    "codes",
+    [np.ones((8, 16), np.int32), np.ones((7, 9), np.int8), np.ones((8, 16), np.bool_)],
+    ids=["wide", "few", "no numbers"],
+)
+def test_constants_that_are_no_codes(codes: np.ndarray) -> None:
+    assert codes.dtype != np.int8 or codes.size < CODES_MINIMUM
+    kind = {"int32": "int32", "int8": "int8", "bool": "bool"}[codes.dtype.name]
+    text = "v = Cast<to = 1>(q)"
+    assert not packed(text, f"{kind}[{codes.shape[0]},{codes.shape[1]}]", q=codes)
+
+
+def test_codes_that_a_caller_can_override_are_not() -> None:
+    model = parse(
+        "agraph (int8[8,16] q) => (float[8,16] y) { v = Cast<to = 1>(q) y = Relu(v) }",
+        q=np.ones((8, 16), np.int8),
+    )
+    model.graph.inputs.append(model.graph.initializers["q"])
+
+    assert not is_packed(model.graph[0].outputs[0])
+
+
+def test_none_is_not() -> None:
+    assert not is_packed(None)
+    assert not is_packed(ir.Value(name="x"))
+
+
+def test_codes_are_not_folded_where_it_would_save_bytes() -> None:
+    change = assert_unchanged(
+        FoldConstants(),
+        parse(
+            """
+            agraph (float[N,8] x, int8[8,16] q, float[1,16] s) => (float[N,1] y)
+            <int64[1] first = {0}, int64[1] last = {1}>
+            { c = Cast<to = 1>(q) m = Mul(c, s) t = Slice(m, first, last, last) y = MatMul(x, t) }
+            """,
+            q=np.arange(128, dtype=np.int8).reshape(8, 16),
+            s=np.ones((1, 16), np.float32),
+        ),
+    )
+
+    assert [s.reason for s in change.skips] == ["it widens packed weights, which must stay packed"]
