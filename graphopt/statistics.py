@@ -347,7 +347,7 @@ class Rows:
             keys = np.concatenate([self._keys, keys])
         if keys.size > ROWS_MAXIMUM:
             kept = np.argpartition(keys, ROWS_MAXIMUM)[:ROWS_MAXIMUM]
-            rows, keys = rows[:, kept], np.asarray(keys[kept])
+            rows, keys = rows[:, kept], keys[kept]
         self.values, self._keys = rows, keys
 
 
@@ -371,10 +371,10 @@ class Reservoir:
         keys: np.ndarray = self._random.random(values.size)
         if len(self._keys) == self.size:
             better = keys < self._keys.max()
-            values, keys = values[better], keys[better]
+            values, keys = values[better], np.asarray(keys[better])
         values = np.concatenate([self.values, values.astype(np.float32)])
         keys = np.concatenate([self._keys, keys])
         if len(keys) > self.size:
             kept = np.argpartition(keys, self.size)[: self.size]
-            values, keys = values[kept], keys[kept]
+            values, keys = values[kept], np.asarray(keys[kept])
         self.values, self._keys = values, keys

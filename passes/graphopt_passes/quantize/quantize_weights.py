@@ -59,7 +59,8 @@ class QuantizeWeights(Pass):
     name: ClassVar[str] = "quantize-weights"
     effect: ClassVar[Effect] = Effect.LOSSY
     operators: ClassVar[frozenset[str] | None] = frozenset(WEIGHTS)
-    max_error: ClassVar[float] = 0.05
+    max_error: ClassVar[float] = 0.15
+    max_latency: ClassVar[float | None] = 1.03
 
     min_elements: Annotated[int, Bounds(1)] = 256
     min_channels: Annotated[int, Bounds(1)] = 1
