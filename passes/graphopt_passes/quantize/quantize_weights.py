@@ -43,8 +43,8 @@ class QuantizeWeights(Pass):
 
     A weight W becomes Mul(Cast(codes), scales), which onnxruntime computes once, when it loads the
     model: the kernels, the fusions and the speed are those of the float model, and so is its
-    memory. A DequantizeLinear would run at every inference, or have the activations of a MatMul
-    rounded too.
+    memory, but for the time of loading, which takes twice as much of both. A DequantizeLinear would
+    run at every inference, or have the activations of a MatMul rounded too.
 
     Weights are those of Conv, ConvTranspose, Gemm, MatMul, LSTM, GRU and RNN, and tables of Gather,
     also in subgraphs. Each block of codes has the scale largest / 127: one output channel, one row
