@@ -23,6 +23,7 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.content import read_array
 from graphopt.operators import is_onnx
 from graphopt.rewriting import constant_tensor, input_of, only_reader, small_array, static_shape
 
@@ -60,6 +61,9 @@ CONSTANT_MAXIMUM = 1 << 16
 """Elements of a constant operand of arithmetic that becomes codes."""
 
 UNBOUNDED = (-math.inf, math.inf)
+
+_FINITE = "graphopt.finite"
+"""Key in the `meta` of a tensor, which clones of a model share: all its numbers are finite."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +175,17 @@ def _of(node: ir.Node, kind: Kind, places: Iterable[int]) -> Unit:
 def _has_sources(node: ir.Node, places: Sequence[int]) -> bool:
     """An operand varies, and one that does not is a number or a number for each channel."""
     constants = [v for n, v in enumerate(node.inputs) if n not in places]
-    return bool(places) and all(small_array(v, CONSTANT_MAXIMUM) is not None for v in constants)
+    small = all(small_array(v, CONSTANT_MAXIMUM) is not None for v in constants)
+    return bool(places) and small and all(map(_is_finite, constants))
+
+
+def _is_finite(constant: ir.Value | None) -> bool:
+    tensor = constant_tensor(constant)
+    if tensor is None:
+        return True
+    if _FINITE not in tensor.meta:
+        tensor.meta[_FINITE] = bool(np.isfinite(read_array(tensor)).all())
+    return bool(tensor.meta[_FINITE])
 
 
 def _value(value: ir.Value | None) -> ir.Value:
@@ -191,6 +205,8 @@ def _product(node: ir.Node) -> Unit:
     bias = input_of(node, 2)
     if bias is not None and constant_tensor(bias) is None:
         raise NotQuantized("its bias is computed at run time")
+    if not (_is_finite(weight) and _is_finite(bias)):
+        raise NotQuantized("its weight or bias is not finite")
     if is_onnx(node, "Gemm"):
         _check_gemm(node, tensor, bias)
     if is_onnx(node, "MatMul") and len(tensor.shape) != 2:
