@@ -69,7 +69,8 @@ def questions_on(units: Sequence[Unit]) -> list[Question]:
     """What must be known of the model to choose parameters."""
     asked = [Question(v.name or "") for v in coded_values(units)]
     layers = [layer_of(u.node) for u in units if u.kind == "product"]
-    return asked + [layer.ask(about) for layer in layers for about in ("rows", "gram")]
+    asked += [layer.ask("rows") for layer in layers]
+    return asked + [layer.ask("gram") for layer in layers if layer.has_gram]
 
 
 def coded_values(units: Sequence[Unit]) -> list[ir.Value]:
