@@ -27,10 +27,10 @@ from graphopt_passes.quantize.regions import chosen_units
 from graphopt_passes.quantize.units import Unit, units_of
 from graphopt_passes.quantize.weights import IntegerLayer, integer_layer
 
-ALONE_SAMPLES, TOGETHER_SAMPLES = 8, 32
+ALONE_SAMPLES, TOGETHER_SAMPLES = 4, 16
 """Samples on which the error of one layer, and of all together, is measured at most."""
 
-PRICES = 10
+PRICES = 7
 """How often the price of error is halved or doubled in search of the lowest that serves."""
 
 SLOWER = "integers would be slower: its kernel, or the changes of form around it"
