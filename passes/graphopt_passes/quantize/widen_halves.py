@@ -40,18 +40,22 @@ Types = Mapping[ir.Value, ir.TypeProtocol | None]
 class WidenHalves(Pass):
     """Compute in float32 what a model computes in float16; the interface stays float16.
 
-    onnxruntime's CPU provider has hardly a kernel for float16: it computes in float32 and puts a
-    Cast before and after nearly every node. Here every value, constant and body becomes float32,
-    with one Cast behind each float16 input and one before each float16 output.
+    onnxruntime's CPU provider has hardly a kernel for float16: it puts a Cast before and after
+    nearly every node, computes in float32, and drops the Casts that meet. Here every value,
+    constant and body becomes float32, with one Cast behind each float16 input and one before each
+    float16 output.
 
-    This alone doubles the bytes of the weights. It is meant to be followed by passes that make
-    integers of them, as quantize-static and quantize-weights do, which know float32 only.
+    Alone this doubles the bytes of the weights, and is faster only where Casts did not meet. It is
+    meant to be followed by passes that make integers of the weights: quantize-static and
+    quantize-dynamic know float32 only.
 
-    float16 is contained in float32, so that the same numbers come in and the same is computed, but
-    for the roundings to float16 in between: those go, also where the model asks for them by a Cast
-    to float16 and back. A number beyond 65504 is no longer infinity, and where a rounding decides
-    (a comparison, a Cast to integers) the other result may come out; the gate looks at that, within
-    the limits for float16. Scales of QuantizeLinear and DequantizeLinear are widened as any value.
+    Every float16 is a float32, so that the same numbers come in and the same is computed, but for
+    the roundings to float16 in between: those go, also where the model asks for them by a Cast to
+    float16 and back. In real arithmetic nothing changes, which is why the gate judges by the limits
+    of ROUNDING for float16. What real arithmetic does not know may differ, and is rolled back then:
+    a number beyond 65504 is no longer infinity, and where a rounding decides (a comparison, a Cast
+    to integers) something else may come out. Scales of QuantizeLinear and DequantizeLinear are
+    widened as any value.
 
     The whole model stays as it is, with the reason, where a float16 value belongs to an operator
     outside the standard, to a sequence or an optional, or to an operator that has no float32 form,
@@ -139,7 +143,7 @@ def _check(graphs: Sequence[ir.Graph], types: Types, opset: int) -> None:
         Misfit: with the node or value, and the reason.
     """
     for value, kind in types.items():
-        if kind is None:
+        if kind is None and (value.uses() or value.is_graph_output()):
             raise Misfit(value, "its type is not known")
         if _is_half(kind) and not isinstance(kind, ir.TensorType):
             raise Misfit(value, "a sequence or optional of float16 is not widened")
