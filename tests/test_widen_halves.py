@@ -644,17 +644,18 @@ def test_refuses(text: str, provider: str, reason: str) -> None:
 
 
 def products_in_half() -> ir.Model:
-    """float32 outside, and no float16 is left inside when it is widened."""
+    """float32 outside, and no float16 is left inside when it is widened.
+
+    onnxruntime drops Casts that meet, so that numbers are rounded only where float16 is moved.
+    """
     text = """
-        agraph (float[4,64] x, float16[64,64] w) => (float[4,64] y)
+        agraph (float[64,64] x, float16[64,64] w) => (float[64,64] y)
         {
             h = Cast<to = 10>(x)
-            a = MatMul(h, w)
-            b = Cast<to = 1>(a)
-            c = Tanh(b)
-            d = Cast<to = 10>(c)
-            e = MatMul(d, w)
-            f = Cast<to = 1>(e)
+            t = Transpose<perm = [1, 0]>(h)
+            a = MatMul(t, w)
+            u = Transpose<perm = [1, 0]>(a)
+            f = Cast<to = 1>(u)
             i = Identity(f)
             y = Neg(i)
         }
@@ -665,17 +666,16 @@ def products_in_half() -> ir.Model:
 def test_the_gate_allows_what_float16_rounded_before() -> None:
     run = graphopt.optimize(
         products_in_half(),
-        passes="widen-halves,drop-identity,quantize-weights",
-        max_error="0.2",
+        passes="widen-halves,drop-identity",
         random_samples=4,
         benchmark=False,
         strict=True,
     )
 
-    assert [step.verdict for step in run.steps] == ["kept", "kept", "kept"]
+    assert [step.verdict for step in run.steps] == ["kept", "kept"]
     (widened,) = run.numerics["as written"]
     # More than float32 would be allowed.
-    assert widened.dtype == "float32" and widened.rel_l2 > 1e-5
+    assert widened.dtype == "float32" and 1e-4 < widened.rel_l2 < 2e-3
 
 
 @dataclass(frozen=True)
