@@ -196,7 +196,7 @@ class Spread:
 
 
 def _step(size: int) -> int:
-    """The step that leaves about BINNED_MAXIMUM elements of so many.
+    """The step that leaves not many less than BINNED_MAXIMUM elements of so many.
 
     It shares no factor with the size, hence with no dimension: all channels are met alike.
     """
