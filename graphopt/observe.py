@@ -146,21 +146,21 @@ class Observer:
         return found
 
     def _waves(self, model: ir.Model, questions: Sequence[Question]) -> Iterator[list[Question]]:
-        """The questions in groups whose values fit into memory together."""
+        """The questions in groups whose values fit into memory together, each value in one."""
         if not questions:
             return
-        sizes = self._sizes_bytes(model, {q.value for q in questions})
-        wave: list[Question] = []
-        seen: set[str] = set()
-        total = 0
+        by_value: dict[str, list[Question]] = defaultdict(list)
         for question in questions:
-            added = 0 if question.value in seen else sizes[question.value]
-            if wave and total + added > self.wave_bytes:
+            by_value[question.value].append(question)
+        sizes = self._sizes_bytes(model, set(by_value))
+        wave: list[Question] = []
+        total = 0
+        for name, asked in by_value.items():
+            if wave and total + sizes[name] > self.wave_bytes:
                 yield wave
-                wave, seen, total, added = [], set(), 0, sizes[question.value]
-            wave.append(question)
-            seen.add(question.value)
-            total += added
+                wave, total = [], 0
+            wave += asked
+            total += sizes[name]
         yield wave
 
     def _sizes_bytes(self, model: ir.Model, names: set[str]) -> dict[str, int]:
