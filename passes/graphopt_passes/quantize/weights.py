@@ -71,7 +71,7 @@ def _rounded(
     """Codes [group, outputs, inputs], int8, and scales [group, outputs], float64."""
     group, outputs, inputs = matrix.shape
     floors = floor.reshape(group, outputs)
-    if not grams.size:
+    if not grams.size or not np.isfinite(grams).all():
         grams = np.zeros((group, inputs, inputs))
     if outputs == 1 and group > 1:
         # Depthwise: a Gram matrix for each row.
