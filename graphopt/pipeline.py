@@ -88,6 +88,7 @@ class Pipeline:
         if not self.gate.loads:
             self.model, self.size, self.steps = self.fresh(), given, []
         infer_shapes(self.model)
+        self.gate.start_from(self.model)
         self._run_rounds(plan, self._try)
 
     @no_collection()

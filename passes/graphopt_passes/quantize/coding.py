@@ -249,7 +249,8 @@ class Coding:
         inputs = [None, *self._map(self.parameters.of(value))]
         node = self._node("QuantizeLinear", inputs, [value], "codes", ir.DataType.UINT8)
         self.graph.insert_after(unit.node, node)
-        replace_value(value, self._keep(value, node.outputs[0]))
+        codes = self._within_limits(unit, node.outputs[0])
+        replace_value(value, self._keep(value, codes))
         node.replace_input_with(0, made)
         if unit.saturated is not None:
             unit.saturated.replace_input_with(0, None)
@@ -257,6 +258,20 @@ class Coding:
         if not made.name:
             # Its name went to the graph's output.
             made.name = self.names.new(f"{node.name}_input")
+
+    def _within_limits(self, unit: Unit, codes: ir.Value) -> ir.Value:
+        """The codes; clipped where, shared with other values, they reach beyond the unit's limits.
+
+        A code more at either end is rounding.
+        """
+        affine = self.parameters.of(unit.outputs[0])
+        limits = affine.codes(np.asarray(unit.limits))
+        if limits[0] <= affine.low + 1 and limits[1] >= affine.high - 1:
+            return codes
+        inputs = [codes, *(self._constant(c, f"{unit.node.name}_limit") for c in limits)]
+        node = self._node("Clip", inputs, unit.outputs, "clipped", ir.DataType.UINT8)
+        self._insert(node, codes)
+        return node.outputs[0]
 
 
 def _picked(node: ir.Node) -> tuple[int, np.ndarray] | None:

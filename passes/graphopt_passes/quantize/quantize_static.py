@@ -31,7 +31,7 @@ class QuantizeStatic(Pass):
         error: relative L2 error of the worst output, on the calibration samples, to keep within.
     """
 
-    error: Annotated[float, Bounds(ERROR_MINIMUM, 1.0)] = 0.05
+    error: Annotated[float, Bounds(ERROR_MINIMUM, 1.0)] = 0.1
 
     name: ClassVar[str] = "quantize-static"
     effect: ClassVar[Effect] = Effect.LOSSY

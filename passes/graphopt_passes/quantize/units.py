@@ -23,6 +23,7 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.content import read_array
 from graphopt.operators import is_onnx
 from graphopt.rewriting import constant_tensor, input_of, only_reader, small_array, static_shape
 
@@ -60,6 +61,9 @@ CONSTANT_MAXIMUM = 1 << 16
 """Elements of a constant operand of arithmetic that becomes codes."""
 
 UNBOUNDED = (-math.inf, math.inf)
+
+_FINITE = "graphopt.finite"
+"""Key in the `meta` of a tensor, which clones of a model share: all its numbers are finite."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +110,7 @@ def units_of(graph: ir.Graph, skip: Callable[[ir.Node, str], None]) -> dict[ir.N
     """
     found: dict[ir.Node, Unit] = {}
     absorbed: set[ir.Node] = set()
+    reaching = _reaching_bodies(graph)
     for node in graph:
         if node in absorbed:
             continue
@@ -114,7 +119,10 @@ def units_of(graph: ir.Graph, skip: Callable[[ir.Node, str], None]) -> dict[ir.N
         except NotQuantized as reason:
             skip(node, str(reason))
             continue
-        if unit is not None:
+        if unit is not None and not reaching.isdisjoint(unit.outputs):
+            if unit.kind == "product":
+                skip(node, "a body of If, Loop or Scan reads what it makes")
+        elif unit is not None:
             found[node] = unit
             absorbed |= {unit.saturated} - {None}  # type: ignore[arg-type]
     return found
@@ -122,11 +130,7 @@ def units_of(graph: ir.Graph, skip: Callable[[ir.Node, str], None]) -> dict[ir.N
 
 def _unit(node: ir.Node) -> Unit | None:
     if is_onnx(node, *PRODUCTS):
-        unit = _saturated(_product(node))
-        if _reaches_body(unit.outputs[0]):
-            # Seen of onnxruntime 1.32: it moves the DequantizeLinear on to there, and aborts.
-            raise NotQuantized("a body of If, Loop or Scan reads what it makes")
-        return unit
+        return _saturated(_product(node))
     if is_onnx(node, "ConvTranspose", "LSTM", "GRU", "RNN"):
         raise NotQuantized(f"onnxruntime's CPU provider has no integer kernel for {node.op_type}")
     if not node.outputs or node.outputs[0].dtype != ir.DataType.FLOAT:
@@ -142,18 +146,24 @@ def _unit(node: ir.Node) -> Unit | None:
     return None
 
 
-def _reaches_body(value: ir.Value) -> bool:
-    """A node in a body reads the value, or what movement makes of it."""
-    waiting, seen = [value], {value}
-    while waiting:
-        value = waiting.pop()
-        for use in value.uses():
-            if use.node.graph is not value.graph:
-                return True
-            if is_onnx(use.node, "Concat", *MOVEMENT):
-                waiting += [o for o in use.node.outputs if o not in seen]
-                seen.update(use.node.outputs)
-    return False
+def _reaching_bodies(graph: ir.Graph) -> set[ir.Value]:
+    """Values that a node in a body reads, or of which it reads what movement makes of them.
+
+    Seen of onnxruntime 1.32: it moves a DequantizeLinear on behind movement, and aborts the process
+    where it comes to a body.
+    """
+    found: set[ir.Value] = set()
+    for node in reversed(graph):
+        for value in node.outputs:
+            if any(_passes_on(use.node, graph, found) for use in value.uses()):
+                found.add(value)
+    return found
+
+
+def _passes_on(reader: ir.Node, graph: ir.Graph, reaching: set[ir.Value]) -> bool:
+    if reader.graph is not graph:
+        return True
+    return is_onnx(reader, "Concat", *MOVEMENT) and not reaching.isdisjoint(reader.outputs)
 
 
 def _of(node: ir.Node, kind: Kind, places: Iterable[int]) -> Unit:
@@ -165,7 +175,17 @@ def _of(node: ir.Node, kind: Kind, places: Iterable[int]) -> Unit:
 def _has_sources(node: ir.Node, places: Sequence[int]) -> bool:
     """An operand varies, and one that does not is a number or a number for each channel."""
     constants = [v for n, v in enumerate(node.inputs) if n not in places]
-    return bool(places) and all(small_array(v, CONSTANT_MAXIMUM) is not None for v in constants)
+    small = all(small_array(v, CONSTANT_MAXIMUM) is not None for v in constants)
+    return bool(places) and small and all(map(_is_finite, constants))
+
+
+def _is_finite(constant: ir.Value | None) -> bool:
+    tensor = constant_tensor(constant)
+    if tensor is None:
+        return True
+    if _FINITE not in tensor.meta:
+        tensor.meta[_FINITE] = bool(np.isfinite(read_array(tensor)).all())
+    return bool(tensor.meta[_FINITE])
 
 
 def _value(value: ir.Value | None) -> ir.Value:
@@ -185,6 +205,8 @@ def _product(node: ir.Node) -> Unit:
     bias = input_of(node, 2)
     if bias is not None and constant_tensor(bias) is None:
         raise NotQuantized("its bias is computed at run time")
+    if not (_is_finite(weight) and _is_finite(bias)):
+        raise NotQuantized("its weight or bias is not finite")
     if is_onnx(node, "Gemm"):
         _check_gemm(node, tensor, bias)
     if is_onnx(node, "MatMul") and len(tensor.shape) != 2:

@@ -71,7 +71,7 @@ def _rounded(
     """Codes [group, outputs, inputs], int8, and scales [group, outputs], float64."""
     group, outputs, inputs = matrix.shape
     floors = floor.reshape(group, outputs)
-    if not grams.size:
+    if not grams.size or not np.isfinite(grams).all():
         grams = np.zeros((group, inputs, inputs))
     if outputs == 1 and group > 1:
         # Depthwise: a Gram matrix for each row.
@@ -79,6 +79,24 @@ def _rounded(
         return codes[:, np.newaxis], scales[:, np.newaxis]
     done = [_rounded_rows(*part) for part in zip(matrix, grams, floors, strict=True)]
     return np.stack([codes for codes, _ in done]), np.stack([scales for _, scales in done])
+
+
+def codes_against(layer: Layer, scales: np.ndarray, gram: Gram) -> np.ndarray:
+    """Codes for given scales that change a layer's outputs least, where its inputs stay float.
+
+    Args:
+        layer: not modified.
+        scales: of shape [outputs].
+        gram: of the layer's input.
+
+    Returns:
+        int8, in the layout of the weight.
+    """
+    matrix, units = layer.matrix(), scales.astype(np.float64).reshape(layer.dimensions[:2])
+    if matrix.shape[1] == 1 and layer.group > 1:
+        return layer.stored(round_to_gram(matrix[:, 0], units[:, 0], gram.mean))
+    parts = zip(matrix, units, gram.mean, strict=True)
+    return layer.stored(np.stack([round_to_gram(*part) for part in parts]))
 
 
 def _rounded_rows(
