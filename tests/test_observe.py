@@ -489,8 +489,8 @@ def test_memory_does_not_grow_with_the_number_of_samples() -> None:
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_depth_of_the_model() -> None:
-    """4 MB a value: all 64 of them at once would be 256 MB."""
-    assert peak_kb(2, 64, 1_000_000) <= 1.1 * peak_kb(2, 8, 1_000_000)
+    """4 MB a value: all 64 of them at once would more than double it."""
+    assert peak_kb(2, 64, 1_000_000) <= 1.3 * peak_kb(2, 8, 1_000_000)
 
 
 def test_sizes_are_asked_for_without_keeping_values(monkeypatch: pytest.MonkeyPatch) -> None:
