@@ -31,6 +31,9 @@ from graphopt_passes.simplify.chains import (
 
 PRODUCTS = ("Conv", "Gemm", "MatMul")
 
+FIRST_OPSET = 11
+"""From it on, Clip and Pad take their numbers as inputs."""
+
 ELSEWHERE = -1
 """Origin of a channel that another node made."""
 
@@ -97,18 +100,16 @@ class Offset:
 
 
 @dataclass(frozen=True, eq=False)
-class Ceiling:
-    """A Clip that channels go through.
+class Stop:
+    """A value on the way that is rounded to codes of its own: what reads it has a kernel for codes.
 
     Attributes:
-        value: what it reads.
-        channels: of that.
-        limit: above which it cuts.
+        value: on the way.
+        channels: of the value.
     """
 
     value: ir.Value
     channels: Channels
-    limit: float
 
 
 @dataclass
@@ -118,13 +119,13 @@ class Flow:
     Attributes:
         sinks: the products at the end.
         offsets: constants that must be divided with the channels.
-        ceilings: where the channels must stay below a limit.
+        stops: values on the way that are rounded for themselves.
         multiplied: another value is multiplied with the channels on the way.
     """
 
     sinks: list[Sink] = field(default_factory=list)
     offsets: list[Offset] = field(default_factory=list)
-    ceilings: list[Ceiling] = field(default_factory=list)
+    stops: list[Stop] = field(default_factory=list)
     multiplied: bool = False
 
 
@@ -160,7 +161,8 @@ def flow_of(value: ir.Value, channels: Channels, order: Order) -> Flow:
     Raises:
         Blocked: something else depends on the channels, or nothing does.
     """
-    flow, found = Flow(), {}
+    flow = Flow()
+    found: dict[ir.Value, Channels] = {}
     waiting: list[int] = []
     reached = {value: channels}
     while True:
@@ -215,13 +217,19 @@ def why_fixed(node: ir.Node) -> str | None:
         group = node.attributes.get_int("group", 1)
         if len(tensor.shape) < 3 or group < 1 or int(tensor.shape.numpy()[0]) % group:
             return "the weight does not fit the groups"
-    elif len(tensor.shape) != 2 or (is_onnx(node, "Gemm") and node.attributes.get_int("transA", 0)):
+    elif len(tensor.shape) != 2 or (
+        is_onnx(node, "Gemm") and node.attributes.get_int("transA", 0) != 0
+    ):
         return "it is no product of rows with a matrix"
     outputs = int(tensor.shape.numpy()[layer_of(node).axis])
     tensor = constant_tensor(bias)
     if bias is not None and (tensor is None or tensor.size not in (1, outputs)):
         return "the bias is not one constant for each output"
     return None
+
+
+def _is_transposed(node: ir.Node) -> bool:
+    return is_onnx(node, "Gemm") and node.attributes.get_int("transA", 0) != 0
 
 
 def _sink(node: ir.Node, found: Found) -> Sink:
@@ -241,7 +249,9 @@ def inputs_of(layer: Layer) -> int:
     tensor = constant_tensor(layer.weight)
     assert tensor is not None
     shape = tensor.shape.numpy()
-    return int(shape[1]) * layer.group if is_onnx(layer.node, "Conv") else int(shape[1 - layer.axis])
+    return (
+        int(shape[1]) * layer.group if is_onnx(layer.node, "Conv") else int(shape[1 - layer.axis])
+    )
 
 
 # ------------------------------------------------------------------ what lies between
@@ -250,7 +260,7 @@ def inputs_of(layer: Layer) -> int:
 def _only(node: ir.Node, found: Found) -> Channels:
     """Of the first input, which alone has channels that are followed."""
     first, *others = node.inputs
-    if first not in found or any(v in found for v in others if v is not None):
+    if first is None or first not in found or any(v in found for v in others if v is not None):
         raise Blocked(f"{node.op_type} reads it as more than data")
     return found[first]
 
@@ -263,6 +273,20 @@ def _same(node: ir.Node, found: Found, flow: Flow) -> dict[ir.Value, Channels]:
     return {node.outputs[0]: _only(node, found)}
 
 
+def _bent(node: ir.Node, found: Found, flow: Flow) -> dict[ir.Value, Channels]:
+    _stop(node.inputs[0], _only(node, found), flow)
+    return _same(node, found, flow)
+
+
+def _stop(value: ir.Value | None, channels: Channels, flow: Flow) -> None:
+    assert value is not None
+    flow.stops.append(Stop(value, channels))
+
+
+def _no_data(node: ir.Node, found: Found, flow: Flow) -> dict[ir.Value, Channels]:
+    return {}
+
+
 def _spatial(node: ir.Node, found: Found, flow: Flow) -> dict[ir.Value, Channels]:
     channels = _only(node, found)
     if channels.axis != 1 or len(node.outputs) != 1:
@@ -273,23 +297,16 @@ def _spatial(node: ir.Node, found: Found, flow: Flow) -> dict[ir.Value, Channels
 def _prelu(node: ir.Node, found: Found, flow: Flow) -> dict[ir.Value, Channels]:
     if constant_tensor(node.inputs[1]) is None:
         raise Blocked("PRelu reads it with a slope that is not constant")
-    return _same(node, found, flow)
+    return _bent(node, found, flow)
 
 
 def _clip(node: ir.Node, found: Found, flow: Flow) -> dict[ir.Value, Channels]:
+    """At 0 from below it is a Relu; any other limit is one number for all channels."""
     channels = _only(node, found)
-    limits = []
-    for index, free in ((1, -math.inf), (2, math.inf)):
-        value = input_of(node, index)
-        array = small_array(value, 1)
-        if value is not None and array is None:
-            raise Blocked("Clip reads it with a limit that is not constant")
-        limits.append(free if array is None else float(array.reshape(-1)[0]))
-    low, high = limits
-    if low not in (0, -math.inf) or high <= 0:
-        raise Blocked("Clip reads it with a lower limit other than 0")
-    if high < math.inf and node.inputs[0] is not None:
-        flow.ceilings.append(Ceiling(node.inputs[0], channels, high))
+    low, high = (input_of(node, index) for index in (1, 2))
+    floor = small_array(low, 1)
+    if high is not None or (low is not None and (floor is None or floor.any())):
+        raise Blocked("Clip reads it, with a limit that all channels share")
     return {node.outputs[0]: channels}
 
 
@@ -411,6 +428,7 @@ def _multiplied(node: ir.Node, found: Found, flow: Flow) -> dict[ir.Value, Chann
     if place == 1 and is_onnx(node, "Div"):
         raise Blocked("Div divides by it")
     flow.multiplied |= constant_tensor(node.inputs[1 - place]) is None
+    _stop(node.inputs[place], channels, flow)
     return {node.outputs[0]: channels}
 
 
@@ -421,17 +439,20 @@ def _added(node: ir.Node, found: Found, flow: Flow) -> dict[ir.Value, Channels]:
     if tensor is None or tensor.dtype != ir.DataType.FLOAT or rank is None:
         raise Blocked(f"{node.op_type} adds another value to it")
     flow.offsets.append(Offset(node, 1 - place, channels, rank))
+    _stop(node.inputs[place], channels, flow)
     return {node.outputs[0]: channels}
 
 
 Rule = Callable[[ir.Node, Found, Flow], dict[ir.Value, Channels]]
 
 RULES: Mapping[str, Rule] = {
-    **dict.fromkeys(("Abs", "Identity", "LeakyRelu", "Neg", "Relu"), _same),
+    **dict.fromkeys(("Identity", "Relu"), _same),
     **dict.fromkeys(("AveragePool", "GlobalAveragePool", "GlobalMaxPool", "MaxPool"), _spatial),
     **dict.fromkeys(("Flatten", "Reshape", "Squeeze", "Unsqueeze"), _reshape),
     **dict.fromkeys(("Div", "Mul"), _multiplied),
     **dict.fromkeys(("Add", "Sub"), _added),
+    **dict.fromkeys(("Shape", "Size"), _no_data),
+    **dict.fromkeys(("Abs", "LeakyRelu", "Neg"), _bent),
     "Clip": _clip,
     "Concat": _concat,
     "Gather": _gather,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,14 +10,20 @@ import onnx_ir as ir
 
 from graphopt.content import read_array
 from graphopt.contract import Context
-from graphopt.operators import is_onnx
-from graphopt.rewriting import Names, add_initializer, constant_tensor, input_of
-from graphopt_passes.quantize.flows import Flow, Offset, inputs_of
-from graphopt_passes.quantize.layers import Layer
+from graphopt.rewriting import Names, add_initializer, constant_tensor
+from graphopt_passes.quantize.flows import (
+    Blocked,
+    Channels,
+    Flow,
+    Offset,
+    inputs_of,
+    why_fixed,
+)
+from graphopt_passes.quantize.layers import Layer, layer_of
+from graphopt_passes.simplify.chains import rank_of
 
-SMALLEST = 1e-30
-LARGEST = 1e30
-"""Between these magnitudes a weight loses nothing when it is rounded to float32."""
+SMALLEST, LARGEST = 1e-30, 1e30
+"""The largest weight of a row stays between these, so that float32 holds all that count in it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,21 +33,48 @@ class Source:
     Attributes:
         node: makes them.
         value: what they are of.
-        axis: of the channels in it.
-        count: how many there are.
+        channels: of the value, each at its own place.
         layer: a product, whose rows and bias are divided; or None.
         constants: what else is divided.
     """
 
     node: ir.Node
     value: ir.Value
-    axis: int
-    count: int
+    channels: Channels
     layer: Layer | None = None
     constants: tuple[Offset, ...] = ()
 
+    @property
+    def count(self) -> int:
+        """How many channels there are."""
+        return self.channels.origin.size
 
-@dataclass
+
+def product_source(node: ir.Node) -> Source:
+    """A product as a source.
+
+    Raises:
+        Blocked: its weight or bias must stay.
+    """
+    reason = why_fixed(node)
+    if reason is not None:
+        raise Blocked(reason)
+    layer, value = layer_of(node), node.outputs[0]
+    tensor = constant_tensor(layer.weight)
+    assert tensor is not None
+    axis, rank = 1, rank_of(value)
+    if node.op_type == "MatMul":
+        if rank is None:
+            raise Blocked("the rank of its output is not known")
+        axis = rank - 1
+    count = int(tensor.shape.numpy()[layer.axis])
+    return Source(node, value, Channels(axis, np.arange(count)), layer)
+
+
+Factors = dict[ir.Node, np.ndarray]
+
+
+@dataclass(frozen=True)
 class Rescaling:
     """Factors so far, by what they apply to. The model itself stays as it is until `write`.
 
@@ -49,31 +82,46 @@ class Rescaling:
         rows: what the outputs of products are divided by, float64 of shape [outputs].
         columns: what the inputs of products are divided by and their columns multiplied with.
         constants: what constants are divided by, by node and input, each to be broadcast.
+        values: what the channels of values on the way are divided by.
+        layers: the products among those nodes.
     """
 
-    rows: dict[ir.Node, np.ndarray] = field(default_factory=dict)
-    columns: dict[ir.Node, np.ndarray] = field(default_factory=dict)
+    rows: Factors = field(default_factory=dict)
+    columns: Factors = field(default_factory=dict)
     constants: dict[tuple[ir.Node, int], np.ndarray] = field(default_factory=dict)
-    _layers: dict[ir.Node, Layer] = field(default_factory=dict)
+    values: dict[ir.Value, np.ndarray] = field(default_factory=dict)
+    layers: dict[ir.Node, Layer] = field(default_factory=dict)
 
-    def add(self, source: Source, flow: Flow, factors: np.ndarray) -> None:
-        """Divide the channels of a source by factors.
+    def divided(self, source: Source, flow: Flow, factors: np.ndarray) -> Rescaling | None:
+        """What it is when the channels of a source are divided by factors too.
 
         Args:
             source: what makes them.
             flow: of them.
             factors: positive, float64 of shape [channels].
+
+        Returns:
+            None where float32 could not hold a weight.
         """
+        rows, columns = dict(self.rows), dict(self.columns)
+        constants, values = dict(self.constants), dict(self.values)
+        touched = [sink.layer for sink in flow.sinks]
         if source.layer is not None:
-            self._layers[source.node] = source.layer
-            self.rows[source.node] = self.rows.get(source.node, 1.0) * factors
+            touched.append(source.layer)
+            rows[source.node] = rows.get(source.node, 1.0) * factors
         for offset in (*source.constants, *flow.offsets):
             key = offset.node, offset.index
-            self.constants[key] = self.constants.get(key, 1.0) * offset.aligned(factors)
+            constants[key] = constants.get(key, 1.0) * offset.aligned(factors)
         for sink in flow.sinks:
             node = sink.layer.node
-            self._layers[node] = sink.layer
-            self.columns[node] = self.columns.get(node, 1.0) * sink.channels.spread(factors)
+            columns[node] = columns.get(node, 1.0) * sink.channels.spread(factors)
+        for stop in flow.stops:
+            spread = stop.channels.spread(factors)
+            values[stop.value] = values.get(stop.value, 1.0) * spread
+        layers = {**self.layers, **{layer.node: layer for layer in touched}}
+        after = Rescaling(rows, columns, constants, values, layers)
+        safe = all(_is_safe(self.matrix(layer), after.matrix(layer)) for layer in touched)
+        return after if safe else None
 
     def matrix(self, layer: Layer) -> np.ndarray:
         """The weight with all factors, float64 of shape [group, outputs of the group, inputs]."""
@@ -88,25 +136,37 @@ class Rescaling:
         """What the input channels of a product are divided by so far, of shape [inputs]."""
         return self.columns.get(layer.node, np.ones(inputs_of(layer)))
 
+    def of_value(self, value: ir.Value, count: int) -> np.ndarray:
+        """What the channels of a value on the way are divided by so far, of shape [count]."""
+        return self.values.get(value, np.ones(count))
+
     # -------------------------------------------------------------- the model
 
     def write(self, model: ir.Model, context: Context) -> None:
-        """Give the nodes new weights; constants that others read too stay for them."""
+        """Give the nodes new constants; those that others read too stay for them."""
         names = Names(model)
-        for node, layer in self._layers.items():
-            # The bias first: the layer's own weight is read through the node.
-            bias = layer.bias()
-            if bias is not None and node in self.rows:
-                value = input_of(node, 2)
-                shape = constant_tensor(value).shape.numpy()  # type: ignore[union-attr]
-                made = bias / self.rows[node]
-                _replace(node, 2, made.reshape(shape if bias.size > 1 else -1), names, context)
-            _replace(node, 1, layer.stored(self.matrix(layer)), names, context)
+
+        def put(node: ir.Node, index: int, array: np.ndarray) -> None:
+            graph, old = node.graph, node.inputs[index]
+            assert isinstance(graph, ir.Graph) and old is not None
+            name = names.new(old.name or f"{node.name}_{index}")
+            tensor = context.tensor(array.astype(np.float32), name)
+            node.replace_input_with(index, add_initializer(graph, tensor, name))
+
+        for node, layer in self.layers.items():
+            self._write_layer(node, layer, put)
         for (node, index), factors in self.constants.items():
-            tensor = constant_tensor(node.inputs[index])
-            assert tensor is not None
-            array = np.asarray(read_array(tensor), np.float64)
-            _replace(node, index, array / factors, names, context)
+            put(node, index, _array(node, index) / factors)
+
+    def _write_layer(
+        self, node: ir.Node, layer: Layer, put: Callable[[ir.Node, int, np.ndarray], None]
+    ) -> None:
+        bias = layer.bias()
+        if bias is not None and node in self.rows:
+            whole = bias / self.rows[node]
+            # One number for all outputs becomes one for each.
+            put(node, 2, whole.reshape(_array(node, 2).shape) if whole.size == bias.size else whole)
+        put(node, 1, layer.stored(self.matrix(layer)))
 
 
 def by_input(layer: Layer, factors: np.ndarray, matrix: np.ndarray) -> np.ndarray:
@@ -115,25 +175,23 @@ def by_input(layer: Layer, factors: np.ndarray, matrix: np.ndarray) -> np.ndarra
     return np.repeat(apart, matrix.shape[2] // apart.shape[2], axis=2)
 
 
-def is_safe(matrices: Iterable[np.ndarray]) -> bool:
-    """Rounding the numbers to float32 loses nothing to the limits of that type."""
-    for matrix in matrices:
-        sizes = np.abs(matrix[matrix != 0])
-        if sizes.size and not (sizes.min() > SMALLEST and sizes.max() < LARGEST):
-            return False
-    return True
+def column_maxima(layer: Layer, matrix: np.ndarray) -> np.ndarray:
+    """The largest magnitude that each input channel meets in a matrix: [inputs of the layer]."""
+    largest = np.abs(matrix).max(axis=1)
+    return np.asarray(largest.reshape(inputs_of(layer), -1).max(axis=1))
 
 
-def _replace(
-    node: ir.Node, index: int, array: np.ndarray, names: Names, context: Context
-) -> None:
-    graph, old = node.graph, node.inputs[index]
-    assert isinstance(graph, ir.Graph) and old is not None
-    name = names.new(old.name or f"{node.name}_{index}")
-    tensor = context.tensor(array.astype(np.float32), name)
-    node.replace_input_with(index, add_initializer(graph, tensor, name))
+def _array(node: ir.Node, index: int) -> np.ndarray:
+    tensor = constant_tensor(node.inputs[index])
+    assert tensor is not None
+    return np.asarray(read_array(tensor), np.float64)
 
 
-def is_product(node: ir.Node) -> bool:
-    """The node multiplies with a weight in a way that can be quantized."""
-    return is_onnx(node, "Conv", "Gemm", "MatMul")
+def _is_safe(before: np.ndarray, after: np.ndarray) -> bool:
+    """No row leaves the range of magnitudes that float32 holds without loss."""
+    was, now = (np.abs(matrix).max(axis=2) for matrix in (before, after))
+    return not np.any(_is_inside(was) & ~_is_inside(now))
+
+
+def _is_inside(sizes: np.ndarray) -> np.ndarray:
+    return np.asarray((sizes > SMALLEST) & (sizes < LARGEST))
