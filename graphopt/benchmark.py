@@ -176,14 +176,7 @@ class _Subject:
             SampleError: the model does not run on one of them.
         """
         assert self.session is not None
-        feeds = self.feeds if feeds is None else feeds
-        for feed in feeds:
-            # The first run is `Session.run`, whose errors are messages for the user.
-            self.session.run(feed)
-        calls = [self.session.bind(feed) for feed in feeds]
-        for index in range(max(WARM_UP_RUNS, len(calls))):
-            calls[index % len(calls)]()
-        return calls
+        return _warmed_up(self.session, self.feeds if feeds is None else feeds)
 
     def items(self, index: int) -> int:
         """Items in one sample: the size of the batch axis, 1 where there is none."""
@@ -217,6 +210,16 @@ class _Subject:
             return dict.fromkeys(first, (0,))
         axes = {n: tuple(a for a, d in enumerate(s) if d == batch) for n, s in shapes.items()}
         return {name: places for name, places in axes.items() if places}
+
+
+def _warmed_up(session: Session, feeds: Sequence[Sample]) -> list[Callable[[], None]]:
+    for feed in feeds:
+        # The first run is `Session.run`, whose errors are messages for the user.
+        session.run(feed)
+    calls = [session.bind(feed) for feed in feeds]
+    for index in range(max(WARM_UP_RUNS, len(calls))):
+        calls[index % len(calls)]()
+    return calls
 
 
 def _repeat(array: np.ndarray, axes: Sequence[int], batch_size: int) -> np.ndarray:
@@ -317,15 +320,18 @@ def latency_ratio(
     Args:
         first: not modified.
         second: not modified; takes the same inputs.
-        samples: what to run them on.
+        samples: what to run them on. An input that a sample lacks is as for `benchmark`.
         provider: "cpu" or "cuda".
         seconds: how long to time, per model.
         rounds: the fewest and the most runs of each model.
 
     Raises:
-        GraphoptError: onnxruntime does not run one of them.
+        ModelError: onnxruntime does not load one of them.
+        SampleError: there are no samples, or a model does not run on one.
     """
     chosen = list(islice(samples, SAMPLES_MAXIMUM))
+    if not chosen:
+        raise SampleError("models are timed on samples, and there are none")
     calls = []
     for model in (first, second):
         session = Session(model, provider=provider, threads=1)
@@ -333,9 +339,7 @@ def latency_ratio(
         feeds = [
             complete({i.name: s[i.name] for i in inputs if i.name in s}, inputs) for s in chosen
         ]
-        calls.append([session.bind(feed) for feed in feeds])
-        for call in calls[-1]:
-            call()
+        calls.append(_warmed_up(session, feeds))
     table_ms = take_turns(calls, 2 * seconds, rounds)
     return float(np.median(table_ms[:, 1] / table_ms[:, 0]))
 

@@ -8,7 +8,7 @@ does not add up from pass to pass. LOSSY is judged as deployed, against the orig
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,6 +67,18 @@ def computed_in_half(model: ir.Model) -> dict[str, str]:
         if kinds:
             coarse.update(dict.fromkeys(node.outputs, max(kinds, key=ROUNDING_LIMITS.__getitem__)))
     return {o.name or "": coarse[o] for o in model.graph.outputs if o in coarse}
+
+
+def coarsest(*each: Mapping[str, str]) -> dict[str, str]:
+    """Of several models, the coarsest type in which each output is computed (`computed_in_half`).
+
+    What one of two models rounds to float16 differs by that, whichever of them it is.
+    """
+    joined: dict[str, str] = {}
+    for kinds in each:
+        for name, kind in kinds.items():
+            joined[name] = max(kind, joined.get(name, kind), key=ROUNDING_LIMITS.__getitem__)
+    return joined
 
 
 def why_other_interface(before: Interface, after: Interface) -> str | None:
@@ -131,7 +143,9 @@ class Gate:
     lossless_so_far: bool = True
     written: Reference = Reference.AS_WRITTEN
     notes: list[str] = field(default_factory=list)
-    _judged: tuple[Recording, bool] | None = None
+    _halves_given: Mapping[str, str] = field(default_factory=dict)
+    _halves_before: Mapping[str, str] = field(default_factory=dict)
+    _judged: tuple[Recording, bool, Mapping[str, str]] | None = None
 
     def __post_init__(self) -> None:
         if self.feed is None:
@@ -182,7 +196,7 @@ class Gate:
             return None
         try:
             if by.effect is Effect.LOSSY:
-                return self._why_over_budget(written, deployed, by)
+                return self._why_over_budget(written, deployed, candidate, by)
             return self._why_not_equal(written, candidate, self._claim(candidate, by))
         except SampleError as error:
             return f"it does not run: {error}"
@@ -190,8 +204,16 @@ class Gate:
     def accept(self) -> None:
         """Take the candidate that was judged last for the model before the next pass."""
         if self._judged is not None:
-            self.before, self.lossless_so_far = self._judged
+            self.before, self.lossless_so_far, self._halves_before = self._judged
             self._judged = None
+
+    def start_from(self, model: ir.Model) -> None:
+        """Remember which outputs the original computes in half precision.
+
+        Args:
+            model: before any pass, with types inferred.
+        """
+        self._halves_given = self._halves_before = computed_in_half(model)
 
     def check_read(self, model: ir.Model, notes: Sequence[str]) -> None:
         """Raise ModelError when what was read computes something else than the file.
@@ -257,28 +279,32 @@ class Gate:
 
     def _why_not_equal(self, written: Session, model: ir.Model, effect: Effect) -> str | None:
         assert self.feed is not None and self.before is not None
-        computed_in = computed_in_half(model)
+        halves = computed_in_half(model)
         after = record(self._lossless(self.feed).run(written))
         references = [self.before]
         if self.lossless_so_far:
             references.append(self._original(self.written))
         step, *total = compare(iter(after), references)
-        reason = why_over(effect, step, computed_in=computed_in)
+        reason = why_over(effect, step, computed_in=coarsest(halves, self._halves_before))
         if reason is not None:
             return reason
         for outputs in total:
+            computed_in = coarsest(halves, self._halves_given)
             reason = why_over(Effect.ROUNDING, outputs, computed_in=computed_in)
             if reason is not None:
                 return f"{reason}, counted from the original"
-        self._judged = after, self.lossless_so_far
+        self._judged = after, self.lossless_so_far, halves
         return None
 
-    def _why_over_budget(self, written: Session, deployed: Session, by: Pass) -> str | None:
+    def _why_over_budget(
+        self, written: Session, deployed: Session, candidate: ir.Model, by: Pass
+    ) -> str | None:
         assert self.feed is not None
         (outputs,) = compare(self.feed.run(deployed), [self._original(Reference.AS_DEPLOYED)])
         reason = why_over(Effect.LOSSY, outputs, self.budgets_for(by))
         if reason is None:
-            self._judged = record(self._lossless(self.feed).run(written)), False
+            after = record(self._lossless(self.feed).run(written))
+            self._judged = after, False, computed_in_half(candidate)
         return reason
 
     def numerics(self, model: ir.Model) -> dict[str, tuple[OutputError, ...]]:

@@ -75,6 +75,7 @@ def _step_to_json(step: Step) -> dict[str, Any]:
         "bytes_before": step.bytes_before,
         "bytes_after": step.bytes_after,
         "seconds": round(step.seconds, 4),
+        "latency_ratio": plain(step.latency_ratio),
     }
 
 

@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from graphopt.content import digest
 from graphopt.errors import GraphoptError
+from graphopt.operators import all_graphs
 from graphopt.recording import Feed, Recording, compare, record
 from graphopt.runtime import Session
 from graphopt.serializing import nothing, stubbed
@@ -28,6 +29,11 @@ WAVE_BYTES = 512 << 20
 """Values of one sample that are looked at together may take so much."""
 
 Statistics = Spread | Gram | Rows | Reservoir
+
+ABOUT = ("spread", "gram", "rows", "reservoir")
+
+SIZED_SAMPLES = 4
+"""What values take in memory is looked up on so many samples."""
 
 FLOATS = (np.float16, np.float32, np.float64)
 
@@ -41,12 +47,19 @@ class Question:
         about: "spread", "gram", "rows" or "reservoir".
         axis: of the channels, for a spread by channel.
         patches: for the Gram matrix or rows of a Conv.
+
+    Raises:
+        ValueError: there is no such kind of question.
     """
 
     value: str
     about: str = "spread"
     axis: int | None = None
     patches: Patches | None = None
+
+    def __post_init__(self) -> None:
+        if self.about not in ABOUT:
+            raise ValueError(f"a question is about one of {', '.join(ABOUT)}; not {self.about!r}")
 
     def start(self) -> Statistics:
         """Statistics of nothing yet."""
@@ -87,7 +100,8 @@ class Observer:
             questions: on values of the main graph: outputs of nodes, or inputs.
 
         Raises:
-            GraphoptError: onnxruntime does not run the model.
+            GraphoptError: the main graph has no such value, or it is no tensor; or onnxruntime does
+                not run the model.
         """
         asked = list(dict.fromkeys(questions))
         known = self._known.setdefault(content_key(model), {})
@@ -132,29 +146,29 @@ class Observer:
         return found
 
     def _waves(self, model: ir.Model, questions: Sequence[Question]) -> Iterator[list[Question]]:
-        """The questions in groups whose values fit into memory together."""
+        """The questions in groups whose values fit into memory together, each value in one."""
         if not questions:
             return
-        sizes = self._sizes_bytes(model, {q.value for q in questions})
-        wave: list[Question] = []
-        seen: set[str] = set()
-        total = 0
+        by_value: dict[str, list[Question]] = defaultdict(list)
         for question in questions:
-            added = 0 if question.value in seen else sizes[question.value]
-            if wave and total + added > self.wave_bytes:
+            by_value[question.value].append(question)
+        sizes = self._sizes_bytes(model, set(by_value))
+        wave: list[Question] = []
+        total = 0
+        for name, asked in by_value.items():
+            if wave and total + sizes[name] > self.wave_bytes:
                 yield wave
-                wave, seen, total, added = [], set(), 0, sizes[question.value]
-            wave.append(question)
-            seen.add(question.value)
-            total += added
+                wave, total = [], 0
+            wave += asked
+            total += sizes[name]
         yield wave
 
     def _sizes_bytes(self, model: ir.Model, names: set[str]) -> dict[str, int]:
-        """What each value takes in the largest of the first few samples.
+        """What each value takes in the largest of the first few samples, bytes.
 
         Shapes are asked of onnxruntime, so that no value has to leave it for that.
         """
-        few = replace(self.feed, samples=self.feed.samples.first(4))
+        few = replace(self.feed, samples=self.feed.samples.first(SIZED_SAMPLES))
         sizes = dict.fromkeys(names, 0)
         for shapes in self._run(model, sorted(names), few, "Shape"):
             for name in names:
@@ -166,7 +180,7 @@ class Observer:
     ) -> Iterator[dict[str, np.ndarray]]:
         """What an operator makes of these values, for each sample."""
         probed, probes = _with_probes(model, names, op_type, {o for o, _ in feed.state})
-        session = Session(probed, provider=self.provider)
+        session = Session(probed, provider=self.provider, shapes_first=op_type == "Shape")
         for outputs in feed.run(session):
             yield {name: outputs[probes[name]] for name in names}
 
@@ -178,15 +192,17 @@ def _with_probes(
     probed = model.clone()
     graph = probed.graph
     values = {v.name: v for v in graph.inputs}
-    values.update((o.name, o) for node in graph for o in node.outputs)
+    values.update((o.name, o) for node in graph for o in node.outputs if o.name)
     kept = [o for o in graph.outputs if o.name in carried]
     graph.outputs.clear()
     graph.outputs.extend(kept)
-    taken = set(values) | set(graph.initializers)
+    taken = {v.name for g in all_graphs(probed) for v in _named(g)}
     probes = {}
     for number, name in enumerate(names):
         if name not in values:
             raise GraphoptError(f"the main graph has no value {name!r} to observe")
+        if not isinstance(values[name].type, ir.TensorType | None):
+            raise GraphoptError(f"value {name!r} is no tensor; only tensors can be observed")
         probe = f"graphopt.probe.{number}"
         while probe in taken:
             probe += "_"
@@ -199,6 +215,13 @@ def _with_probes(
         graph.outputs.append(node.outputs[0])
         probes[name] = probe
     return probed, probes
+
+
+def _named(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from graph.inputs
+    yield from graph.initializers.values()
+    for node in graph:
+        yield from node.outputs
 
 
 def content_key(model: ir.Model) -> str:

@@ -88,6 +88,7 @@ class Pipeline:
         if not self.gate.loads:
             self.model, self.size, self.steps = self.fresh(), given, []
         infer_shapes(self.model)
+        self.gate.start_from(self.model)
         self._run_rounds(plan, self._try)
 
     @no_collection()
@@ -225,6 +226,7 @@ class Pipeline:
                 return change, "unchanged", None
             index = self._tidied(candidate)
             reason = self.gate.why_rejected(candidate, one)
+            slow = None if reason is not None else self._why_too_slow(candidate, one)
         except GraphoptError as error:
             reason = str(error)
         except Exception as error:  # a pass may be anyone's code: its faults belong in the ledger
@@ -233,7 +235,6 @@ class Pipeline:
         if reason is not None:
             self._spare = None
             return change, "rolled back", reason
-        slow = self._why_too_slow(candidate, one)
         if slow is not None:
             self._spare = None
             return change, "too slow", slow

@@ -74,6 +74,8 @@ def _ledger(steps: Sequence[Step]) -> RenderableType:
 def _ledger_row(step: Step) -> list[str | Text]:
     name = step.spec if step.round == 1 else f"{step.spec} (round {step.round})"
     did = ", ".join(f"{count} × {what}" for what, count in step.changes.items())
+    if step.kept and step.latency_ratio is not None:
+        did += f" ({step.latency_ratio:.3g} of the latency before)"
     return [
         name,
         step.effect.name,

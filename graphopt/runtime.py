@@ -119,6 +119,8 @@ class Session:
         reference: as written or as deployed.
         provider: "cpu" or "cuda".
         threads: intra-op threads; None leaves onnxruntime's default (as written always has one).
+        shapes_first: run each Shape node as soon as it can be, so that what it looks at does not
+            stay in memory for it.
         trace: folder to which onnxruntime writes the graph that it really runs (`OPTIMIZED`, with
             its weights beside it) and, at `end_trace`, what each node took.
 
@@ -134,6 +136,7 @@ class Session:
         *,
         provider: str = "cpu",
         threads: int | None = None,
+        shapes_first: bool = False,
         trace: Path | None = None,
     ) -> None:
         check_provider(provider)
@@ -147,6 +150,8 @@ class Session:
             options.intra_op_num_threads = threads
         # Without it the threads of a session spin on after a run, and slow down the next session.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        if shapes_first:
+            options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
         if trace is not None:
             _write_trace(options, trace)
         self.provider = provider

@@ -17,26 +17,32 @@ HISTOGRAM_BINS = 2048
 BINNED_MAXIMUM = 1 << 20
 """Of a larger array, every n-th element goes into the histogram; its extremes are exact."""
 
-MASK_MAGNITUDE_MINIMUM = 1e4
-MASK_GAP = 1e3
+MASK_MAGNITUDE_MINIMUM = 9e3
+"""-1e4 plus a score is a mask too."""
+
+MASK_GAP = 100
+"""So many times as large as all else is a mask: what -1e4 is to scores before a softmax."""
+
+MASK_CUT = 0.25
+"""Where masks add up, one reaches a multiple of another: they lie within this factor."""
 
 
 def without_masks(array: np.ndarray) -> tuple[np.ndarray, int]:
     """The finite elements that stand for a quantity, as a flat array, and how many do not.
 
     Attention masks out positions by adding minus infinity, the lowest float32, -1e9 or -1e4. Such a
-    value says nothing of the range that matters: it lies at -1e4 or below, and is a thousand times
-    as large as everything above half of it.
+    value says nothing of the range that matters: it lies near -1e4 or below, and is a hundred times
+    as large as everything above a quarter of it. Where nothing else is there to tell, all stays.
     """
     flat = array.reshape(-1)
-    low, high = (float(flat.min()), float(flat.max())) if flat.size else (0.0, 0.0)
-    if not (np.isfinite(low) and np.isfinite(high)):
+    if flat.size and not (np.isfinite(flat.min()) and np.isfinite(flat.max())):
         flat = flat[np.isfinite(flat)]
-        low = float(flat.min()) if flat.size else 0.0
-    if low <= -MASK_MAGNITUDE_MINIMUM:
-        others = flat[flat > low / 2]
-        if others.size and float(np.abs(others).max()) * MASK_GAP <= -low:
-            flat = others
+    # Again, as masks of different sizes may meet.
+    while flat.size and (low := float(flat.min())) <= -MASK_MAGNITUDE_MINIMUM:
+        others = flat[flat > low * MASK_CUT]
+        if not others.size or float(np.abs(others).max()) * MASK_GAP > -low:
+            break
+        flat = others
     return flat, array.size - flat.size
 
 
@@ -77,8 +83,9 @@ class Histogram:
         return (self.first + np.arange(HISTOGRAM_BINS + 1)) * self.width
 
     def _start(self, low: float, high: float) -> None:
-        span = max(high - low, abs(low) * 1e-6, abs(high) * 1e-6, 1e-30)
-        self.width = float(2.0 ** np.ceil(np.log2(span / (HISTOGRAM_BINS / 2))))
+        # Half of the span: all of it may be more than a float64 holds.
+        half = max(high / 2 - low / 2, abs(low) * 5e-7, abs(high) * 5e-7, 5e-31)
+        self.width = float(2.0 ** np.ceil(np.log2(half / (HISTOGRAM_BINS / 4))))
         self.first = int(np.floor(low / self.width)) - HISTOGRAM_BINS // 8
 
     def _holds(self, low: float, high: float) -> bool:
@@ -113,6 +120,9 @@ class Histogram:
 class Spread:
     """How the elements of a value are distributed.
 
+    By channel, an array counts only where all of it is finite and no mask, and it has as many
+    channels as those before.
+
     Attributes:
         axis: of the channels, or None for no statistics by channel.
         arrays: how many arrays there were.
@@ -125,7 +135,7 @@ class Spread:
         channel_high: the largest by channel, the same.
         channel_sum: the sum by channel, the same.
         channel_square: the sum of squares by channel, the same.
-        channel_count: elements in each channel.
+        channel_count: elements in each channel that the statistics by channel are of.
     """
 
     axis: int | None = None
@@ -152,20 +162,22 @@ class Spread:
         self.low = min(self.low, low) if self.count else low
         self.high = max(self.high, high) if self.count else high
         self.count += values.size
-        step = -(-values.size // BINNED_MAXIMUM)
+        step = _step(values.size)
         self.histogram.add(values[::step].astype(np.float64), low, high)
-        if self.axis is not None and not left_out and array.ndim > 0:
+        if self.axis is not None and not left_out and -array.ndim <= self.axis < array.ndim:
             self._add_channels(np.moveaxis(array, self.axis, 0))
 
     def _add_channels(self, array: np.ndarray) -> None:
         rows = array.reshape(array.shape[0], -1)
+        if self.channel_count and len(rows) != len(self.channel_low):
+            return
         low, high = rows.min(1).astype(np.float64), rows.max(1).astype(np.float64)
         total = rows.sum(1, dtype=np.float64)
         square = np.einsum("ij,ij->i", rows, rows, dtype=np.float64)
         if not self.channel_count:
             self.channel_low, self.channel_high = low, high
             self.channel_sum, self.channel_square = total, square
-        elif low.shape == self.channel_low.shape:
+        else:
             self.channel_low = np.minimum(self.channel_low, low)
             self.channel_high = np.maximum(self.channel_high, high)
             self.channel_sum = self.channel_sum + total
@@ -183,6 +195,17 @@ class Spread:
         return self.channel_sum / max(self.channel_count, 1)
 
 
+def _step(size: int) -> int:
+    """The step that leaves not many less than BINNED_MAXIMUM elements of so many.
+
+    It shares no factor with the size, hence with no dimension: all channels are met alike.
+    """
+    step = -(-size // BINNED_MAXIMUM)
+    while math.gcd(step, size) > 1:
+        step += 1
+    return step
+
+
 @dataclass(frozen=True)
 class Patches:
     """Which elements a Conv multiplies with its weight: the geometry of its windows.
@@ -191,7 +214,7 @@ class Patches:
         kernel: sizes of the window.
         strides: of the window, one for each axis.
         dilations: of its elements, one for each axis.
-        pads: ONNX's begins, then ends; None where `auto_pad` says it.
+        pads: ONNX's begins, then ends; not looked at where `auto_pad` says them.
         group: the channels fall into so many groups.
         auto_pad: as in ONNX.
     """
@@ -237,33 +260,60 @@ class Patches:
 
 
 GRAM_ROWS_MINIMUM, GRAM_ROWS_MAXIMUM = 64, 256
-"""Of one array, about as many rows as the layer has inputs go into a Gram matrix, evenly spread,
-and not fewer or more than these: over some tens of samples that is plenty."""
+"""Of one array, as many rows as the layer has inputs go into a Gram matrix, evenly spread, and not
+fewer or more than these: over some tens of samples that is plenty."""
+
+ROW_MAGNITUDE_MAXIMUM = 1e18
+"""Sums of squares of what is larger are no float32 any more."""
 
 
-def _spread_evenly(count: int, inputs: int) -> np.ndarray:
-    """Which of so many rows go into the Gram matrix of so many inputs."""
-    wanted = min(max(inputs, GRAM_ROWS_MINIMUM), GRAM_ROWS_MAXIMUM)
-    return np.arange(0, count, max(1, -(-count // wanted)))
+def _spread_evenly(count: int, inputs: int, number: int) -> np.ndarray:
+    """Which of so many rows go into the Gram matrix of so many inputs.
+
+    One at random of each stretch: an even step would meet the same few columns of an image, or
+    tokens of a sequence, again and again. It depends on nothing but the arguments, so that the rows
+    of two models can be compared.
+    """
+    wanted = min(count, min(max(inputs, GRAM_ROWS_MINIMUM), GRAM_ROWS_MAXIMUM))
+    ends = np.arange(wanted + 1) * count // max(wanted, 1)
+    generator = np.random.default_rng((number, count))
+    return np.asarray(generator.integers(ends[:-1], ends[1:]))
 
 
-def rows_of(array: np.ndarray, patches: Patches | None) -> np.ndarray:
-    """Rows of an array, evenly spread: float32 of shape [group, rows, inputs]."""
+def rows_of(array: np.ndarray, patches: Patches | None, number: int) -> np.ndarray:
+    """Rows of an array, evenly spread; those with elements too large to work with are left out.
+
+    Args:
+        array: [..., inputs]; for a Conv [batch, channels, ...].
+        patches: geometry of a Conv; None for a product with the last axis.
+        number: of the array among those of the value; others of the same shape give other rows.
+
+    Returns:
+        float32 of shape [group, rows, inputs].
+    """
+    with np.errstate(over="ignore"):
+        rows = np.asarray(_chosen_rows(array, patches, number), np.float32)
+    with np.errstate(invalid="ignore"):
+        usable = (np.abs(rows) <= ROW_MAGNITUDE_MAXIMUM).all(axis=(0, 2))
+    return rows if usable.all() else rows[:, usable]
+
+
+def _chosen_rows(array: np.ndarray, patches: Patches | None, number: int) -> np.ndarray:
     if patches is None:
-        rows = array.reshape(-1, array.shape[-1])
-        rows = rows[_spread_evenly(len(rows), rows.shape[1])]
-        return np.asarray(rows[np.newaxis], np.float32)
+        inputs = array.shape[-1] if array.ndim else 1
+        rows = array.reshape(-1 if inputs else 0, inputs)
+        return rows[np.newaxis, _spread_evenly(len(rows), inputs, number)]
     windows = patches.cut(array)
     group, batch, channels = windows.shape[:3]
     rank = len(patches.kernel)
     places = windows.shape[3 : 3 + rank]
     inputs = channels * math.prod(patches.kernel)
-    chosen = _spread_evenly(batch * math.prod(places), inputs)
+    chosen = _spread_evenly(batch * math.prod(places), inputs, number)
     first, *others = np.unravel_index(chosen, (batch, *places))
     index: tuple[Any, ...] = (first, slice(None), slice(None), *others)
     # Indexed axes come first: [rows, group, channels, kernel...].
     rows = np.moveaxis(windows, 1, 0)[index].reshape(len(chosen), group, inputs)
-    return np.asarray(rows.transpose(1, 0, 2), np.float32)
+    return np.asarray(rows.transpose(1, 0, 2))
 
 
 def _outer(rows: np.ndarray) -> np.ndarray:
@@ -284,17 +334,19 @@ class Gram:
             [group, inputs, inputs].
         sums: sum over rows, float64 of shape [group, inputs].
         rows: how many rows there were.
+        arrays: how many arrays there were.
     """
 
     patches: Patches | None = None
     total: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 0)))
     sums: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
     rows: int = 0
+    arrays: int = 0
 
     def add(self, array: np.ndarray) -> None:
-        """Take in one array of floating point; rows that are not finite are left out."""
-        rows = rows_of(array, self.patches)
-        rows = rows[:, np.isfinite(rows).all(axis=(0, 2))]
+        """Take in one array of floating point; see `rows_of`."""
+        rows = rows_of(array, self.patches, self.arrays)
+        self.arrays += 1
         if not rows.shape[1]:
             return
         outer = _outer(rows).astype(np.float64)
@@ -325,30 +377,30 @@ class Rows:
 
     Attributes:
         patches: geometry of a Conv; None for a product with the last axis.
-        values: those kept, in no order, float32 of shape [group, rows, inputs].
+        values: those kept, float32 of shape [group, rows, inputs]. Their order is random: the
+            first few are a uniform sample too.
+        arrays: how many arrays there were.
     """
 
     patches: Patches | None = None
     values: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 0), np.float32))
+    arrays: int = 0
     _keys: np.ndarray = field(default_factory=lambda: np.zeros(0))
     _random: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
     def add(self, array: np.ndarray) -> None:
-        """Take in one array of floating point; rows that are not finite are left out.
+        """Take in one array of floating point; see `rows_of`.
 
         Of all rows, those with the smallest random keys stay, so that each is as likely to.
         """
-        rows = rows_of(array, self.patches)
-        keys: np.ndarray = self._random.random(rows.shape[1])
-        finite = np.isfinite(rows).all(axis=(0, 2))
-        rows, keys = rows[:, finite], np.asarray(keys[finite])
+        rows = rows_of(array, self.patches, self.arrays)
+        self.arrays += 1
+        keys = np.asarray(self._random.random(rows.shape[1]))
         if self._keys.size:
             rows = np.concatenate([self.values, rows], axis=1)
             keys = np.concatenate([self._keys, keys])
-        if keys.size > ROWS_MAXIMUM:
-            kept = np.argpartition(keys, ROWS_MAXIMUM)[:ROWS_MAXIMUM]
-            rows, keys = rows[:, kept], keys[kept]
-        self.values, self._keys = rows, keys
+        kept = np.argsort(keys)[:ROWS_MAXIMUM]
+        self.values, self._keys = rows[:, kept], np.asarray(keys[kept])
 
 
 @dataclass
@@ -371,10 +423,10 @@ class Reservoir:
         keys: np.ndarray = self._random.random(values.size)
         if len(self._keys) == self.size:
             better = keys < self._keys.max()
-            values, keys = values[better], np.asarray(keys[better])
+            values, keys = values[better], keys[better]
         values = np.concatenate([self.values, values.astype(np.float32)])
         keys = np.concatenate([self._keys, keys])
         if len(keys) > self.size:
             kept = np.argpartition(keys, self.size)[: self.size]
-            values, keys = values[kept], np.asarray(keys[kept])
+            values, keys = values[kept], keys[kept]
         self.values, self._keys = values, keys

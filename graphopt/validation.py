@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -194,6 +194,12 @@ class Comparison:
     def outputs(self) -> tuple[OutputError, ...]:
         """The result for every output, in order."""
         return tuple(sums.result() for sums in self._sums.values())
+
+
+def worst(outputs: Iterable[OutputError]) -> float:
+    """The largest relative L2 error; infinite where outputs cannot be compared."""
+    errors = [math.inf if output.mismatch is not None else output.rel_l2 for output in outputs]
+    return max(errors, default=0.0)
 
 
 # ------------------------------------------------------------------ verdicts

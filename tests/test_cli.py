@@ -146,6 +146,7 @@ STEP = {
     "bytes_before": int,
     "bytes_after": int,
     "seconds": float,
+    "latency_ratio": float | None,
 }
 
 

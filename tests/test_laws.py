@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import generated_chains
 import generated_fusions
+import generated_halves
 import generated_transformers
 import generated_views
 import numpy as np
@@ -33,6 +34,7 @@ RECIPE = range(12, 2012)
 FOCUS: dict[str, tuple[Step, ...]] = {
     **generated_chains.FOCUS,
     **generated_fusions.FOCUS,
+    **generated_halves.FOCUS,
     **generated_transformers.FOCUS,
     **generated_views.FOCUS,
 }

@@ -41,6 +41,6 @@ TRANSFORMERS = Recipe(
 
 INT8 = Recipe(
     summary="basic, then 8-bit integers wherever they are faster and the samples allow it",
-    passes=f"{BASIC.passes},quantize-static,quantize-dynamic,quantize-weights",
+    passes=f"{BASIC.passes},widen-halves,quantize-static,quantize-dynamic,quantize-weights{{min-elements=4096}}",
     repeat=True,
 )

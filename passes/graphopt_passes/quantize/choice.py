@@ -18,7 +18,7 @@ import onnx_ir as ir
 from graphopt.contract import Context
 from graphopt.observe import Answers, Question
 from graphopt.statistics import Gram, Rows, Spread
-from graphopt.validation import OutputError
+from graphopt.validation import worst
 from graphopt_passes.quantize.coding import write_codes
 from graphopt_passes.quantize.latency import Cost, other_cost, product_cost
 from graphopt_passes.quantize.layers import layer_of
@@ -27,10 +27,10 @@ from graphopt_passes.quantize.regions import chosen_units
 from graphopt_passes.quantize.units import Unit, units_of
 from graphopt_passes.quantize.weights import IntegerLayer, integer_layer
 
-ALONE_SAMPLES, TOGETHER_SAMPLES = 8, 32
+ALONE_SAMPLES, TOGETHER_SAMPLES = 4, 16
 """Samples on which the error of one layer, and of all together, is measured at most."""
 
-PRICES = 10
+PRICES = 7
 """How often the price of error is halved or doubled in search of the lowest that serves."""
 
 SLOWER = "integers would be slower: its kernel, or the changes of form around it"
@@ -158,14 +158,9 @@ class Choice:
         name = unit.node.outputs[0].name or ""
         if name not in self._integers:
             layer = layer_of(unit.node)
-            rows, gram = self.answers[layer.ask("rows")], self.answers[layer.ask("gram")]
+            rows = self.answers[layer.ask("rows")]
+            gram = self.answers[layer.ask("gram")] if layer.has_gram else Gram()
             assert isinstance(rows, Rows) and isinstance(gram, Gram)
             source = self.parameters.of(layer.source)
             self._integers[name] = integer_layer(layer, source, rows, gram)
         return self._integers[name]
-
-
-def worst(outputs: Iterable[OutputError]) -> float:
-    """The largest relative L2 error; infinite where outputs cannot be compared."""
-    errors = [float("inf") if o.mismatch is not None else o.rel_l2 for o in outputs]
-    return max(errors, default=0.0)

@@ -14,6 +14,9 @@ from graphopt.operators import is_onnx
 from graphopt.rewriting import constant_tensor, input_of
 from graphopt.statistics import Patches
 
+GRAM_INPUTS_MAXIMUM = 2304
+"""A layer of more inputs is rounded without a Gram matrix, which would take over 40 MB."""
+
 
 @dataclass(frozen=True, eq=False)
 class Layer:
@@ -84,6 +87,11 @@ class Layer:
         """The bias, float64 of shape [outputs], or None."""
         tensor = constant_tensor(input_of(self.node, 2))
         return None if tensor is None else np.asarray(read_array(tensor), np.float64).reshape(-1)
+
+    @property
+    def has_gram(self) -> bool:
+        """Its inputs are few enough to look at their products."""
+        return self.dimensions[2] <= GRAM_INPUTS_MAXIMUM
 
     def ask(self, about: str) -> Question:
         """A question on the rows that the weight is multiplied with: "gram" or "rows"."""

@@ -12,13 +12,18 @@ import onnx_ir as ir
 
 from graphopt.content import read_array
 from graphopt.contract import Bounds, Change, Context, Effect, Pass
-from graphopt.operators import all_graphs
+from graphopt.observe import Answers
+from graphopt.operators import all_graphs, is_onnx
 from graphopt.packing import FOLDED_BYTES_MAXIMUM, is_packed
-from graphopt.rewriting import Names, add_initializer
+from graphopt.rewriting import Names, add_initializer, constant_tensor, only_reader
 from graphopt.skeleton import INFERRED
+from graphopt.statistics import Gram
+from graphopt.validation import worst
 from graphopt_passes.fuse.misfit import Misfit
 from graphopt_passes.quantize.balanced_rounding import Coded, largest, round_to_codes, scale_type
 from graphopt_passes.quantize.granularity import WEIGHTS, Axes, Role, role_of
+from graphopt_passes.quantize.layers import Layer, layer_of
+from graphopt_passes.quantize.weights import codes_against
 from graphopt_passes.simplify.chains import why_refused
 
 FIRST_OPSET = 7
@@ -32,6 +37,9 @@ MORE_ELEMENTS = (1 << 13, 1 << 16)
 
 NAMES, NODES_BYTES = 7, 150
 """What nodes and initializers take in the file: a name so many times, and so many bytes."""
+
+COMPARED_SAMPLES = 32
+"""On so many samples at most is the error measured."""
 
 TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
 """Of weights that are packed."""
@@ -54,6 +62,8 @@ class QuantizeWeights(Pass):
         min_elements: smaller weights are not worth the nodes.
         min_channels: weights of fewer inputs or outputs stay as they are. Rounding shows most in
             filters of a signal or an image and in those that make a single output.
+        error: relative L2 error of the worst output that packing may add on the calibration
+            samples; where it adds more, narrower forms are tried. Without samples the gate decides.
     """
 
     name: ClassVar[str] = "quantize-weights"
@@ -64,14 +74,29 @@ class QuantizeWeights(Pass):
 
     min_elements: Annotated[int, Bounds(1)] = 256
     min_channels: Annotated[int, Bounds(1)] = 1
+    error: Annotated[float, Bounds(0.0, None)] = 0.05
 
     def refuse(self, model: ir.Model, context: Context) -> str | None:
         """Refuse opsets before 7, which broadcast in another way."""
         return why_refused(model, FIRST_OPSET)
 
     def apply(self, model: ir.Model, context: Context) -> Change:
-        """Pack one weight after the other."""
+        """Pack one weight after the other; with samples, as many as keep the outputs close."""
+        form: QuantizeWeights | None = self
+        while context.observer is not None and form is not None:
+            candidate = model.clone()
+            if not form._pack(candidate, context):
+                return self._pack(model, context)
+            if worst(context.compare(model, candidate, COMPARED_SAMPLES)) <= self.error:
+                break
+            form = form.narrow()
+        return (form or self)._pack(model, context)
+
+    def _pack(self, model: ir.Model, context: Context) -> Change:
         change, names = Change(), Names(model)
+        layers = _layers(model) if context.observer is not None else {}
+        asked = [layer.ask("gram") for layer in layers.values()]
+        answers = context.observe(model, asked) if asked else {}
         for graph in all_graphs(model):
             for value in list(graph.initializers.values()):
                 if not _is_candidate(value, self.min_elements):
@@ -81,6 +106,8 @@ class QuantizeWeights(Pass):
                 except Misfit as reason:
                     change.skip(value, str(reason))
                     continue
+                if value in layers:
+                    coded = _against_inputs(layers[value], coded, answers)
                 _replace(value, coded, names, context)
                 change.count(f"weight of {role.operator} stored as int8")
         return change
@@ -119,6 +146,33 @@ class QuantizeWeights(Pass):
         if not np.isfinite(largest(weight, shared)).all():
             raise Misfit("it holds infinity or NaN")
         return role, round_to_codes(weight, shared)
+
+
+def _layers(model: ir.Model) -> dict[ir.Value, Layer]:
+    """The weights that one product of the main graph reads, whose inputs can be looked at."""
+    found = {}
+    for node in model.graph:
+        if not is_onnx(node, "Conv", "Gemm", "MatMul") or len(node.inputs) < 2:
+            continue
+        data, weight = node.inputs[0], node.inputs[1]
+        if data is None or weight is None or data.dtype != ir.DataType.FLOAT:
+            continue
+        tensor = constant_tensor(weight)
+        if tensor is None or only_reader(weight) is not node or constant_tensor(data) is not None:
+            continue
+        layer = layer_of(node)
+        if (is_onnx(node, "Conv") or len(tensor.shape) == 2) and layer.has_gram:
+            found[weight] = layer
+    return found
+
+
+def _against_inputs(layer: Layer, coded: Coded, answers: Answers) -> Coded:
+    """The same scales, with codes that change the outputs least on the inputs of the samples."""
+    gram = answers[layer.ask("gram")]
+    assert isinstance(gram, Gram)
+    if not gram.rows or coded.scales.size != math.prod(layer.dimensions[:2]):
+        return coded
+    return Coded(codes_against(layer, coded.scales.reshape(-1), gram), coded.scales)
 
 
 def _is_candidate(value: ir.Value, min_elements: int) -> bool:

@@ -81,6 +81,24 @@ def _rounded(
     return np.stack([codes for codes, _ in done]), np.stack([scales for _, scales in done])
 
 
+def codes_against(layer: Layer, scales: np.ndarray, gram: Gram) -> np.ndarray:
+    """Codes for given scales that change a layer's outputs least, where its inputs stay float.
+
+    Args:
+        layer: not modified.
+        scales: of shape [outputs].
+        gram: of the layer's input.
+
+    Returns:
+        int8, in the layout of the weight.
+    """
+    matrix, units = layer.matrix(), scales.astype(np.float64).reshape(layer.dimensions[:2])
+    if matrix.shape[1] == 1 and layer.group > 1:
+        return layer.stored(round_to_gram(matrix[:, 0], units[:, 0], gram.mean))
+    parts = zip(matrix, units, gram.mean, strict=True)
+    return layer.stored(np.stack([round_to_gram(*part) for part in parts]))
+
+
 def _rounded_rows(
     weight: np.ndarray, gram: np.ndarray, floor: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
