@@ -27,7 +27,7 @@ from graphopt_passes.quantize.affine import affine_of
 from graphopt_passes.quantize.flows import Blocked, Flow, Order, Sink, Stop, flow_of
 from graphopt_passes.quantize.layers import products
 from graphopt_passes.quantize.rescaling import Rescaling, Source, by_input, column_maxima
-from graphopt_passes.quantize.weights import CODE_MAXIMUM
+from graphopt_passes.quantize.rounding import HIGH as CODE_MAXIMUM
 
 EXPONENTS = (0.3, 0.5, 0.7, 0.85, 1.0)
 
