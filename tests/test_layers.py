@@ -9,7 +9,7 @@ from on_codes import normal
 
 from graphopt.runtime import Session
 from graphopt.skeleton import infer_shapes
-from graphopt.statistics import Gram, rows_of
+from graphopt.statistics import Gram
 from graphopt.testing import parse
 from graphopt_passes.quantize.affine import Affine, affine_of
 from graphopt_passes.quantize.layers import Layer, layer_of, products
@@ -59,6 +59,16 @@ def layer_in(model: ir.Model) -> Layer:
     return layer_of(next(node for node in model.graph if node.op_type in PRODUCTS))
 
 
+def rows_of(layer: Layer, array: np.ndarray) -> np.ndarray:
+    """All rows that the layer multiplies with its weight: [group, rows, inputs]."""
+    patches = layer.patches()
+    if patches is None:
+        return array.reshape(1, -1, array.shape[-1])
+    windows = patches.cut(array)
+    rows = np.moveaxis(windows, 2, 1 + len(patches.kernel) + 1)
+    return rows.reshape(layer.group, -1, layer.dimensions[2])
+
+
 def by_output(layer: Layer, y: np.ndarray) -> np.ndarray:
     """Outputs of a layer as [outputs, places], in the order of rows."""
     channels = y if layer.patches() is None else np.moveaxis(y, 1, -1)
@@ -75,7 +85,7 @@ def test_rows_times_matrix_plus_bias_is_what_onnxruntime_computes(
     assert layer.matrix().shape == (group, outputs, inputs)
     assert group * outputs == 6
 
-    rows = rows_of(x, layer.patches())
+    rows = rows_of(layer, x)
     made = products(rows, layer.matrix())
     bias = layer.bias()
 
@@ -113,12 +123,12 @@ def test_integers_of_a_layer_compute_about_what_it_does(
     assert integers.bias.dtype == np.int32 and integers.bias.shape == (6,)
     assert integers.scales.dtype == integers.bias_scales.dtype == np.float32
     np.testing.assert_array_equal(integers.bias_scales, source.scale * integers.scales)
-    exact = output_of(layer, rows_of(array, layer.patches()), layer.matrix(), layer.bias())
+    exact = output_of(layer, rows_of(layer, array), layer.matrix(), layer.bias())
     scales = integers.scales.astype(np.float64).reshape(layer.dimensions[:2])[..., np.newaxis]
     coded = Layer(layer.node, layer.group).stored(layer.matrix())
     assert coded.shape == integers.codes.shape
     matrix = matrix_of(layer, integers.codes) * scales
-    rounded = source.rounded(rows_of(array, layer.patches()))
+    rounded = source.rounded(rows_of(layer, array))
     bias = integers.bias * integers.bias_scales.astype(np.float64)
     got = output_of(layer, rounded, matrix, bias)
     assert np.linalg.norm(got - exact) < 0.02 * np.linalg.norm(exact)

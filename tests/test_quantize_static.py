@@ -14,6 +14,7 @@ import onnx_ir as ir
 import pytest
 from on_codes import (
     Sample,
+    all_units,
     code_all,
     context_of,
     difference,
@@ -33,10 +34,11 @@ from graphopt.errors import SampleError
 from graphopt.observe import Question
 from graphopt.rewriting import constant_tensor
 from graphopt.runtime import Reference, Session
-from graphopt.skeleton import infer_shapes
+from graphopt.skeleton import infer_shapes, why_invalid
 from graphopt.statistics import Spread
 from graphopt.testing import assert_unchanged, canonical, parse
 from graphopt_passes.quantize.affine import affine_of
+from graphopt_passes.quantize.choice import Choice
 from graphopt_passes.quantize.layers import layer_of
 from graphopt_passes.quantize.quantize_static import ERROR_MINIMUM, QuantizeStatic
 from graphopt_passes.quantize.rounding import round_nearest, scales_of
@@ -337,6 +339,68 @@ def test_linear_interpolation_stays_in_float(tmp_path: Path) -> None:
     code_all(model, samples_of(1, 8, 6, 6))
 
     assert work(model, tmp_path) == ENDS + ENDS + Counter({"QLinearConv": 2, "Resize": 1})
+
+
+# ------------------------------------------------------------------ any graph
+
+STEPS = (
+    "{v} = Conv <pads = [1, 1, 1, 1]> ({a}, w)",
+    "{v} = Conv <pads = [1, 1, 1, 1]> ({a}, w, b)",
+    "{v} = Relu({a})",
+    "{v} = Clip({a}, low, high)",
+    "{v} = Tanh({a})",
+    "{v} = Sigmoid({a})",
+    "{v} = LeakyRelu({a})",
+    "{v} = Add({a}, {b})",
+    "{v} = Mul({a}, {b})",
+    "{v} = Add({a}, high)",
+    "{v} = Transpose <perm = [0, 1, 3, 2]> ({a})",
+    "{v} = Identity({a})",
+    "{v} = Reshape({a}, shape)",
+    "{v} = MaxPool <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> ({a})",
+    "c{v} = Concat <axis = 1> ({a}, {b}) {v} = Slice(c{v}, two, six, one)",
+    "p{v}, q{v} = Split <axis = 1, num_outputs = 2> ({a}) {v} = Concat <axis = 1> (q{v}, p{v})",
+    "p{v} = Pad({a}, pads) {v} = Slice(p{v}, one, five, two)",
+)
+
+
+def any_graph(generator: np.random.Generator) -> str:
+    """A dozen steps at most, each of values made shortly before, with several outputs."""
+    names, nodes = ["x"], []
+    for number in range(generator.integers(3, 12)):
+        a, b = generator.choice(names[-4:], 2)
+        names.append(f"v{number}")
+        nodes.append(str(generator.choice(STEPS)).format(v=names[-1], a=a, b=b))
+    outputs = sorted({names[-1], *generator.choice(names[1:], 3)})
+    return f"""
+    agraph (float[1, 4, 4, 4] x, float[4, 4, 3, 3] w, float[4] b)
+        => ({", ".join(f"float[N, C, H, W] {name}" for name in outputs)})
+    <float low = {{-0.5}}, float high = {{1.0}}, int64[4] shape = {{1, 4, 4, 4}},
+     int64[1] one = {{1}}, int64[1] two = {{2}}, int64[1] five = {{5}}, int64[1] six = {{6}},
+     int64[8] pads = {{0, 0, 1, 0, 0, 0, 1, 0}}>
+    {{ {" ".join(nodes)} }}
+    """
+
+
+@pytest.mark.parametrize(
+    "seed", [*range(10), *(pytest.param(n, marks=pytest.mark.slow) for n in range(10, 100))]
+)
+def test_any_units_of_any_graph_may_work_on_codes(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    model = parse(
+        any_graph(generator), w=normal(seed, 4, 4, 3, 3, scale=0.25), b=normal(seed + 1, 4)
+    )
+    samples = samples_of(1, 4, 4, 4)
+    units, _ = all_units(model)
+    choice = Choice(model, context_of(model, samples), units)
+    for share in (1.0, 0.6, 0.3):
+        written = model.clone()
+        choice.write(written, [unit for unit in units if generator.random() < share])
+
+        assert why_invalid(written) is None
+        assert [o.name for o in written.graph.outputs] == [o.name for o in model.graph.outputs]
+        assert difference(model, written, samples[0]) < 0.08
+        assert steps_from_written(written, samples[0]) < 4
 
 
 # ------------------------------------------------------------------ oracles
@@ -964,7 +1028,7 @@ def test_an_old_opset_is_refused() -> None:
 
 
 def test_values_without_names_and_with_odd_ones() -> None:
-    for names in (None, None), ("scale_0", "a/b: é\"'\n%s{}"), ("x_codes", "w_codes"):
+    for names in (None, None), ("scale_0", "a/b: é\"'\n%s{}"):
         model = paying()
         for node, name in zip(model.graph, (*names, "y"), strict=True):
             node.name, node.outputs[0].name = None, name
