@@ -856,6 +856,15 @@ def test_samples_of_one_number(number: float) -> None:
     assert difference(before, model, samples[0]) < FINE
 
 
+def test_samples_without_numbers_say_nothing() -> None:
+    empty = np.zeros((0, 128, 6, 6), np.float32)
+
+    why = assert_unchanged_with_samples(paying("N"), [{"x": empty}])
+    assert why == {"no sample has numbers where it reads or writes"}
+
+    assert quantize(paying("N"), [{"x": empty}, *paying_samples()]).counts == BOTH
+
+
 def dead(weight: np.ndarray) -> np.ndarray:
     """The weight with an output that is 0 and an input that nothing reads."""
     weight = weight.copy()

@@ -9,6 +9,7 @@ looked for. Errors of layers add up well enough for that, and the result is meas
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,6 +35,7 @@ PRICES = 7
 """How often the price of error is halved or doubled in search of the lowest that serves."""
 
 SLOWER = "integers would be slower: its kernel, or the changes of form around it"
+UNSEEN = "no sample has numbers where it reads or writes"
 TOO_COARSE = "on integers it changes the outputs by {:.3g} alone; float to stay within the error"
 
 
@@ -73,7 +75,13 @@ class Choice:
         assert isinstance(spread, Spread)
         return spread.elements / max(spread.arrays, 1)
 
+    def _is_seen(self, unit: Unit) -> bool:
+        spreads = [self.answers[Question(v.name or "")] for v in (*unit.sources, *unit.outputs)]
+        return all(isinstance(spread, Spread) and spread.count for spread in spreads)
+
     def _cost(self, unit: Unit) -> Cost:
+        if not self._is_seen(unit):
+            return Cost(0.0, math.inf)
         elements = sum(self.elements(o) for o in unit.outputs)
         if unit.kind == "product":
             return product_cost(layer_of(unit.node), elements)
@@ -88,7 +96,8 @@ class Choice:
             error: relative L2 error of the worst output that is allowed.
         """
         fastest = self._cut({})
-        slower = {u: SLOWER for u in self.units if u.kind == "product" and u not in fastest}
+        others = [u for u in self.units if u.kind == "product" and u not in fastest]
+        slower = {u: SLOWER if self._is_seen(u) else UNSEEN for u in others}
         if not any(unit.kind == "product" for unit in fastest):
             return [], slower
         if self._error(fastest, TOGETHER_SAMPLES) <= error:
