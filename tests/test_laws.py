@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import generated_chains
 import generated_fusions
+import generated_layers
 import generated_transformers
 import generated_views
 import numpy as np
@@ -18,9 +19,13 @@ from generated import Step, generate, runs_as_written
 import graphopt
 from graphopt.contract import Change, Context, Effect, Pass, Sample
 from graphopt.gate import interface_of, why_other_interface
+from graphopt.observe import Observer
 from graphopt.operators import all_graphs, node_count
+from graphopt.recording import Feed
 from graphopt.registry import parse_passes, pass_class, pass_names
 from graphopt.runtime import Reference, Session
+from graphopt.samples import read_samples
+from graphopt.signature import signature
 from graphopt.skeleton import infer_shapes, why_invalid
 from graphopt.testing import assert_equivalent, canonical
 from graphopt.validation import Comparison, why_over
@@ -33,6 +38,7 @@ RECIPE = range(12, 2012)
 FOCUS: dict[str, tuple[Step, ...]] = {
     **generated_chains.FOCUS,
     **generated_fusions.FOCUS,
+    **generated_layers.FOCUS,
     **generated_transformers.FOCUS,
     **generated_views.FOCUS,
 }
@@ -57,7 +63,11 @@ def samples(model: ir.Model, effect: Effect = Effect.ROUNDING) -> list[Sample]:
 
 def applied(one: Pass, model: ir.Model) -> Change:
     infer_shapes(model)
-    context = Context(lambda: model)
+    observer = None
+    if one.needs_samples:
+        inputs = signature(model)
+        observer = Observer(Feed(read_samples(samples(model), inputs), inputs))
+    context = Context(lambda: model, observer=observer)
     return Change() if one.refuse(model, context) else one.apply(model, context)
 
 

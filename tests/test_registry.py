@@ -17,17 +17,27 @@ TESTS = Path(__file__).parent
 NOT_PASSES = {
     "__init__.py",
     "affine.py",
+    "balancing.py",
     "chains.py",
+    "coding.py",
+    "flows.py",
     "fusing.py",
+    "layers.py",
     "lost_fusions.py",
     "misfit.py",
     "no_change.py",
     "normalization.py",
+    "parameters.py",
     "pattern.py",
+    "ranges.py",
     "ranks.py",
     "recipes.py",
     "reductions.py",
+    "regions.py",
+    "rescaling.py",
+    "units.py",
     "views.py",
+    "weights.py",
 }
 
 

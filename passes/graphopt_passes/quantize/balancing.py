@@ -41,6 +41,12 @@ FACTOR_MINIMUM, FACTOR_MAXIMUM = 1e-2, 1e2
 
 ROWS_TRIED = 256
 
+ROWS_MINIMUM = 16
+"""With fewer, how their numbers happen to be rounded says more than how large they are."""
+
+LEAST = 1e-9
+"""A squared error relative to the squared outputs: far below that of 8 bits."""
+
 
 @dataclass(frozen=True, eq=False)
 class Stretch:
@@ -189,6 +195,7 @@ class Trial:
     Attributes:
         extent: of its input.
         columns: the largest weight that each input channel meets.
+        least: an error that is nothing.
     """
 
     def __init__(self, sink: Sink, extent: Extent, rows: Rows, done: Rescaling) -> None:
@@ -199,6 +206,7 @@ class Trial:
         divided = by_input(sink.layer, done.of_inputs(sink.layer), self._matrix)
         self._rows = np.asarray(rows.values[:, :ROWS_TRIED] / divided, np.float32)
         self._whole = products(self._rows, self._matrix.astype(np.float32))
+        self.least = LEAST * float(np.square(self._whole, dtype=np.float64).sum())
         # Of each input, over the outputs: what reads one channel in several places adds up.
         energy = np.square(self._matrix).sum(axis=1)
         self._energy = energy.reshape(extent.low.size, -1).sum(axis=1) * self._rows.shape[1]
@@ -216,7 +224,8 @@ class Trial:
         rounded = affine.rounded((self._rows / wide).astype(np.float32))
         changed = products(rounded, _rounded_rows(self._matrix * wide)) - self._whole
         changed -= changed.mean(axis=1, keepdims=True)
-        return float(np.square(changed, dtype=np.float64).sum()) + self._noise(factors, stops)
+        total = float(np.square(changed, dtype=np.float64).sum())
+        return total + self._noise(factors, stops) + self.least
 
     def _noise(self, factors: np.ndarray, stops: Sequence[Extent]) -> float:
         """Of rounding on the way: a twelfth of a squared step, as much larger as the channel is.
@@ -255,33 +264,46 @@ def _ratio(upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
 def _best_factors(stretch: Stretch, answers: Answers, done: Rescaling) -> np.ndarray | str:
     """The factors that cost least; in words, why none are worth it."""
     source, flow = stretch.source, stretch.flow
-    stops = [
-        _extent(s, answers, done.of_value(s.value, s.channels.origin.size)) for s in flow.stops
-    ]
-    trials = []
-    for sink in flow.sinks:
-        rows = answers[sink.layer.ask("rows")]
-        extent = _extent(_input_of(sink), answers, done.of_inputs(sink.layer))
-        if extent is None or not isinstance(rows, Rows) or not rows.values.size:
-            return "what goes through it was not observed"
-        trials.append(Trial(sink, extent, rows, done))
-    known = [stop for stop in stops if stop is not None]
-    if len(known) < len(stops):
-        return "what goes through it was not observed"
-    errors = [trial.error(np.ones(source.count), known) for trial in trials]
+    seen = _what_is_seen(flow, answers, done)
+    if isinstance(seen, str):
+        return seen
+    trials, stops = seen
+    errors = [trial.error(np.ones(source.count), stops) for trial in trials]
 
     def left(factors: np.ndarray) -> float:
         """What the factors leave of the error, on average over the products."""
-        now = [trial.error(factors, known) for trial in trials]
+        now = [trial.error(factors, stops) for trial in trials]
         return float(np.mean([n / e if e > 0 else 1.0 for n, e in zip(now, errors, strict=True)]))
 
-    tried = {left(f): f for f in _candidates(source.count, trials, known)}
+    tried = {left(f): f for f in _candidates(source.count, trials, stops)}
     if not tried:
         return "its channels are all zero, or nothing weighs them"
     best = min(tried)
     if best > WORTHWHILE:
         return f"at best {max(0.0, 1 - best):.0%} of the error would go"
     return tried[best]
+
+
+def _what_is_seen(
+    flow: Flow, answers: Answers, done: Rescaling
+) -> tuple[list[Trial], list[Extent]] | str:
+    """The products on their rows, and where channels are rounded on the way; or what is missing."""
+    trials, stops = [], []
+    for stop in flow.stops:
+        stops.append(_extent(stop, answers, done.of_value(stop.value, stop.channels.origin.size)))
+    for sink in flow.sinks:
+        rows = answers[sink.layer.ask("rows")]
+        assert isinstance(rows, Rows)
+        count = rows.values.shape[1]
+        if count < ROWS_MINIMUM:
+            return f"the samples hold {count} rows of what it makes; it takes {ROWS_MINIMUM}"
+        extent = _extent(_input_of(sink), answers, done.of_inputs(sink.layer))
+        if extent is not None:
+            trials.append(Trial(sink, extent, rows, done))
+    known = [stop for stop in stops if stop is not None]
+    if len(known) < len(stops) or len(trials) < len(flow.sinks):
+        return "what goes through it is masked, or not of known shape"
+    return trials, known
 
 
 def _candidates(

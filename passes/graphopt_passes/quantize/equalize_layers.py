@@ -23,8 +23,11 @@ from graphopt_passes.quantize.balancing import (
 from graphopt_passes.quantize.flows import FIRST_OPSET, PRODUCTS, Blocked, Order
 from graphopt_passes.quantize.rescaling import Rescaling, Source, column_maxima, product_source
 
-BALANCED = 0.05
+LEVEL = 0.5
 """Factors that are all within so many powers of two of 1 are not worth writing."""
+
+CONVERGED = 0.05
+"""Where some are worth it, they are followed down to so many powers of two."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +86,14 @@ def _level_weights(
 ) -> None:
     """Until rows and columns are of the same size, forwards and backwards in turns."""
     done = Rescaling()
+    if all(_unevenness(_level_factors(s, done)) < LEVEL for s in stretches):
+        return
     changed: dict[Source, None] = {}
     for turn in range(ROUNDS_MAXIMUM):
         before = done
         for stretch in stretches if turn % 2 == 0 else stretches[::-1]:
             factors = _level_factors(stretch, done)
-            if np.abs(np.log2(factors)).max(initial=0.0) < BALANCED:
+            if _unevenness(factors) < CONVERGED:
                 continue
             after = done.divided(stretch.source, stretch.flow, factors)
             if after is not None:
@@ -99,6 +104,10 @@ def _level_weights(
     for source in changed:
         change.count(f"{source.node.op_type} levelled with what follows")
     done.write(model, context)
+
+
+def _unevenness(factors: np.ndarray) -> float:
+    return float(np.abs(np.log2(factors)).max(initial=0.0))
 
 
 def _level_factors(stretch: Stretch, done: Rescaling) -> np.ndarray:

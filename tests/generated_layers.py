@@ -1,0 +1,94 @@
+"""Steps of generated graphs with layers that follow one another, for what moves factors."""
+
+from __future__ import annotations
+
+import numpy as np
+from generated import Builder, Step
+from generated_fusions import with_last_only
+
+
+def uneven(b: Builder, *shape: int) -> str:
+    """A weight whose outputs, along the first axis, are of very different sizes below 1.
+
+    Large ones would make much of little roundings, wherever a Tanh follows.
+    """
+    sizes = 4.0 ** b.random.uniform(-2, 0, (shape[0], *(1,) * (len(shape) - 1)))
+    sizes /= np.prod(shape[1:])
+    return b.constant((b.random.standard_normal(shape) * sizes).astype(np.float32))
+
+
+def layer(b: Builder, value: str, made: int) -> str:
+    """A Conv of an odd kernel, with or without groups and bias, that keeps the places."""
+    batch, channels, height, width = b.shapes[value]
+    group = int(b.random.choice([1, 2, channels])) if channels == made and channels % 2 == 0 else 1
+    kernel = int(b.random.choice([1, 3]))
+    inputs = [value, uneven(b, made, channels // group, kernel, kernel)]
+    if b.random.random() < 0.7:
+        inputs.append(b.normal(made))
+    pads = [kernel // 2] * 4
+    return b.add("Conv", inputs, (batch, made, height, width), group=group, pads=pads)
+
+
+def between(b: Builder, value: str) -> str:
+    shape = b.shapes[value]
+    way = b.random.integers(7)
+    if way == 0:
+        return b.add("Relu", [value], shape)
+    if way == 1:
+        return b.add("LeakyRelu", [value], shape, alpha=0.25)
+    if way == 2:
+        return b.add("PRelu", [value, b.normal(shape[1], 1, 1)], shape)
+    if way == 3:
+        return b.add("Clip", [value, b.constant(np.float32(0))], shape)
+    if way == 4:
+        return b.add("Add", [value, b.normal(shape[1], 1, 1)], shape)
+    if way == 5:
+        order = b.constant(np.int64(b.random.permutation(shape[1])))
+        return b.add("Gather", [value, order], shape, axis=1)
+    return value
+
+
+def layers(b: Builder) -> None:
+    """Two or three layers, the last of which is a Gemm now and then."""
+    value = b.any(4)
+    if value is None:
+        return
+    width = int(b.random.choice([4, 6]))
+    for _ in range(int(b.random.integers(1, 3))):
+        value = between(b, layer(b, value, width))
+    if b.random.random() < 0.3:
+        batch, channels, height, wide = b.shapes[value]
+        size = channels * height * wide
+        flat = b.add("Flatten", [value], (batch, size))
+        b.add("Gemm", [flat, uneven(b, size, 6)], (batch, 6))
+        return
+    layer(b, value, width)
+
+
+def scaled(b: Builder) -> None:
+    """Products of the same rows, scaled by a constant in which one channel stands out."""
+    value = b.any(4)
+    if value is None:
+        return
+    shape = b.shapes[value]
+    size = shape[-1]
+    factors = np.ones(size, np.float32)
+    factors[int(b.random.integers(size))] = 50
+    rows = b.add("Tanh", [value], shape)
+    normal = b.add("Mul", [rows, b.constant(factors)], shape)
+    if b.random.random() < 0.5:
+        normal = b.add("Add", [normal, b.normal(size)], shape)
+    made = (*shape[:-1], 5)
+
+    def weight() -> np.ndarray:
+        numbers: np.ndarray = b.random.standard_normal((size, 5)) / 50
+        return numbers.astype(np.float32)
+
+    products = [b.add("MatMul", [normal, b.constant(weight())], made) for _ in range(2)]
+    b.add("Add", products, made)
+
+
+FOCUS: dict[str, tuple[Step, ...]] = {
+    "equalize-layers": (with_last_only(layers),),
+    "smooth-activations": (with_last_only(scaled),),
+}
