@@ -279,6 +279,8 @@ def _best_factors(stretch: Stretch, answers: Answers, done: Rescaling) -> np.nda
     if not tried:
         return "its channels are all zero, or nothing weighs them"
     best = min(tried)
+    if not np.isfinite(best):
+        return "its weights are not finite"
     if best > WORTHWHILE:
         return f"at best {max(0.0, 1 - best):.0%} of the error would go"
     return tried[best]

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.contract import describe
 from graphopt.operators import is_onnx
 from graphopt.packing import is_packed
 from graphopt.rewriting import constant_tensor, input_of, small_array, small_integers
@@ -236,11 +237,11 @@ def _sink(node: ir.Node, found: Found) -> Sink:
     channels = _only(node, found)
     reason = why_fixed(node)
     if reason is not None:
-        raise Blocked(f"{node.op_type} {node.name} reads it, and {reason}")
+        raise Blocked(f"{describe(node)} reads it, and {reason}")
     rank = rank_of(node.inputs[0]) if is_onnx(node, "MatMul") else 2
     layer = layer_of(node)
     if rank is None or channels.axis != rank - 1 or channels.origin.size != inputs_of(layer):
-        raise Blocked(f"{node.op_type} {node.name} reads it along another axis")
+        raise Blocked(f"{describe(node)} reads it along another axis")
     return Sink(layer, channels)
 
 

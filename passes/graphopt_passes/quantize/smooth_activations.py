@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.contract import Change, Context, Effect, Pass
-from graphopt.operators import ONNX_DOMAINS, is_onnx
+from graphopt.operators import is_onnx
 from graphopt.rewriting import constant_tensor, input_of, why_too_old
 from graphopt_passes.quantize.balancing import balance, stretches_of
 from graphopt_passes.quantize.flows import (
@@ -24,14 +24,14 @@ from graphopt_passes.quantize.flows import (
 from graphopt_passes.quantize.rescaling import Source, product_source
 from graphopt_passes.simplify.chains import axis_attribute, rank_of, sizes_of
 
-NORMALIZATIONS: Mapping[tuple[str, str], tuple[int, ...]] = {
-    ("", "LayerNormalization"): (1, 2),
-    ("", "RMSNormalization"): (1,),
-    ("", "SimplifiedLayerNormalization"): (1,),
-    ("com.microsoft", "SkipLayerNormalization"): (2, 3),
-    ("com.microsoft", "SkipSimplifiedLayerNormalization"): (2,),
+NORMALIZATIONS: Mapping[str, tuple[int, ...]] = {
+    "LayerNormalization": (1, 2),
+    "RMSNormalization": (1,),
 }
-"""Which inputs scale and shift the channels of the last axis, by domain and operator."""
+"""Which inputs scale and shift the channels of the last axis, by operator.
+
+Those of onnxruntime's own domain are left out: ONNX infers no shapes after them.
+"""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class SmoothActivations(Pass):
 
     SmoothQuant (Xiao et al. 2022): a few channels of a transformer's activations are far larger
     than the rest and take the codes from them, while weights are even. The factors are folded into
-    scale and shift of LayerNormalization, RMSNormalization and their like, into a constant that is
+    scale and shift of LayerNormalization or RMSNormalization, into a constant that is
     multiplied, or, where the product of two branches is read, into the layer that makes one of
     them. The exponent is chosen by what rounding costs on the samples, over all layers that read
     the channels together, and they stay where less than a tenth of that would go.
@@ -78,11 +78,9 @@ def _products(order: Order) -> Iterator[Source]:
 
 def _sources(order: Order) -> Iterator[Source]:
     for node in order.nodes:
-        domain = "" if node.domain in ONNX_DOMAINS else node.domain
-        places = NORMALIZATIONS.get((domain, node.op_type), ())
         source = None
-        if places:
-            source = _normalization(node, places)
+        if is_onnx(node, *NORMALIZATIONS):
+            source = _normalization(node, NORMALIZATIONS[node.op_type])
         elif is_onnx(node, "Mul"):
             source = _multiplication(node)
         if source is not None:
@@ -94,7 +92,7 @@ def _normalization(node: ir.Node, places: tuple[int, ...]) -> Source | None:
     present = [place for place in places if input_of(node, place) is not None]
     tensors = [constant_tensor(node.inputs[place]) for place in present]
     shapes = {None if t is None else tuple(t.shape.numpy()) for t in tensors}
-    rank = rank_of(node.outputs[0]) or rank_of(node.inputs[0])
+    rank = rank_of(node.outputs[0])
     if len(shapes) != 1 or rank is None or axis_attribute(node, rank, -1) != rank - 1:
         return None
     (shape,) = shapes
