@@ -211,6 +211,11 @@ class Trial:
         energy = np.square(self._matrix).sum(axis=1)
         self._energy = energy.reshape(extent.low.size, -1).sum(axis=1) * self._rows.shape[1]
 
+    @property
+    def is_finite(self) -> bool:
+        """The weights and what they make of the rows are numbers."""
+        return bool(np.isfinite(self._matrix).all() and np.isfinite(self._whole).all())
+
     def error(self, factors: np.ndarray, stops: Sequence[Extent]) -> float:
         """The sum of squared errors of the outputs; that of their means is corrected by the bias.
 
@@ -268,6 +273,8 @@ def _best_factors(stretch: Stretch, answers: Answers, done: Rescaling) -> np.nda
     if isinstance(seen, str):
         return seen
     trials, stops = seen
+    if not all(trial.is_finite for trial in trials):
+        return "its weights are not finite"
     errors = [trial.error(np.ones(source.count), stops) for trial in trials]
 
     def left(factors: np.ndarray) -> float:
@@ -279,8 +286,6 @@ def _best_factors(stretch: Stretch, answers: Answers, done: Rescaling) -> np.nda
     if not tried:
         return "its channels are all zero, or nothing weighs them"
     best = min(tried)
-    if not np.isfinite(best):
-        return "its weights are not finite"
     if best > WORTHWHILE:
         return f"at best {max(0.0, 1 - best):.0%} of the error would go"
     return tried[best]
