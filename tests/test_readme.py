@@ -9,18 +9,18 @@ from graphopt.contract import Effect
 from graphopt.registry import pass_class, pass_names
 
 README = Path(__file__).parent.parent / "README.md"
+MARKS = {Effect.EXACT: "", Effect.ROUNDING: "~", Effect.LOSSY: "≈"}
 TABLE = re.compile(r"(?<=<!-- passes -->\n).*?(?=<!-- /passes -->)", re.DOTALL)
 
 
 def pass_table() -> str:
-    """A row for each folder of passes; those that may round are marked."""
+    """A row for each folder of passes; those that may round, or change more, are marked."""
     folders: dict[str, list[str]] = {}
     for name in pass_names():
         cls = pass_class(name)
         package, folder, *_ = cls.__module__.split(".")
         if package == "graphopt_passes":
-            mark = "" if cls.effect is Effect.EXACT else "~"
-            folders.setdefault(folder, []).append(f"`{name}`{mark}")
+            folders.setdefault(folder, []).append(f"`{name}`{MARKS[cls.effect]}")
     lines = ["| | passes |", "|---|---|"]
     lines += [f"| {folder} | {', '.join(names)} |" for folder, names in sorted(folders.items())]
     return "\n".join(lines) + "\n"
