@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import onnx_ir as ir
@@ -143,15 +143,17 @@ class Choice:
 
     def _error(self, units: Sequence[Unit], samples: int) -> float:
         candidate = self.model.clone()
-        self.write(candidate, units)
+        # What is only tried goes to no file.
+        self.write(candidate, units, replace(self.context, scratch=None))
         return worst(self.context.compare(self.model, candidate, samples))
 
-    def write(self, model: ir.Model, units: Sequence[Unit]) -> None:
+    def write(self, model: ir.Model, units: Sequence[Unit], context: Context | None = None) -> None:
         """Let these units work on codes.
 
         Args:
             model: the model itself or a clone of it; rewritten in place.
             units: of the model itself.
+            context: that makes the tensors; by default that of the run.
         """
         names = {unit.node.outputs[0].name for unit in units}
         there = units if model is self.model else units_of(model.graph, lambda *_: None).values()
@@ -161,7 +163,8 @@ class Choice:
             for u in units
             if u.kind == "product"
         }
-        write_codes(model, chosen, self.parameters, integers, self.context.tensor)
+        tensor = (context or self.context).tensor
+        write_codes(model, chosen, self.parameters, integers, tensor)
 
     def _integer_layer(self, unit: Unit) -> IntegerLayer:
         name = unit.node.outputs[0].name or ""

@@ -36,7 +36,7 @@ class Layer:
         if is_onnx(self.node, "MatMul"):
             return 1
         if is_onnx(self.node, "Gemm"):
-            return 0 if _stated(self.node, "transB") else 1
+            return 0 if self.node.attributes.get_int("transB", 0) else 1
         return 0
 
     @property
@@ -104,21 +104,20 @@ class Layer:
         tensor = constant_tensor(self.weight)
         assert tensor is not None
         kernel = tuple(int(k) for k in tensor.shape.numpy()[2:])
-        rank = len(kernel)
-        auto_pad = self.node.attributes.get("auto_pad")
+        rank, stated = len(kernel), self.node.attributes
         return Patches(
             kernel=kernel,
-            strides=_sizes(self.node, "strides", (1,) * rank),
-            dilations=_sizes(self.node, "dilations", (1,) * rank),
-            pads=_sizes(self.node, "pads", (0,) * 2 * rank),
+            strides=tuple(stated.get_ints("strides", (1,) * rank)),
+            dilations=tuple(stated.get_ints("dilations", (1,) * rank)),
+            pads=tuple(stated.get_ints("pads", (0,) * 2 * rank)),
             group=self.group,
-            auto_pad=auto_pad.as_string() if auto_pad is not None else "NOTSET",
+            auto_pad=stated.get_string("auto_pad", "NOTSET"),
         )
 
 
 def layer_of(node: ir.Node) -> Layer:
     """The layer that a product is."""
-    return Layer(node, _stated(node, "group", 1) if is_onnx(node, "Conv") else 1)
+    return Layer(node, node.attributes.get_int("group", 1) if is_onnx(node, "Conv") else 1)
 
 
 def products(rows: np.ndarray, matrix: np.ndarray) -> np.ndarray:
@@ -131,13 +130,3 @@ def products(rows: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     if math.prod(matrix.shape[1:]) <= 64:
         return np.asarray(np.einsum("grk,gnk->grn", rows, matrix))
     return np.asarray(np.matmul(rows, matrix.transpose(0, 2, 1)))
-
-
-def _stated(node: ir.Node, name: str, default: int = 0) -> int:
-    attribute = node.attributes.get(name)
-    return default if attribute is None else attribute.as_int()
-
-
-def _sizes(node: ir.Node, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
-    attribute = node.attributes.get(name)
-    return default if attribute is None else tuple(attribute.as_ints())

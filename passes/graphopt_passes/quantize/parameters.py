@@ -1,8 +1,7 @@
 """Scale and zero point for every value that becomes codes, by what they do to the layers' outputs.
 
-For a value that layers read, each candidate range is tried on rows of their inputs, as sampled from
-the user's data: the one that changes their outputs least is taken. Other values take the range of
-least mean squared error.
+A value gets the range that clips nothing. Where layers read it, ranges that clip are tried on rows
+of their inputs, sampled from the user's data, and the best is taken where it is far better.
 """
 
 from __future__ import annotations

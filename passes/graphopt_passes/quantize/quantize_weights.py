@@ -85,7 +85,8 @@ class QuantizeWeights(Pass):
         form: QuantizeWeights | None = self
         while context.observer is not None and form is not None:
             candidate = model.clone()
-            if not form._pack(candidate, context):
+            # What is only tried goes to no file.
+            if not form._pack(candidate, replace(context, scratch=None)):
                 return self._pack(model, context)
             if worst(context.compare(model, candidate, COMPARED_SAMPLES)) <= self.error:
                 break

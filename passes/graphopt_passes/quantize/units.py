@@ -91,11 +91,6 @@ class Unit:
         """The values that become codes."""
         return tuple((self.saturated or self.node).outputs)
 
-    @property
-    def weight(self) -> ir.Value | None:
-        """The weight of a product."""
-        return self.node.inputs[1] if self.kind == "product" else None
-
 
 class NotQuantized(Exception):
     """Why a node cannot work on codes."""
@@ -215,12 +210,11 @@ def _product(node: ir.Node) -> Unit:
 
 
 def _check_gemm(node: ir.Node, weight: ir.TensorProtocol, bias: ir.Value | None) -> None:
-    def stated(name: str, default: float) -> float:
-        return float(node.attributes[name].value) if name in node.attributes else default
-
-    if stated("transA", 0) or stated("alpha", 1) != 1 or stated("beta", 1) != 1:
+    stated = node.attributes
+    scaled = stated.get_float("alpha", 1.0) != 1 or stated.get_float("beta", 1.0) != 1
+    if stated.get_int("transA", 0) or scaled:
         raise NotQuantized("it has transA, alpha or beta")
-    outputs = weight.shape.numpy()[0 if stated("transB", 0) else 1]
+    outputs = weight.shape.numpy()[0 if stated.get_int("transB", 0) else 1]
     if bias is not None and static_shape(bias) not in ((outputs,), (1, outputs)):
         raise NotQuantized("its bias is not one number for each output")
 
