@@ -48,16 +48,20 @@ def chosen_units(
     for unit, place in zip(units, places.values(), strict=True):
         network.arc(CODES, place, costs[unit].floats_ns)
         network.arc(place, FLOATS, costs[unit].codes_ns)
+    may_leave = {o for unit in units if is_onnx(unit.node, "Gemm", "MatMul") for o in unit.outputs}
     for value in dict.fromkeys(v for unit in units for v in (*unit.sources, *unit.outputs)):
         readers = {places.get(use.node, FLOATS) for use in value.uses()}
         readers |= {FLOATS} if value.is_graph_output() else set()
-        _add_changes(network, value, makers.get(value, FLOATS), readers, elements_of(value))
+        # Integer kernels of these make floats at no cost, where nothing reads codes.
+        dequantize = readers != {FLOATS} or value not in may_leave
+        maker, elements = makers.get(value, FLOATS), elements_of(value)
+        _add_changes(network, maker, readers, elements, dequantize)
     on_codes = network.near_codes()
     return [unit for unit in units if places[unit.node] in on_codes]
 
 
 def _add_changes(
-    network: _Network, value: ir.Value, maker: int, readers: set[int], elements: float
+    network: _Network, maker: int, readers: set[int], elements: float, dequantize: bool
 ) -> None:
     """What it costs where a value is made in one form and read in the other, once each way."""
     others = readers - {FLOATS}
@@ -66,18 +70,12 @@ def _add_changes(
         network.arc(quantized, maker, QUANTIZE_NS * elements)
         for reader in others:
             network.forbid(reader, quantized)
-    if maker == FLOATS or (not others and _leaves_as_floats(value)):
+    if maker == FLOATS or not dequantize:
         return
     dequantized = network.place()
     network.arc(maker, dequantized, DEQUANTIZE_NS * elements)
     for reader in readers:
         network.forbid(dequantized, reader)
-
-
-def _leaves_as_floats(value: ir.Value) -> bool:
-    """The integer kernel that makes the value can make floats of it, at no cost."""
-    maker = value.producer()
-    return maker is not None and is_onnx(maker, "Gemm", "MatMul")
 
 
 @dataclass
