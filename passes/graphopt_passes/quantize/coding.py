@@ -22,6 +22,7 @@ from graphopt.rewriting import (
 )
 from graphopt_passes.quantize.affine import Affine, affine_of
 from graphopt_passes.quantize.layers import Layer, layer_of
+from graphopt_passes.quantize.padding import Padding, added
 from graphopt_passes.quantize.parameters import Parameters
 from graphopt_passes.quantize.units import CONSTANT_MAXIMUM, Unit
 from graphopt_passes.quantize.weights import IntegerLayer
@@ -35,6 +36,7 @@ def write_codes(
     parameters: Parameters,
     integers: Mapping[str, IntegerLayer],
     tensor: TensorMaker,
+    padding: Padding,
 ) -> None:
     """Rewrite units of the main graph in their form on codes.
 
@@ -44,16 +46,43 @@ def write_codes(
         parameters: maps of all their values.
         integers: weights and biases of the products, by the name of the product's output.
         tensor: makes a tensor of an array.
+        padding: channels that values get in addition.
     """
+    _add_channels(units, padding)
     coding = Coding(model.graph, Names(model), parameters, tensor, _float_outputs(units))
     for unit in units:
         if unit.kind == "product":
-            coding.product(unit, layer_of(unit.node), integers[unit.node.outputs[0].name or ""])
+            layer, integer = layer_of(unit.node), integers[unit.node.outputs[0].name or ""]
+            coding.product(unit, layer, _padded(layer, integer, *added(unit, padding)))
         elif parameters.passes_codes(unit):
             coding.movement(unit)
         else:
             coding.arithmetic(unit)
     _drop_unread(model.graph)
+
+
+def _add_channels(units: Sequence[Unit], padding: Padding) -> None:
+    """Let values have the shapes that they get."""
+    for unit in units:
+        more = padding.get(unit.outputs[0].name or "", 0)
+        for value in {unit.node.outputs[0], unit.outputs[0]} if more else ():
+            assert value.shape is not None
+            batch, channels, *places = value.shape.dims
+            assert isinstance(channels, int)
+            value.shape = ir.Shape([batch, channels + more, *places])
+
+
+def _padded(
+    layer: Layer, integers: IntegerLayer, more_inputs: int, more_outputs: int
+) -> IntegerLayer:
+    """Integers of a layer that gets so many channels; of a depthwise Conv, its groups grow."""
+    if not (more_inputs or more_outputs):
+        return integers
+    if not layer.is_depthwise:
+        return integers.padded(more_inputs, more_outputs)
+    attributes = layer.node.attributes
+    attributes["group"] = ir.AttrInt64("group", layer.group + more_outputs)
+    return integers.padded(0, more_outputs)
 
 
 def _float_outputs(units: Sequence[Unit]) -> frozenset[ir.Node]:

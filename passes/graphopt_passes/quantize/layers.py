@@ -49,6 +49,18 @@ class Layer:
         return self.group, outputs // self.group, math.prod(map(int, shape)) // outputs
 
     @property
+    def taps(self) -> int:
+        """Of the window of a Conv; 1 for others."""
+        patches = self.patches()
+        return 1 if patches is None else math.prod(patches.kernel)
+
+    @property
+    def is_depthwise(self) -> bool:
+        """Each channel that goes out is made of the same channel of what comes in."""
+        group, outputs, inputs = self.dimensions
+        return group > 1 and outputs == 1 and inputs == self.taps
+
+    @property
     def source(self) -> ir.Value:
         """The value that is multiplied with the weight."""
         value = self.node.inputs[0]
