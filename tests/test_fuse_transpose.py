@@ -100,7 +100,10 @@ def test_keeps_the_outputs(options: dict[str, object]) -> None:
             {"conv": '<auto_pad = "SAME_UPPER">'},
             "the Conv chooses its pads by the size of its input (SAME_UPPER)",
         ),
-        ({"image": "2,7,9,6", "conv": "<group = 2>", "weight": (4, 3, 3, 2)}, "the Conv has groups"),
+        (
+            {"image": "2,7,9,6", "conv": "<group = 2>", "weight": (4, 3, 3, 2)},
+            "the Conv has groups",
+        ),
         ({"image": "2,7,9,16", "weight": (4, 16, 3, 2)}, "it has over 15 channels"),
     ],
     ids=str,

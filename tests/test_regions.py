@@ -116,14 +116,14 @@ def chain(*gains_ns: float) -> list[str]:
 
 
 def test_a_region_grows_over_what_loses_less_than_the_changes_of_form() -> None:
-    # 17 ns for a value to codes, 15 back.
-    assert chain(100, -30, 100) == ["a", "b", "c"]
-    assert chain(100, -33, 100) == ["a", "c"]
+    to_codes, back = 20 * QUANTIZE_NS, 20 * DEQUANTIZE_NS
+    assert chain(100, -(to_codes + back - 1), 100) == ["a", "b", "c"]
+    assert chain(100, -(to_codes + back + 1), 100) == ["a", "c"]
     # The last MatMul makes floats by itself, so that nothing changes back behind it.
-    assert chain(16, 0, 0) == []
-    assert chain(18, 0, 0) == ["a", "b", "c"]
-    assert chain(100, -14, 0) == ["a", "b", "c"]
-    assert chain(100, -16, 0) == ["a"]
+    assert chain(to_codes - 1, 0, 0) == []
+    assert chain(to_codes + 1, 0, 0) == ["a", "b", "c"]
+    assert chain(100, -(back - 1), 0) == ["a", "b", "c"]
+    assert chain(100, -(back + 1), 0) == ["a"]
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e9, 1e15])

@@ -44,10 +44,11 @@ INT8 = Recipe(
     passes=",".join(
         (
             BASIC.passes,
-            # Before codes, which another order of summation would change. The first Conv of an image
-            # is faster in floats.
-            "widen-halves,fuse-transpose",
-            "quantize-static,quantize-dynamic,quantize-weights{min-elements=4096}",
+            # Before codes, which another order of summation would change.
+            "widen-halves,fuse-transpose,pad-channels",
+            "quantize-static,quantize-dynamic,quantize-weights{min-elements=512}",
+            # Zero points and scales that are the same in many layers.
+            "merge-duplicates",
         )
     ),
     repeat=True,

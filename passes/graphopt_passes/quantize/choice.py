@@ -23,7 +23,6 @@ from graphopt.validation import worst
 from graphopt_passes.quantize.coding import write_codes
 from graphopt_passes.quantize.latency import Cost, other_cost, product_cost
 from graphopt_passes.quantize.layers import layer_of
-from graphopt_passes.quantize.padding import Padding, added, padding_of
 from graphopt_passes.quantize.parameters import Parameters, choose_parameters, questions_on
 from graphopt_passes.quantize.regions import chosen_units
 from graphopt_passes.quantize.units import Unit, units_of
@@ -65,6 +64,11 @@ class Choice:
         """The maps of the values."""
         return choose_parameters(self.units, self.answers)
 
+    @cached_property
+    def costs(self) -> dict[Unit, Cost]:
+        """What each unit costs."""
+        return {unit: self._cost(unit) for unit in self.units}
+
     def elements(self, value: ir.Value) -> float:
         """How many elements a value has, in a sample on average."""
         spread = self.answers[Question(value.name or "")]
@@ -75,17 +79,13 @@ class Choice:
         spreads = [self.answers[Question(v.name or "")] for v in (*unit.sources, *unit.outputs)]
         return all(isinstance(spread, Spread) and spread.count for spread in spreads)
 
-    def _cost(self, unit: Unit, padding: Padding) -> Cost:
+    def _cost(self, unit: Unit) -> Cost:
         if not self._is_seen(unit):
             return Cost(0.0, math.inf)
         made = sum(self.elements(o) for o in unit.outputs)
         if unit.kind == "product":
-            read = self.elements(unit.sources[0])
-            return product_cost(layer_of(unit.node), read, made, *added(unit, padding))
+            return product_cost(layer_of(unit.node), self.elements(unit.sources[0]), made)
         return other_cost(unit, made)
-
-    def _padding(self, units: Sequence[Unit]) -> Padding:
-        return padding_of([unit for unit in units if self._is_seen(unit)], self.elements)
 
     # -------------------------------------------------------------- choosing
 
@@ -108,23 +108,15 @@ class Choice:
         return chosen, {**slower, **coarse}
 
     def _cut(self, prices_ns: Mapping[Unit, float]) -> list[Unit]:
-        """The cheapest choice; first as if all could be padded, then as that choice can be."""
-        hoped = self._padding(self.units)
-        chosen = self._cut_with(hoped, prices_ns)
-        padding = self._padding(chosen)
-        kept = {name: more for name, more in hoped.items() if name in padding}
-        return chosen if kept == hoped else self._cut_with(kept, prices_ns)
-
-    def _cut_with(self, padding: Padding, prices_ns: Mapping[Unit, float]) -> list[Unit]:
-        costs = {}
-        for unit in self.units:
-            cost = self._cost(unit, padding)
-            costs[unit] = replace(cost, codes_ns=cost.codes_ns + prices_ns.get(unit, 0.0))
+        costs = {
+            unit: Cost(cost.floats_ns, cost.codes_ns + prices_ns.get(unit, 0.0))
+            for unit, cost in self.costs.items()
+        }
         return chosen_units(self.units, costs, self.elements)
 
     def _cheapest_within(self, error: float, squares: Mapping[Unit, float]) -> list[Unit]:
         """The choice at the lowest price of squared error that keeps the outputs close."""
-        total_ns = sum(self._cost(unit, {}).floats_ns for unit in self.units)
+        total_ns = sum(cost.floats_ns for cost in self.costs.values())
         # At this price the allowed error costs as much as the whole model.
         middle = total_ns / max(error * error, 1e-12)
         low, high, best = middle / 2**PRICES, middle * 2**PRICES, list[Unit]()
@@ -172,7 +164,7 @@ class Choice:
             if u.kind == "product"
         }
         tensor = (context or self.context).tensor
-        write_codes(model, chosen, self.parameters, integers, tensor, self._padding(units))
+        write_codes(model, chosen, self.parameters, integers, tensor)
 
     def _integer_layer(self, unit: Unit) -> IntegerLayer:
         name = unit.node.outputs[0].name or ""

@@ -20,9 +20,9 @@ from graphopt.rewriting import (
     small_integers,
     static_shape,
 )
+from graphopt.skeleton import INFERRED
 from graphopt_passes.quantize.affine import Affine, affine_of
 from graphopt_passes.quantize.layers import Layer, layer_of
-from graphopt_passes.quantize.padding import Padding, added
 from graphopt_passes.quantize.parameters import Parameters
 from graphopt_passes.quantize.units import CONSTANT_MAXIMUM, Unit
 from graphopt_passes.quantize.weights import IntegerLayer
@@ -36,7 +36,6 @@ def write_codes(
     parameters: Parameters,
     integers: Mapping[str, IntegerLayer],
     tensor: TensorMaker,
-    padding: Padding,
 ) -> None:
     """Rewrite units of the main graph in their form on codes.
 
@@ -46,43 +45,18 @@ def write_codes(
         parameters: maps of all their values.
         integers: weights and biases of the products, by the name of the product's output.
         tensor: makes a tensor of an array.
-        padding: channels that values get in addition.
     """
-    _add_channels(units, padding)
-    coding = Coding(model.graph, Names(model), parameters, tensor, _float_outputs(units))
+    coding = Coding(
+        model.graph, Names(model), parameters, tensor, _float_outputs(units), _joining(units)
+    )
     for unit in units:
         if unit.kind == "product":
-            layer, integer = layer_of(unit.node), integers[unit.node.outputs[0].name or ""]
-            coding.product(unit, layer, _padded(layer, integer, *added(unit, padding)))
+            coding.product(unit, layer_of(unit.node), integers[unit.node.outputs[0].name or ""])
         elif parameters.passes_codes(unit):
             coding.movement(unit)
         else:
             coding.arithmetic(unit)
     _drop_unread(model.graph)
-
-
-def _add_channels(units: Sequence[Unit], padding: Padding) -> None:
-    """Let values have the shapes that they get."""
-    for unit in units:
-        more = padding.get(unit.outputs[0].name or "", 0)
-        for value in {unit.node.outputs[0], unit.outputs[0]} if more else ():
-            assert value.shape is not None
-            batch, channels, *places = value.shape.dims
-            assert isinstance(channels, int)
-            value.shape = ir.Shape([batch, channels + more, *places])
-
-
-def _padded(
-    layer: Layer, integers: IntegerLayer, more_inputs: int, more_outputs: int
-) -> IntegerLayer:
-    """Integers of a layer that gets so many channels; of a depthwise Conv, its groups grow."""
-    if not (more_inputs or more_outputs):
-        return integers
-    if not layer.is_depthwise:
-        return integers.padded(more_inputs, more_outputs)
-    attributes = layer.node.attributes
-    attributes["group"] = ir.AttrInt64("group", layer.group + more_outputs)
-    return integers.padded(0, more_outputs)
 
 
 def _float_outputs(units: Sequence[Unit]) -> frozenset[ir.Node]:
@@ -92,6 +66,18 @@ def _float_outputs(units: Sequence[Unit]) -> frozenset[ir.Node]:
         unit.node
         for unit in units
         if unit.kind == "product" and not is_onnx(unit.node, "Conv") and unit.outputs[0] not in read
+    )
+
+
+def _joining(units: Sequence[Unit]) -> frozenset[ir.Value]:
+    """Images that come from floats and meet, in an Add or Mul, what a Conv makes on codes."""
+    made = {value for unit in units for value in unit.outputs}
+    return frozenset(
+        value
+        for unit in units
+        if unit.kind == "arithmetic" and not made.isdisjoint(unit.sources)
+        for value in unit.sources
+        if value not in made and value.shape is not None and len(value.shape) == 4
     )
 
 
@@ -105,6 +91,7 @@ class Coding:
         parameters: the maps of the values.
         tensor: makes a tensor of an array.
         float_outputs: products whose output stays float.
+        joining: values whose codes get the channels last before anything reads them.
     """
 
     graph: ir.Graph
@@ -112,6 +99,7 @@ class Coding:
     parameters: Parameters
     tensor: TensorMaker
     float_outputs: frozenset[ir.Node] = frozenset()
+    joining: frozenset[ir.Value] = frozenset()
     _coded: dict[ir.Value, tuple[ir.Value, ir.Value]] = field(default_factory=dict)
     _maps: dict[Affine, tuple[ir.Value, ir.Value]] = field(default_factory=dict)
 
@@ -136,21 +124,22 @@ class Coding:
         op_type: str,
         inputs: Sequence[ir.Value | None],
         likes: Sequence[ir.Value],
-        suffix: str,
+        name: str,
         dtype: ir.DataType,
         attributes: Iterable[ir.Attr] = (),
     ) -> ir.Node:
-        """A node whose outputs have the names, with a suffix, and shapes of other values."""
+        """A node whose outputs have the shapes of other values.
+
+        Names are short, since in a small model they take more bytes than the weights that they
+        stand beside; so does what can be inferred.
+        """
         outputs = [
-            ir.Value(
-                name=self.names.new(f"{like.name}_{suffix}"),
-                type=ir.TensorType(dtype),
-                shape=like.shape,
-            )
+            ir.Value(name=self.names.new(name), type=ir.TensorType(dtype), shape=like.shape)
             for like in likes
         ]
-        name = self.names.new(f"{op_type}_{outputs[0].name}")
-        return ir.Node("", op_type, inputs, attributes, outputs=outputs, name=name)
+        for output in outputs:
+            output.meta[INFERRED] = True
+        return ir.Node("", op_type, inputs, attributes, outputs=outputs)
 
     def _insert(self, node: ir.Node, after: ir.Value) -> None:
         """Put a node where a value has just been made."""
@@ -163,7 +152,7 @@ class Coding:
     def _numbers(self, codes: ir.Value, value: ir.Value) -> ir.Value:
         """What the codes of a value stand for."""
         inputs = [codes, *self._map(self.parameters.of(value))]
-        node = self._node("DequantizeLinear", inputs, [value], "dequantized", ir.DataType.FLOAT)
+        node = self._node("DequantizeLinear", inputs, [value], "numbers", ir.DataType.FLOAT)
         self._insert(node, codes)
         return node.outputs[0]
 
@@ -179,8 +168,32 @@ class Coding:
             inputs = [value, *self._map(self.parameters.of(value))]
             node = self._node("QuantizeLinear", inputs, [value], "codes", ir.DataType.UINT8)
             self._insert(node, value)
-            self._keep(value, node.outputs[0])
+            codes = node.outputs[0]
+            self._keep(value, self._channels_last(codes) if value in self.joining else codes)
         return self._coded[value]
+
+    def _channels_last(self, codes: ir.Value) -> ir.Value:
+        """The codes of an image once more, by way of the layout that onnxruntime's Conv has for it.
+
+        onnxruntime lays out the channels of codes last around each Conv, and moves the Transpose
+        that it needs on through an Add only if both sides have one. Otherwise each Add of a
+        residual network has two. A Reshape to the same shape keeps the pair from cancelling.
+        """
+        same = self._constant(np.zeros(4, np.int64), "same_shape")
+        value = codes
+        for op_type, inputs, perm in (
+            ("Transpose", (), [0, 2, 3, 1]),
+            ("Reshape", (same,), None),
+            ("Transpose", (), [0, 3, 1, 2]),
+        ):
+            attributes = [] if perm is None else [ir.AttrInt64s("perm", perm)]
+            like = ir.Value(name=codes.name)
+            node = self._node(
+                op_type, [value, *inputs], [like], "laid_out", ir.DataType.UINT8, attributes
+            )
+            self._insert(node, value)
+            value = node.outputs[0]
+        return value
 
     # -------------------------------------------------------------- units
 
@@ -197,7 +210,7 @@ class Coding:
             inputs = self._with_codes(unit, inputs, zero)
         elif (picked := _picked(node)) is not None:
             axis, indices = picked
-            op_type, inputs = "Gather", [inputs[0], self._constant(indices, f"{node.name}_indices")]
+            op_type, inputs = "Gather", [inputs[0], self._constant(indices, "indices")]
             attributes = [ir.AttrInt64("axis", axis)]
         moved = self._node(op_type, inputs, node.outputs, "codes", ir.DataType.UINT8, attributes)
         self.graph.insert_after(node, moved)
@@ -215,7 +228,7 @@ class Coding:
             array = small_array(input_of(unit.node, place), 1)
             if array is not None:
                 code = affine.codes(np.asarray(array, np.float32).reshape(()))
-                inputs[place] = self._constant(code, f"{unit.node.name}_limit")
+                inputs[place] = self._constant(code, "limit")
         if is_onnx(unit.node, "Pad"):
             inputs += [None] * (3 - len(inputs))
             inputs[2] = inputs[2] if inputs[2] is not None else zero
@@ -236,7 +249,7 @@ class Coding:
         affine = affine_of(float(array.min()), float(array.max()))
         codes = self._constant(affine.codes(array), f"{value.name}_codes")
         inputs = [codes, *self._map(affine)]
-        node = self._node("DequantizeLinear", inputs, [value], "dequantized", ir.DataType.FLOAT)
+        node = self._node("DequantizeLinear", inputs, [value], "numbers", ir.DataType.FLOAT)
         self.graph.insert_before(self.graph[0], node)
         return node.outputs[0]
 
@@ -258,14 +271,14 @@ class Coding:
     def _parameter(self, codes: np.ndarray, scales: np.ndarray, axis: int, hint: str) -> ir.Value:
         inputs = [
             self._constant(codes, f"{hint}_codes"),
-            self._constant(scales, f"{hint}_scales"),
-            self._constant(np.zeros(scales.shape, codes.dtype), f"{hint}_zero_points"),
+            self._constant(scales, "scales"),
+            self._constant(np.zeros(scales.shape, codes.dtype), "zero_points"),
         ]
         node = self._node(
             "DequantizeLinear",
             inputs,
             [ir.Value(name=hint, shape=ir.Shape(codes.shape))],
-            "dequantized",
+            "numbers",
             ir.DataType.FLOAT,
             [ir.AttrInt64("axis", axis)],
         )
@@ -286,7 +299,7 @@ class Coding:
             remove_node(unit.saturated)
         if not made.name:
             # Its name went to the graph's output.
-            made.name = self.names.new(f"{node.name}_input")
+            made.name = self.names.new("exact")
 
     def _within_limits(self, unit: Unit, codes: ir.Value) -> ir.Value:
         """The codes; clipped where, shared with other values, they reach beyond the unit's limits.
@@ -297,7 +310,7 @@ class Coding:
         limits = affine.codes(np.asarray(unit.limits))
         if limits[0] <= affine.low + 1 and limits[1] >= affine.high - 1:
             return codes
-        inputs = [codes, *(self._constant(c, f"{unit.node.name}_limit") for c in limits)]
+        inputs = [codes, *(self._constant(c, "limit") for c in limits)]
         node = self._node("Clip", inputs, unit.outputs, "clipped", ir.DataType.UINT8)
         self._insert(node, codes)
         return node.outputs[0]
@@ -317,7 +330,7 @@ def _picked(node: ir.Node) -> tuple[int, np.ndarray] | None:
     (start,), (end,), (axis,), (step,) = (part for part in parts if part is not None)
     if abs(step) == 1:
         return None
-    return axis, np.arange(shape[axis], dtype=np.int64)[slice(start, end, step)]
+    return axis, np.arange(shape[axis], dtype=np.int32)[slice(start, end, step)]
 
 
 def _drop_unread(graph: ir.Graph) -> None:

@@ -9,7 +9,6 @@ depthwise Conv; and where a value would change form too often.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from graphopt.operators import is_onnx
@@ -137,6 +136,19 @@ def _matrix_cost(rows: float, inputs: int, outputs: int) -> Cost:
         floats_ns=1e3 + products / (7 + 73 * share),
         codes_ns=3e3 + products / (26 + 242 * share) + 0.3 * rows * inputs,
     )
+
+
+def pool_ns(read: float, made: float, channels: int) -> float:
+    """Cost of a pool in float32; one that works in blocks of channels changes no layout.
+
+    Args:
+        read: elements of its input, for one sample.
+        made: elements of its output, for one sample.
+        channels: of both.
+    """
+    if channels % LANES == 0:
+        return 0.5 * made
+    return 2.0 * made + 0.3 * (read + made)
 
 
 _ELEMENT_NS: dict[str, tuple[float, float]] = {

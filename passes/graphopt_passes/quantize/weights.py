@@ -30,22 +30,6 @@ class IntegerLayer:
     bias: np.ndarray
     bias_scales: np.ndarray
 
-    def padded(self, more_inputs: int, more_outputs: int) -> IntegerLayer:
-        """The same of a Conv with more channels, whose weights and biases are zero.
-
-        Args:
-            more_inputs: of the weight's second axis.
-            more_outputs: of its first.
-        """
-        spatial = [(0, 0)] * (self.codes.ndim - 2)
-        ends = (0, more_outputs)
-        return IntegerLayer(
-            codes=np.pad(self.codes, [ends, (0, more_inputs), *spatial]),
-            scales=np.pad(self.scales, ends, mode="edge"),
-            bias=np.pad(self.bias, ends),
-            bias_scales=np.pad(self.bias_scales, ends, mode="edge"),
-        )
-
 
 def integer_layer(layer: Layer, source: Affine, rows: Rows, gram: Gram) -> IntegerLayer:
     """Round weight and bias of a layer so that its outputs change least.
