@@ -88,7 +88,60 @@ def scaled(b: Builder) -> None:
     b.add("Add", products, made)
 
 
+def apart(b: Builder, value: str) -> str:
+    """What keeps channels apart, or now and then does not."""
+    shape = b.shapes[value]
+    way = b.random.integers(8)
+    if way < 3:
+        return b.add(
+            str(b.random.choice(["Relu", "LeakyRelu", "Sigmoid", "Softplus"])), [value], shape
+        )
+    if way == 3:
+        return b.add("MaxPool", [value], shape, kernel_shape=[3, 3], pads=[1, 1, 1, 1])
+    if way == 4:
+        mean = b.add("GlobalAveragePool", [value], (*shape[:2], 1, 1))
+        return b.add("Mul", [value, mean], shape)
+    if way == 5:
+        return b.add("Add", [value, b.normal(shape[1], 1, 1)], shape)
+    if way == 6:
+        doubled = b.add("Add", [value, b.constant(np.float32(0.5))], shape)
+        return b.add("Mul", [value, doubled], shape)
+    return value
+
+
+def narrow(b: Builder) -> None:
+    """A depthwise Conv between two others, of numbers of channels that fill no lanes."""
+    value = b.any(4)
+    if value is None:
+        return
+    batch, arriving, height, width = b.shapes[value]
+    channels = int(b.random.choice([46, 58, 61]))
+    shape = (batch, channels, height, width)
+    inside = b.add("Conv", [value, uneven(b, channels, arriving, 1, 1)], shape)
+    inside = apart(b, inside)
+    inputs = [inside, uneven(b, channels, 1, 3, 3), b.normal(channels)]
+    inside = b.add("Conv", inputs, shape, group=channels, pads=[1] * 4)
+    inside = apart(b, inside)
+    b.add("Conv", [inside, uneven(b, arriving, channels, 1, 1)], (batch, arriving, height, width))
+
+
+def channels_last(b: Builder) -> None:
+    """A Conv that reads an image whose channels lie last."""
+    value = b.any(4)
+    if value is None:
+        return
+    batch, *rows, width, channels = b.shapes[value]
+    perm = [0, 3, 1, 2] if b.random.random() < 0.8 else [0, 3, 2, 1]
+    image = (batch, channels, *(rows[0], width)[:: 1 if perm[2] == 1 else -1])
+    turned = b.add("Transpose", [value], image, perm=perm)
+    before = int(b.random.integers(2))
+    made = (batch, 5, image[2], image[3] - 1 + before)
+    b.add("Conv", [turned, uneven(b, 5, channels, 1, 3)], made, pads=[0, before, 0, 1])
+
+
 FOCUS: dict[str, tuple[Step, ...]] = {
     "equalize-layers": (with_last_only(layers),),
+    "fuse-transpose": (with_last_only(channels_last),),
+    "pad-channels": (with_last_only(narrow),),
     "smooth-activations": (with_last_only(scaled),),
 }

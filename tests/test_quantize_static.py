@@ -26,6 +26,7 @@ from on_codes import (
     steps_from_written,
     work,
 )
+from optimized import kernels
 
 import graphopt
 from graphopt import cli
@@ -42,6 +43,7 @@ from graphopt_passes.quantize.choice import Choice
 from graphopt_passes.quantize.layers import layer_of
 from graphopt_passes.quantize.quantize_static import ERROR_MINIMUM, QuantizeStatic
 from graphopt_passes.quantize.rounding import round_nearest, scales_of
+from graphopt_passes.simplify.merge_reshapes import MergeReshapes
 
 FINE = 0.03
 """Relative L2 error that two or three layers of random numbers stay well below."""
@@ -267,6 +269,37 @@ def sandwich(between: str, opset: int = 21) -> ir.Model:
     text = SANDWICH.format(opset=opset, between=between.replace("CONV", CONV), y="N, C, H, W")
     weights = {"w": normal(1, 8, 8, 3, 3, scale=0.1), "v": normal(3, 8, 8, 3, 3, scale=0.1)}
     return parse(text, b=normal(2, 8), **weights)
+
+
+@pytest.mark.parametrize("batch", ["1", "N"])
+def test_adds_of_a_residual_network_change_no_layout(batch: str, tmp_path: Path) -> None:
+    """What comes from floats and what Conv makes on codes meet in the same layout."""
+    model = parse(
+        f"""
+        <ir_version: 10, opset_import: ["" : 17]>
+        agraph (float[{batch}, 8, 6, 6] x, float[8, 8, 3, 3] w, float[8, 8, 3, 3] v)
+            => (float[{batch}, 8, 6, 6] y)
+        {{
+            a = Conv <pads = [1, 1, 1, 1]> (x, w)
+            b = Add(x, a)
+            c = Conv <pads = [1, 1, 1, 1]> (b, v)
+            d = Add(b, c)
+            e = Conv <pads = [1, 1, 1, 1]> (d, w)
+            y = Add(d, e)
+        }}
+        """,
+        w=normal(1, 8, 8, 3, 3, scale=0.1),
+        v=normal(2, 8, 8, 3, 3, scale=0.1),
+    )
+    before, samples = model.clone(), samples_of(1, 8, 6, 6)
+
+    code_all(model, samples)
+
+    assert kernels(model, tmp_path)["Transpose"] == 2
+    assert difference(before, model, samples[0]) < FINE
+    # basic would leave it so.
+    infer_shapes(model)
+    assert_unchanged(MergeReshapes(), model)
 
 
 @pytest.mark.parametrize(

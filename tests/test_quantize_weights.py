@@ -563,6 +563,37 @@ def test_the_narrower_form_leaves_filters_of_a_signal() -> None:
     assert [s.reason for s in change.skips] == ["of its inputs and its outputs, the fewer are 1"]
 
 
+def test_of_many_weights_the_one_that_harms_stays() -> None:
+    """Its large rows meet small inputs, so that what is rounded in its small rows is all there is."""
+    sizes = np.where(np.arange(64) < 8, 1e4, 1.0).astype(np.float32)[:, np.newaxis]
+    model = parse(
+        """
+        agraph (float[N,64] x, float[64,64] w, float[64,64] a, float[64,64] b, float[64] s)
+            => (float[N,64] y)
+        {
+            r = Mul(x, s) h = MatMul(r, w)
+            p = MatMul(x, a) t = Tanh(p) q = MatMul(t, b)
+            y = Add(h, q)
+        }
+        """,
+        w=numbers(64, 64, seed=1) * sizes,
+        a=numbers(64, 64, seed=2) / 8,
+        b=numbers(64, 64, seed=3) / 8,
+        s=(1 / sizes[:, 0] ** 2).astype(np.float32),
+    )
+    samples = [{"x": numbers(4, 64, seed=10 + number)} for number in range(4)]
+    run = graphopt.optimize(
+        model, passes="quantize-weights{error=0.01}", samples=samples, benchmark=False
+    )
+
+    (step,) = run.steps
+    assert step.changes == {"weight of MatMul stored as int8": 2}
+    assert [s.reason for s in step.skips] == [
+        "packing it adds too much to the error of the outputs"
+    ]
+    assert "w" in run.model.graph.initializers
+
+
 def test_narrower_forms_come_to_an_end() -> None:
     forms: list[QuantizeWeights] = [PASS]
     while (narrower := forms[-1].narrow()) is not None:

@@ -77,8 +77,14 @@ def _joining(units: Sequence[Unit]) -> frozenset[ir.Value]:
         for unit in units
         if unit.kind == "arithmetic" and not made.isdisjoint(unit.sources)
         for value in unit.sources
-        if value not in made and value.shape is not None and len(value.shape) == 4
+        if value not in made and _is_image(value)
     )
+
+
+def _is_image(value: ir.Value) -> bool:
+    """Of a known size, whatever the number of images."""
+    dims = () if value.shape is None else value.shape.dims
+    return len(dims) == 4 and all(isinstance(d, int) for d in dims[1:])
 
 
 @dataclass
@@ -169,31 +175,32 @@ class Coding:
             node = self._node("QuantizeLinear", inputs, [value], "codes", ir.DataType.UINT8)
             self._insert(node, value)
             codes = node.outputs[0]
-            self._keep(value, self._channels_last(codes) if value in self.joining else codes)
+            self._keep(value, self._channels_last(codes, value) if value in self.joining else codes)
         return self._coded[value]
 
-    def _channels_last(self, codes: ir.Value) -> ir.Value:
+    def _channels_last(self, codes: ir.Value, image: ir.Value) -> ir.Value:
         """The codes of an image once more, by way of the layout that onnxruntime's Conv has for it.
 
         onnxruntime lays out the channels of codes last around each Conv, and moves the Transpose
         that it needs on through an Add only if both sides have one. Otherwise each Add of a
-        residual network has two. A Reshape to the same shape keeps the pair from cancelling.
+        residual network has two. Flatten and Reshape keep the pair from cancelling.
         """
-        same = self._constant(np.zeros(4, np.int64), "same_shape")
-        value = codes
-        for op_type, inputs, perm in (
-            ("Transpose", (), [0, 2, 3, 1]),
-            ("Reshape", (same,), None),
-            ("Transpose", (), [0, 3, 1, 2]),
+        assert image.shape is not None
+        _, channels, *places = image.shape.dims
+        shape = self._constant(np.array([-1, *places, channels], np.int64), "shape")
+        for op_type, inputs, attribute in (
+            ("Transpose", (), ir.AttrInt64s("perm", [0, 2, 3, 1])),
+            ("Flatten", (), ir.AttrInt64("axis", 3)),
+            ("Reshape", (shape,), None),
+            ("Transpose", (), ir.AttrInt64s("perm", [0, 3, 1, 2])),
         ):
-            attributes = [] if perm is None else [ir.AttrInt64s("perm", perm)]
-            like = ir.Value(name=codes.name)
-            node = self._node(
-                op_type, [value, *inputs], [like], "laid_out", ir.DataType.UINT8, attributes
+            attributes = [] if attribute is None else [attribute]
+            made = self._node(
+                op_type, [codes, *inputs], [ir.Value()], "laid_out", ir.DataType.UINT8, attributes
             )
-            self._insert(node, value)
-            value = node.outputs[0]
-        return value
+            self._insert(made, codes)
+            codes = made.outputs[0]
+        return codes
 
     # -------------------------------------------------------------- units
 

@@ -100,7 +100,8 @@ def _float_conv_ns(places: float, group: int, inputs: int, outputs: int, taps: i
     rate = {1: 52, 2: 75}.get(-(-outputs // LANES), 85)
     rate = rate // 2 if inputs < LANES and taps == 1 else rate
     products = places * seen * taps * filled(outputs)
-    return products / rate + 0.14 * inputs * taps * outputs
+    written = 0.1 * places * outputs if inputs < LANES else 0.0
+    return products / rate + written + 0.14 * inputs * taps * outputs
 
 
 def _code_conv_ns(places: float, inputs: int, outputs: int, taps: int) -> float:

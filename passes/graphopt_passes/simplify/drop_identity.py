@@ -10,19 +10,16 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.contract import Change, Context, Effect, Pass
-from graphopt.operators import ONNX_DOMAINS, all_graphs, is_onnx, opset_of
+from graphopt.operators import ONNX_DOMAINS, all_graphs, opset_of
 from graphopt.rewriting import (
     can_replace,
     is_read,
-    only_reader,
     replace_value,
     small_array,
     why_too_old,
 )
 from graphopt.skeleton import known_shape
 from graphopt_passes.simplify.no_change import UNCHANGED, broadcasts_into, same_before
-
-LAYOUT = "between two Transposes of 8-bit codes it tells onnxruntime in which order they lie"
 
 FIRST_OPSET = 7
 """Before it, operators broadcast by attributes, and Dropout trains by default."""
@@ -111,17 +108,7 @@ def _passed_on(node: ir.Node, opset: int) -> Verdict:
     unchanged = UNCHANGED.get(op_type)
     if unchanged is None or node.inputs[0] is None or not unchanged(node, opset):
         return None
-    return LAYOUT if _tells_layout(node) else node.inputs[0]
-
-
-def _tells_layout(node: ir.Node) -> bool:
-    """quantize-static writes such a Reshape, which keeps the Transposes around it apart."""
-    value, reader = node.inputs[0], only_reader(node.outputs[0])
-    maker = None if value is None else value.producer()
-    if not is_onnx(node, "Reshape") or maker is None or reader is None:
-        return False
-    is_code = value is not None and value.dtype in (ir.DataType.UINT8, ir.DataType.INT8)
-    return is_code and is_onnx(maker, "Transpose") and is_onnx(reader, "Transpose")
+    return node.inputs[0]
 
 
 def _before_its_inverse(node: ir.Node) -> ir.Value | None:

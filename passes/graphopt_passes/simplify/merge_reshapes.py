@@ -108,12 +108,24 @@ def _run_to(node: ir.Node) -> list[ir.Node]:
 
 def _only_reshapes(node: ir.Node) -> bool:
     """All elements stay where they are in memory, as far as can be told."""
-    if not is_onnx(node, *_STEPS) or not node.inputs:
+    if not is_onnx(node, *_STEPS) or not node.inputs or _keeps_layout(node):
         return False
     if not is_onnx(node, "Transpose"):
         return True
     sizes = _sizes_before(node.inputs[0])
     return sizes is not None and _after_transpose(node, sizes, sizes) is not None
+
+
+def _keeps_layout(node: ir.Node) -> bool:
+    """A Flatten that quantize-static writes between two Transposes, to keep them from cancelling.
+
+    By the pair, onnxruntime knows in which order the codes of an image are to lie.
+    """
+    value = node.inputs[0]
+    if not is_onnx(node, "Flatten") or value is None or value.dtype != ir.DataType.UINT8:
+        return False
+    maker = value.producer()
+    return maker is not None and is_onnx(maker, "Transpose")
 
 
 # ------------------------------------------------------------------ what a run does to a shape
