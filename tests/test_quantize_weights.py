@@ -564,7 +564,7 @@ def test_the_narrower_form_leaves_filters_of_a_signal() -> None:
 
 
 def test_of_many_weights_the_one_that_harms_stays() -> None:
-    """Its large rows meet small inputs, so that what is rounded in its small rows is all there is."""
+    """Its large rows meet small inputs: what rounding leaves of the small ones is all there is."""
     sizes = np.where(np.arange(64) < 8, 1e4, 1.0).astype(np.float32)[:, np.newaxis]
     model = parse(
         """
