@@ -271,6 +271,41 @@ def sandwich(between: str, opset: int = 21) -> ir.Model:
     return parse(text, b=normal(2, 8), **weights)
 
 
+@pytest.mark.parametrize(
+    ("product", "kernels_"),
+    [
+        ("a = MatMul(x, w) h = Relu(a)", {"QLinearMatMul": 1}),
+        ("a = Gemm(x, w, b) h = Relu(a)", {"QGemm": 1}),
+        ("a = Gemm(x, w, b) h = Clip(a, zero, six)", {"QGemm": 1}),
+        ("a = Gemm(x, w, b) h = Tanh(a)", {"QGemm": 1, "Tanh": 1}),
+        ("a = MatMul(x, w) h = Sigmoid(a)", {"MatMulIntegerToFloat": 1, "Sigmoid": 1}),
+    ],
+)
+def test_a_product_before_floats(product: str, kernels_: dict[str, int], tmp_path: Path) -> None:
+    """onnxruntime looks past a Relu for a QuantizeLinear, and finds the product float without."""
+    model = parse(
+        f"""
+        agraph (float[4, 64] x, float[64, 64] w, float[64] b, float[64, 64] v)
+            => (float[4, 64] y)
+        <float zero = {{0.0}}, float six = {{6.0}}>
+        {{ {product} y = MatMul(h, v) }}
+        """,
+        w=normal(1, 64, 64, scale=0.1),
+        b=normal(2, 64),
+        v=normal(3, 64, 64),
+    )
+    before, samples = model.clone(), samples_of(4, 64)
+    units, _ = all_units(model)
+    first = [unit for unit in units if unit.kind == "product"][:1]
+
+    Choice(model, context_of(model, samples), units).write(model, first)
+
+    makes_codes = "Relu" in product or "Clip" in product
+    changes = {"QuantizeLinear": 1, **({"DequantizeLinear": 1} if makes_codes else {})}
+    assert work(model, tmp_path) == {**changes, **kernels_, "MatMul": 1}
+    assert difference(before, model, samples[0]) < FINE
+
+
 @pytest.mark.parametrize("batch", ["1", "N"])
 def test_adds_of_a_residual_network_change_no_layout(batch: str, tmp_path: Path) -> None:
     """What comes from floats and what Conv makes on codes meet in the same layout."""

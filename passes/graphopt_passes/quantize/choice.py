@@ -21,7 +21,7 @@ from graphopt.observe import Answers, Question
 from graphopt.statistics import Gram, Rows, Spread
 from graphopt.validation import worst
 from graphopt_passes.quantize.coding import write_codes
-from graphopt_passes.quantize.latency import Cost, other_cost, product_cost
+from graphopt_passes.quantize.latency import Cost, unit_cost
 from graphopt_passes.quantize.layers import layer_of
 from graphopt_passes.quantize.parameters import Parameters, choose_parameters, questions_on
 from graphopt_passes.quantize.regions import chosen_units
@@ -67,7 +67,11 @@ class Choice:
     @cached_property
     def costs(self) -> dict[Unit, Cost]:
         """What each unit costs."""
-        return {unit: self._cost(unit) for unit in self.units}
+        never = Cost(0.0, math.inf)
+        return {
+            unit: unit_cost(unit, self.elements) if self._is_seen(unit) else never
+            for unit in self.units
+        }
 
     def elements(self, value: ir.Value) -> float:
         """How many elements a value has, in a sample on average."""
@@ -78,14 +82,6 @@ class Choice:
     def _is_seen(self, unit: Unit) -> bool:
         spreads = [self.answers[Question(v.name or "")] for v in (*unit.sources, *unit.outputs)]
         return all(isinstance(spread, Spread) and spread.count for spread in spreads)
-
-    def _cost(self, unit: Unit) -> Cost:
-        if not self._is_seen(unit):
-            return Cost(0.0, math.inf)
-        made = sum(self.elements(o) for o in unit.outputs)
-        if unit.kind == "product":
-            return product_cost(layer_of(unit.node), self.elements(unit.sources[0]), made)
-        return other_cost(unit, made)
 
     # -------------------------------------------------------------- choosing
 

@@ -24,7 +24,7 @@ from graphopt.skeleton import INFERRED
 from graphopt_passes.quantize.affine import Affine, affine_of
 from graphopt_passes.quantize.layers import Layer, layer_of
 from graphopt_passes.quantize.parameters import Parameters
-from graphopt_passes.quantize.units import CONSTANT_MAXIMUM, Unit
+from graphopt_passes.quantize.units import CONSTANT_MAXIMUM, Unit, can_make_floats
 from graphopt_passes.quantize.weights import IntegerLayer
 
 TensorMaker = Callable[[np.ndarray, str], ir.TensorProtocol]
@@ -60,12 +60,10 @@ def write_codes(
 
 
 def _float_outputs(units: Sequence[Unit]) -> frozenset[ir.Node]:
-    """Gemm and MatMul whose outputs nothing reads as codes; onnxruntime fuses them as they are."""
+    """Products whose outputs nothing reads as codes; onnxruntime fuses them as they are."""
     read = {s for unit in units for s in unit.sources}
     return frozenset(
-        unit.node
-        for unit in units
-        if unit.kind == "product" and not is_onnx(unit.node, "Conv") and unit.outputs[0] not in read
+        unit.node for unit in units if can_make_floats(unit) and unit.outputs[0] not in read
     )
 
 

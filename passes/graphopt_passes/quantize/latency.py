@@ -9,10 +9,13 @@ depthwise Conv; and where a value would change form too often.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import onnx_ir as ir
+
 from graphopt.operators import is_onnx
-from graphopt_passes.quantize.layers import Layer
+from graphopt_passes.quantize.layers import Layer, layer_of
 from graphopt_passes.quantize.units import Unit
 
 QUANTIZE_NS, DEQUANTIZE_NS = 0.65, 0.6
@@ -168,6 +171,27 @@ _ELEMENT_NS: dict[str, tuple[float, float]] = {
 """By operator, per element of the output, in float32 and on codes."""
 
 _MOVED_NS = 0.3, 0.15
+
+
+def unit_cost(
+    unit: Unit,
+    elements_of: Callable[[ir.Value], float],
+    more_inputs: int = 0,
+    more_outputs: int = 0,
+) -> Cost:
+    """Cost of a node that can work on codes.
+
+    Args:
+        unit: the node.
+        elements_of: how many elements a value has, for one sample.
+        more_inputs: channels that would come into a Conv in addition.
+        more_outputs: channels that would go out of it in addition.
+    """
+    made = sum(map(elements_of, unit.outputs))
+    if unit.kind != "product":
+        return other_cost(unit, made)
+    read = elements_of(unit.sources[0])
+    return product_cost(layer_of(unit.node), read, made, more_inputs, more_outputs)
 
 
 def other_cost(unit: Unit, elements: float) -> Cost:

@@ -15,8 +15,10 @@ from graphopt.content import read_array
 from graphopt.contract import Change, Context, Effect, Pass
 from graphopt.operators import is_onnx
 from graphopt.rewriting import Names, add_initializer, constant_tensor, small_array
-from graphopt_passes.quantize.latency import Cost, filled, pool_ns, product_cost
+from graphopt_passes.quantize.latency import Cost, filled, pool_ns, product_cost, unit_cost
 from graphopt_passes.quantize.layers import Layer, layer_of
+from graphopt_passes.quantize.regions import chosen_units
+from graphopt_passes.quantize.units import units_of
 
 POOLS = frozenset({"AveragePool", "GlobalAveragePool", "GlobalMaxPool", "MaxPool"})
 
@@ -54,16 +56,20 @@ class PadChannels(Pass):
         """Pad every set of values of the main graph for which it pays."""
         change = Change()
         layers = {n: layer_of(n) for n in model.graph if is_onnx(n, "Conv") and _is_known(n)}
-        total_ns = sum(_cost(layer, 0, 0).floats_ns for layer in layers.values())
-        total_bytes = sum(_bytes(layer, 0, 0) for layer in layers.values())
-        added: dict[ir.Value, int] = {}
+        total_ns = sum(_cost(layer, {}).floats_ns for layer in layers.values())
+        total_bytes = sum(_bytes(layer, {}) for layer in layers.values())
+        sets = []
         for values in _free_together(model.graph, layers):
             channels = _channels(values[0])
-            more = filled(channels) - channels
-            saved_ns, added_bytes = _effect_of(dict.fromkeys(values, more), layers)
+            if more := filled(channels) - channels:
+                sets.append(dict.fromkeys(values, more))
+        on_codes = _on_codes(model.graph, {v: more for one in sets for v, more in one.items()})
+        added: dict[ir.Value, int] = {}
+        for one in sets:
+            saved_ns, added_bytes = _effect_of(one, layers, on_codes)
             if saved_ns * total_bytes > added_bytes * total_ns:
-                added.update(dict.fromkeys(values, more))
-                change.count(f"value of {channels} channels padded", len(values))
+                added.update(one)
+                change.count(f"value of {_channels(next(iter(one)))} channels padded", len(one))
         names = Names(model)
         for layer in layers.values():
             if any(_more(layer, added)):
@@ -150,45 +156,67 @@ def _rank_and_channels(value: ir.Value) -> tuple[int, int]:
 # ------------------------------------------------------------------ whether
 
 
-def _effect_of(added: Mapping[ir.Value, int], layers: dict[ir.Node, Layer]) -> tuple[float, int]:
-    """Time saved, in ns, and bytes added, if values had so many more channels.
+Added = Mapping[ir.Value, int]
+"""Channels that values get in addition."""
 
-    The time is that in float32 or that on codes, whichever falls more.
+
+def _on_codes(graph: ir.Graph, added: Added) -> set[ir.Node]:
+    """The nodes that quantize-static would let work on codes if values had so many more channels.
+
+    The others stay float, or the model is not quantized, and then their time in float32 counts.
     """
-    floats_ns, codes_ns, added_bytes = 0.0, 0.0, 0
+
+    def elements_of(value: ir.Value) -> float:
+        share = added[value] / _channels(value) if value in added else 0.0
+        return _elements(value) * (1 + share)
+
+    units = list(units_of(graph, lambda *_: None).values())
+    costs = {}
+    for unit in units:
+        more = added.get(unit.sources[0], 0), added.get(unit.outputs[0], 0)
+        costs[unit] = unit_cost(unit, _elements, *more)
+    return {unit.node for unit in chosen_units(units, costs, elements_of)}
+
+
+def _effect_of(
+    added: Added, layers: Mapping[ir.Node, Layer], on_codes: set[ir.Node]
+) -> tuple[float, int]:
+    """Time saved, in ns, and bytes added, if values had so many more channels."""
     nodes = {value.producer() for value in added} | {u.node for v in added for u in v.uses()}
-    for layer in (layers[node] for node in nodes if node in layers):
-        before, after = _cost(layer, 0, 0), _cost(layer, *_more(layer, added))
-        floats_ns += before.floats_ns - after.floats_ns
-        codes_ns += before.codes_ns - after.codes_ns
-        added_bytes += _bytes(layer, *_more(layer, added)) - _bytes(layer, 0, 0)
+    touched = [layer for node, layer in layers.items() if node in nodes]
+    added_bytes = sum(_bytes(layer, added) - _bytes(layer, {}) for layer in touched)
+    pairs = [(_cost(layer, {}), _cost(layer, added)) for layer in touched]
+    if all(layer.node in on_codes for layer in touched):
+        return sum(before.codes_ns - after.codes_ns for before, after in pairs), added_bytes
+    saved_ns = sum(before.floats_ns - after.floats_ns for before, after in pairs)
     for node in nodes:
         if node is not None and is_onnx(node, *POOLS):
-            read, made = map(_elements, (node.inputs[0], node.outputs[0]))
+            read, made = _elements(node.inputs[0]), _elements(node.outputs[0])
             channels = _channels(node.outputs[0])
-            more = added[node.outputs[0]]
-            floats_ns += pool_ns(read, made, channels)
-            floats_ns -= pool_ns(read, made, channels + more)
-    return max(floats_ns, codes_ns), added_bytes
+            saved_ns += pool_ns(read, made, channels)
+            saved_ns -= pool_ns(read, made, channels + added[node.outputs[0]])
+    return saved_ns, added_bytes
 
 
-def _cost(layer: Layer, more_inputs: int, more_outputs: int) -> Cost:
-    """Cost of a layer that has so many more channels, for one sample."""
+def _cost(layer: Layer, added: Added) -> Cost:
+    """Cost of a layer for one sample."""
     read, made = _elements(layer.source), _elements(layer.node.outputs[0])
-    return product_cost(layer, read, made, more_inputs, more_outputs)
+    return product_cost(layer, read, made, *_more(layer, added))
 
 
 def _elements(value: ir.Value | None) -> float:
-    assert value is not None and value.shape is not None
-    return float(math.prod(map(int, value.shape.dims[1:])))  # type: ignore[arg-type]
+    """Of one sample; what is not known counts as one."""
+    dims = () if value is None or value.shape is None else value.shape.dims[1:]
+    return float(math.prod(d for d in dims if isinstance(d, int)))
 
 
-def _more(layer: Layer, added: Mapping[ir.Value, int]) -> tuple[int, int]:
+def _more(layer: Layer, added: Added) -> tuple[int, int]:
     """By how many channels the input and the output of a layer grow."""
     return added.get(layer.source, 0), added.get(layer.node.outputs[0], 0)
 
 
-def _bytes(layer: Layer, more_inputs: int, more_outputs: int) -> int:
+def _bytes(layer: Layer, added: Added) -> int:
+    more_inputs, more_outputs = _more(layer, added)
     group, outputs, inputs = layer.dimensions
     if layer.is_depthwise:
         return 4 * (group + more_outputs) * inputs

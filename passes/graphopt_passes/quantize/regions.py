@@ -17,9 +17,8 @@ import onnx_ir as ir
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
-from graphopt.operators import is_onnx
 from graphopt_passes.quantize.latency import DEQUANTIZE_NS, QUANTIZE_NS, Cost
-from graphopt_passes.quantize.units import Unit
+from graphopt_passes.quantize.units import Unit, can_make_floats
 
 CODES, FLOATS = 0, 1
 """The two ends of the cut."""
@@ -48,7 +47,7 @@ def chosen_units(
     for unit, place in zip(units, places.values(), strict=True):
         network.arc(CODES, place, costs[unit].floats_ns)
         network.arc(place, FLOATS, costs[unit].codes_ns)
-    may_leave = {o for unit in units if is_onnx(unit.node, "Gemm", "MatMul") for o in unit.outputs}
+    may_leave = {o for unit in units if can_make_floats(unit) for o in unit.outputs}
     for value in dict.fromkeys(v for unit in units for v in (*unit.sources, *unit.outputs)):
         readers = {places.get(use.node, FLOATS) for use in value.uses()}
         readers |= {FLOATS} if value.is_graph_output() else set()

@@ -92,6 +92,18 @@ class Unit:
         return tuple((self.saturated or self.node).outputs)
 
 
+def can_make_floats(unit: Unit) -> bool:
+    """The unit has an integer kernel that makes floats, where nothing reads its output as codes.
+
+    A Gemm or MatMul has. onnxruntime looks past a Relu or Clip for a QuantizeLinear, though, and
+    lets the product work on floats where there is none.
+    """
+    if not is_onnx(unit.node, "Gemm", "MatMul"):
+        return False
+    reader = only_reader(unit.node.outputs[0])
+    return reader is None or not is_onnx(reader, "Relu", "Clip")
+
+
 class NotQuantized(Exception):
     """Why a node cannot work on codes."""
 
