@@ -362,10 +362,14 @@ class Gram:
         return self.total / max(self.rows, 1)
 
     @property
+    def means(self) -> np.ndarray:
+        """The means, float64 of shape [group, inputs]."""
+        return np.asarray(self.sums / max(self.rows, 1))
+
+    @property
     def covariance(self) -> np.ndarray:
-        """The same about the mean."""
-        means = self.sums / max(self.rows, 1)
-        return self.mean - means[:, :, np.newaxis] * means[:, np.newaxis, :]
+        """The second moments about the means."""
+        return self.mean - self.means[:, :, np.newaxis] * self.means[:, np.newaxis, :]
 
 
 ROWS_MAXIMUM = 1024

@@ -79,6 +79,19 @@ class Layer:
         """The operator has an input for one."""
         return not is_onnx(self.node, "MatMul")
 
+    @property
+    def can_correct_bias(self) -> bool:
+        """A number can be added to each output, by the bias that is there or by a new one."""
+        stated, bias = self.node.attributes, input_of(self.node, 2)
+        scaled = stated.get_float("alpha", 1.0) != 1 or stated.get_float("beta", 1.0) != 1
+        if not self.can_have_bias or (is_onnx(self.node, "Gemm") and scaled):
+            return False
+        tensor = constant_tensor(bias)
+        if bias is None or tensor is None:
+            return bias is None
+        outputs = math.prod(self.dimensions[:2])
+        return tuple(tensor.shape.numpy()) in ((outputs,), (1, outputs))
+
     def matrix(self) -> np.ndarray:
         """The weight as float64 of shape [group, outputs of the group, inputs]."""
         tensor = constant_tensor(self.weight)

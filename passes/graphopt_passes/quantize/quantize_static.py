@@ -38,7 +38,7 @@ class QuantizeStatic(Pass):
     operators: ClassVar[frozenset[str] | None] = frozenset({"Conv", "Gemm", "MatMul"})
     needs_samples: ClassVar[bool] = True
     max_error: ClassVar[float] = 0.15
-    max_latency: ClassVar[float | None] = 0.97
+    max_latency: ClassVar[float | None] = 0.95
 
     def refuse(self, model: ir.Model, context: Context) -> str | None:
         """An old opset has no scales by channel."""

@@ -24,7 +24,7 @@ from graphopt_passes.fuse.misfit import Misfit
 from graphopt_passes.quantize.balanced_rounding import Coded, largest, round_to_codes, scale_type
 from graphopt_passes.quantize.granularity import WEIGHTS, Axes, Role, role_of
 from graphopt_passes.quantize.layers import Layer, layer_of
-from graphopt_passes.quantize.weights import codes_against
+from graphopt_passes.quantize.weights import packed_layer
 from graphopt_passes.simplify.chains import why_refused
 
 FIRST_OPSET = 7
@@ -143,9 +143,12 @@ class QuantizeWeights(Pass):
                     change.skip(value, str(reason))
                     continue
                 coded = round_to_codes(_array(value), role.shared or ())
+                shift = np.zeros(0)
                 if value in layers:
-                    coded = _against_inputs(layers[value], coded, answers)
+                    coded, shift = _against_inputs(layers[value], coded, answers)
                 _replace(value, coded, names, context)
+                if shift.any():
+                    _shift_bias(layers[value], shift, names, context)
                 change.count(f"weight of {role.operator} stored as int8")
         return change
 
@@ -228,13 +231,28 @@ def _layers(model: ir.Model) -> dict[ir.Value, Layer]:
     return found
 
 
-def _against_inputs(layer: Layer, coded: Coded, answers: Answers) -> Coded:
-    """The same scales, with codes that change the outputs least on the inputs of the samples."""
+def _against_inputs(layer: Layer, coded: Coded, answers: Answers) -> tuple[Coded, np.ndarray]:
+    """Codes and scales that change the outputs least on the samples, and a shift of the bias."""
     gram = answers[layer.ask("gram")]
     assert isinstance(gram, Gram)
-    if not gram.rows or coded.scales.size != math.prod(layer.dimensions[:2]):
-        return coded
-    return Coded(codes_against(layer, coded.scales.reshape(-1), gram), coded.scales)
+    outputs = math.prod(layer.dimensions[:2])
+    if not gram.rows or coded.scales.size != outputs:
+        return coded, np.zeros(outputs)
+    packed = packed_layer(layer, gram, layer.can_correct_bias)
+    scales = packed.scales.astype(coded.scales.dtype).reshape(coded.scales.shape)
+    return Coded(packed.codes, scales), packed.shift
+
+
+def _shift_bias(layer: Layer, shift: np.ndarray, names: Names, context: Context) -> None:
+    """Add to the bias of a layer, or give it one."""
+    node, graph, old = layer.node, layer.node.graph, layer.bias()
+    assert isinstance(graph, ir.Graph)
+    dtype = layer.source.dtype
+    assert dtype is not None
+    bias = (shift if old is None else old + shift).astype(dtype.numpy())
+    name = names.new("bias" if old is None else f"{node.inputs[2].name}_corrected")  # type: ignore[union-attr]
+    node.resize_inputs(3)
+    node.replace_input_with(2, add_initializer(graph, context.tensor(bias, name), name))
 
 
 def _is_candidate(value: ir.Value, min_elements: int) -> bool:

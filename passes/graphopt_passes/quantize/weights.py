@@ -81,22 +81,38 @@ def _rounded(
     return np.stack([codes for codes, _ in done]), np.stack([scales for _, scales in done])
 
 
-def codes_against(layer: Layer, scales: np.ndarray, gram: Gram) -> np.ndarray:
-    """Codes for given scales that change a layer's outputs least, where its inputs stay float.
+@dataclass(frozen=True)
+class PackedLayer:
+    """What replaces the weight of a layer whose inputs stay float.
+
+    Attributes:
+        codes: int8, in the layout of the weight.
+        scales: float32, of shape [outputs].
+        shift: what the bias gets in addition, float64 of shape [outputs].
+    """
+
+    codes: np.ndarray
+    scales: np.ndarray
+    shift: np.ndarray
+
+
+def packed_layer(layer: Layer, gram: Gram, corrects: bool) -> PackedLayer:
+    """Round the weight of a layer so that its outputs change least.
 
     Args:
         layer: not modified.
-        scales: of shape [outputs].
         gram: of the layer's input.
-
-    Returns:
-        int8, in the layout of the weight.
+        corrects: the bias may take back what rounding changes in the means; see `integer_layer`.
     """
-    matrix, units = layer.matrix(), scales.astype(np.float64).reshape(layer.dimensions[:2])
-    if matrix.shape[1] == 1 and layer.group > 1:
-        return layer.stored(round_to_gram(matrix[:, 0], units[:, 0], gram.mean))
-    parts = zip(matrix, units, gram.mean, strict=True)
-    return layer.stored(np.stack([round_to_gram(*part) for part in parts]))
+    matrix = layer.matrix()
+    outputs = matrix.shape[0] * matrix.shape[1]
+    moments = gram.covariance if corrects else gram.mean
+    codes, scales = _rounded(matrix, moments, np.zeros(outputs))
+    shift = np.zeros(outputs)
+    if corrects and np.isfinite(gram.means).all():
+        change = matrix - codes * scales[..., np.newaxis]
+        shift = np.einsum("gnk,gk->gn", change, gram.means).reshape(-1)
+    return PackedLayer(layer.stored(codes), scales.reshape(-1).astype(np.float32), shift)
 
 
 def _rounded_rows(
