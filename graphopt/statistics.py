@@ -369,7 +369,8 @@ class Gram:
     @property
     def covariance(self) -> np.ndarray:
         """The second moments about the means."""
-        return self.mean - self.means[:, :, np.newaxis] * self.means[:, np.newaxis, :]
+        outer = self.means[:, :, np.newaxis] * self.means[:, np.newaxis, :]
+        return np.asarray(self.mean - outer)
 
 
 ROWS_MAXIMUM = 1024
