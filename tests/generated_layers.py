@@ -139,8 +139,22 @@ def channels_last(b: Builder) -> None:
     b.add("Conv", [turned, uneven(b, 5, channels, 1, 3)], made, pads=[0, before, 0, 1])
 
 
+def classifier(b: Builder) -> None:
+    """A mean over all places and a Conv of it, after which now and then another comes."""
+    value = b.any(4)
+    if value is None:
+        return
+    batch, channels = b.shapes[value][:2]
+    mean = b.add("GlobalAveragePool", [value], (batch, channels, 1, 1))
+    scores = b.add("Conv", [mean, uneven(b, 5, channels, 1, 1), b.normal(5)], (batch, 5, 1, 1))
+    if b.random.random() < 0.3:
+        scores = b.add("Conv", [scores, uneven(b, 3, 5, 1, 1)], (batch, 3, 1, 1))
+    b.add(str(b.random.choice(["Relu", "Sigmoid", "Tanh"])), [scores], b.shapes[scores])
+
+
 FOCUS: dict[str, tuple[Step, ...]] = {
     "equalize-layers": (with_last_only(layers),),
+    "flatten-convs": (with_last_only(classifier),),
     "fuse-transpose": (with_last_only(channels_last),),
     "pad-channels": (with_last_only(narrow),),
     "smooth-activations": (with_last_only(scaled),),

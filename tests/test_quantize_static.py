@@ -306,6 +306,25 @@ def test_a_product_before_floats(product: str, kernels_: dict[str, int], tmp_pat
     assert difference(before, model, samples[0]) < FINE
 
 
+@pytest.mark.parametrize(("last", "pools"), [("y = Tanh(p)", 0), ("y = Conv(p, u)", 1)])
+def test_a_mean_that_is_a_score_is_one_of_floats(last: str, pools: int, tmp_path: Path) -> None:
+    model = parse(
+        f"""
+        agraph (float[1, 8, 6, 6] x, float[8, 8, 3, 3] w, float[8, 8, 1, 1] u)
+            => (float[1, 8, 1, 1] y)
+        {{ a = Conv (x, w) p = GlobalAveragePool(a) {last} }}
+        """,
+        w=normal(1, 8, 8, 3, 3, scale=0.1),
+        u=normal(2, 8, 8, 1, 1),
+    )
+    before, samples = model.clone(), samples_of(1, 8, 6, 6)
+
+    code_all(model, samples)
+
+    assert work(model, tmp_path)["QLinearGlobalAveragePool"] == pools
+    assert difference(before, model, samples[0]) < FINE
+
+
 @pytest.mark.parametrize("batch", ["1", "N"])
 def test_adds_of_a_residual_network_change_no_layout(batch: str, tmp_path: Path) -> None:
     """What comes from floats and what Conv makes on codes meet in the same layout."""

@@ -45,7 +45,7 @@ INT8 = Recipe(
         (
             BASIC.passes,
             # Before codes, which another order of summation would change.
-            "widen-halves,fuse-transpose,pad-channels",
+            "widen-halves,flatten-convs,merge-reshapes,fuse-transpose,pad-channels",
             "quantize-static,quantize-dynamic,quantize-weights{min-elements=512}",
             # Zero points and scales that are the same in many layers.
             "merge-duplicates",

@@ -33,6 +33,10 @@ PRODUCTS = frozenset({"Conv", "Gemm", "MatMul"})
 
 ARITHMETIC = frozenset({"Add", "Mul", "Sigmoid", "LeakyRelu", "AveragePool", "GlobalAveragePool"})
 
+WEIGHTED = PRODUCTS | {"ConvTranspose", "GRU", "LSTM", "RNN"}
+
+AVERAGES = frozenset({"AveragePool", "GlobalAveragePool"})
+
 MOVEMENT = frozenset(
     {
         "Clip",
@@ -117,9 +121,12 @@ def units_of(graph: ir.Graph, skip: Callable[[ir.Node, str], None]) -> dict[ir.N
     """
     found: dict[ir.Node, Unit] = {}
     absorbed: set[ir.Node] = set()
-    reaching = _reaching_bodies(graph)
+    reaching, before_products = _reaching_bodies(graph), nodes_before_products(graph)
     for node in graph:
         if node in absorbed:
+            continue
+        if is_onnx(node, *AVERAGES) and node not in before_products:
+            # A score, which as a code would be a 256th of their range, finer as a mean of codes.
             continue
         try:
             unit = _unit(node)
@@ -151,6 +158,16 @@ def _unit(node: ir.Node) -> Unit | None:
     if is_onnx(node, *MOVEMENT) and _moves(node):
         return _of(node, "movement", [0])
     return None
+
+
+def nodes_before_products(graph: ir.Graph) -> set[ir.Node]:
+    """The nodes whose outputs lead to a product, or into a body."""
+    found: set[ir.Node] = set()
+    for node in reversed(graph):
+        readers = [use.node for value in node.outputs for use in value.uses()]
+        if any(r in found or r.graph is not graph or is_onnx(r, *WEIGHTED) for r in readers):
+            found.add(node)
+    return found
 
 
 def _reaching_bodies(graph: ir.Graph) -> set[ir.Value]:
