@@ -59,6 +59,20 @@ def write_codes(
     _drop_unread(model.graph)
 
 
+def write_rounding(model: ir.Model, name: str, parameters: Parameters, tensor: TensorMaker) -> None:
+    """Round one value of the main graph to codes and back; all else stays float.
+
+    Args:
+        model: rewritten in place.
+        name: of the value.
+        parameters: its map, among others.
+        tensor: makes a tensor of an array.
+    """
+    made = (output for node in model.graph for output in node.outputs)
+    value = next(v for v in (*model.graph.inputs, *made) if v.name == name)
+    Coding(model.graph, Names(model), parameters, tensor).rounding(value)
+
+
 def _float_outputs(units: Sequence[Unit]) -> frozenset[ir.Node]:
     """Products whose outputs nothing reads as codes; onnxruntime fuses them as they are."""
     read = {s for unit in units for s in unit.sources}
@@ -289,6 +303,17 @@ class Coding:
         )
         self.graph.insert_before(self.graph[0], node)
         return node.outputs[0]
+
+    def rounding(self, value: ir.Value) -> None:
+        """Let all that read a value read it as it comes back from codes."""
+        inputs = [None, *self._map(self.parameters.of(value))]
+        node = self._node("QuantizeLinear", inputs, [value], "codes", ir.DataType.UINT8)
+        self._insert(node, value)
+        replace_value(value, self._keep(value, node.outputs[0]))
+        node.replace_input_with(0, value)
+        if not value.name:
+            # Its name went to the graph's output.
+            value.name = self.names.new("exact")
 
     def _quantize_output(self, unit: Unit) -> None:
         """Let all that read the output of a unit read it as it comes back from codes."""

@@ -31,6 +31,7 @@ def chosen_units(
     units: Sequence[Unit],
     costs: Mapping[Unit, Cost],
     elements_of: Callable[[ir.Value], float],
+    rounding_ns: Mapping[ir.Value, float] | None = None,
 ) -> list[Unit]:
     """The units that are to work on codes, in order.
 
@@ -38,7 +39,9 @@ def chosen_units(
         units: all candidates, in order.
         costs: of each.
         elements_of: how many elements a value has.
+        rounding_ns: what it costs that a value is rounded to codes, where it is.
     """
+    rounding_ns = rounding_ns or {}
     network = _Network(2 + len(units))
     places = {unit.node: 2 + n for n, unit in enumerate(units)}
     makers = {
@@ -48,6 +51,8 @@ def chosen_units(
         network.arc(CODES, place, costs[unit].floats_ns)
         network.arc(place, FLOATS, costs[unit].codes_ns)
     may_leave = {o for unit in units if can_make_floats(unit) for o in unit.outputs}
+    moved = {o for unit in units if unit.kind == "movement" for o in unit.outputs}
+    rounded = makers.keys() - may_leave - moved
     for value in dict.fromkeys(v for unit in units for v in (*unit.sources, *unit.outputs)):
         readers = {places.get(use.node, FLOATS) for use in value.uses()}
         readers |= {FLOATS} if value.is_graph_output() else set()
@@ -55,6 +60,11 @@ def chosen_units(
         dequantize = readers != {FLOATS} or value not in may_leave
         maker, elements = makers.get(value, FLOATS), elements_of(value)
         _add_changes(network, maker, readers, elements, dequantize)
+        if value in rounding_ns:
+            # Movement makes codes of codes, which are rounded already.
+            unless = maker if value in moved else FLOATS
+            rounding = readers | ({maker} if value in rounded else set())
+            _add_rounding(network, rounding, unless, rounding_ns[value])
     on_codes = network.near_codes()
     return [unit for unit in units if places[unit.node] in on_codes]
 
@@ -75,6 +85,14 @@ def _add_changes(
     network.arc(maker, dequantized, DEQUANTIZE_NS * elements)
     for reader in readers:
         network.forbid(dequantized, reader)
+
+
+def _add_rounding(network: _Network, rounding: set[int], unless: int, cost_ns: float) -> None:
+    """What it costs where one of these is on codes, unless another place is."""
+    rounded = network.place()
+    network.arc(rounded, unless, cost_ns)
+    for place in rounding - {FLOATS}:
+        network.forbid(place, rounded)
 
 
 @dataclass
