@@ -136,6 +136,10 @@ def test_costs_of_any_size(scale: float) -> None:
     assert chosen_units(units, costs, lambda _: 1000 * scale) == []
 
 
+def test_of_nothing_nothing_is_chosen() -> None:
+    assert chosen_units([], {}, lambda _: 1.0) == []
+
+
 def test_what_must_not_work_on_codes_does_not() -> None:
     model = parse(CHAIN, w=np.eye(5, dtype=np.float32))
     units, _ = all_units(model)

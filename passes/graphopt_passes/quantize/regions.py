@@ -41,6 +41,8 @@ def chosen_units(
         elements_of: how many elements a value has.
         rounding_ns: what it costs that a value is rounded to codes, where it is.
     """
+    if not units:
+        return []
     rounding_ns = rounding_ns or {}
     network = _Network(2 + len(units))
     places = {unit.node: 2 + n for n, unit in enumerate(units)}
