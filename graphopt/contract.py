@@ -44,7 +44,7 @@ import onnx_ir as ir
 
 from graphopt.errors import SampleError
 from graphopt.operators import NodeIndex
-from graphopt.rewriting import tensor_of
+from graphopt.rewriting import add_initializer, tensor_of
 from graphopt.scratch import Scratch
 from graphopt.spec import Bounds, check_options, format_pass
 
@@ -192,6 +192,16 @@ class Context:
         """
         tensor = tensor_of(array, name, dtype)
         return tensor if self.scratch is None else self.scratch.keep(tensor)
+
+    def initializer(self, graph: ir.Graph, array: np.ndarray, name: str) -> ir.Value:
+        """A new initializer of a graph, of an array that a pass has computed.
+
+        Args:
+            graph: gets it.
+            array: of objects for strings.
+            name: that no value has yet; see `graphopt.rewriting.Names`.
+        """
+        return add_initializer(graph, self.tensor(array, name), name)
 
     def generator(self, purpose: str) -> np.random.Generator:
         """A random generator that depends on nothing but `purpose`, so that runs repeat."""

@@ -24,7 +24,6 @@ from graphopt.operators import is_onnx, opset_of
 from graphopt.packing import is_constant, is_packed
 from graphopt.rewriting import (
     Names,
-    add_initializer,
     can_replace,
     constant_tensor,
     input_of,
@@ -433,4 +432,4 @@ def _set_input(
     hint = old.name if old is not None else f"{node.outputs[0].name or node.op_type}_bias"
     node.resize_inputs(max(len(node.inputs), index + 1))
     name = names.new(hint or "weight")
-    node.replace_input_with(index, add_initializer(graph, context.tensor(array, name), name))
+    node.replace_input_with(index, context.initializer(graph, array, name))

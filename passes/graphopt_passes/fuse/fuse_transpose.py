@@ -11,11 +11,15 @@ import onnx_ir as ir
 from graphopt.content import read_array
 from graphopt.contract import Change, Context, Effect, Pass
 from graphopt.operators import is_onnx
-from graphopt.rewriting import Names, add_initializer, constant_tensor, only_reader
+from graphopt.rewriting import Names, constant_tensor, only_reader
 from graphopt_passes.fuse.misfit import Misfit
 
 CHANNELS_MAXIMUM = 15
-"""From 16 channels on, onnxruntime's Conv of one channel is slower than that of blocks of them."""
+"""More gain nothing in general, and make a Conv on codes slower.
+
+On 40 x 40 places, 3 x 3 to 32 channels: 127 us become 111 from 8 channels, 134 become 133 from 16,
+and 242 become 241 from 32.
+"""
 
 
 @dataclass(frozen=True)
@@ -62,17 +66,14 @@ def _fuse(transpose: ir.Node, conv: ir.Node, names: Names, context: Context) -> 
         raise Misfit("the weight of the Conv is not constant")
     target, channels = _flat_shape(transpose, image)
     attributes = _flat_attributes(conv, list(tensor.shape.numpy()[2:]), channels)
-
-    def constant(array: np.ndarray, hint: str) -> ir.Value:
-        name = names.new(hint)
-        return add_initializer(graph, context.tensor(array, name), name)
-
-    shape = constant(np.array(target, np.int64), f"{image.name}_shape")
+    name = names.new(f"{image.name}_shape")
+    shape = context.initializer(graph, np.array(target, np.int64), name)
     flat = ir.Value(name=names.new(f"{image.name}_flat"), type=image.type)
     name = names.new(f"Reshape_{image.name}")
     graph.insert_before(conv, ir.Node("", "Reshape", [image, shape], outputs=[flat], name=name))
     conv.replace_input_with(0, flat)
-    conv.replace_input_with(1, constant(_flat_weight(read_array(tensor)), f"{weight.name}_flat"))
+    name = names.new(f"{weight.name}_flat")
+    conv.replace_input_with(1, context.initializer(graph, _flat_weight(read_array(tensor)), name))
     conv.attributes.update(attributes)
     graph.remove(transpose, safe=True)
 

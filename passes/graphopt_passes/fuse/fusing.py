@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from graphopt.contract import Change, Context
 from graphopt.operators import NodeIndex
-from graphopt.rewriting import Names, add_initializer, why_too_old
+from graphopt.rewriting import Names, why_too_old
 from graphopt.skeleton import known_shape
 from graphopt_passes.fuse.misfit import Misfit
 from graphopt_passes.fuse.pattern import STEPS_MAXIMUM, Match, Pattern
@@ -174,7 +174,7 @@ def _replace(match: Match, fused: Fused, names: Names, context: Context) -> None
             made = _transpose_before(root, made, names)
         elif not isinstance(made, ir.Value):
             name = names.new(f"{root.outputs[0].name}_{index}")
-            made = add_initializer(graph, context.tensor(made, name), name)
+            made = context.initializer(graph, made, name)
         root.replace_input_with(index, made)
     graph.remove(set(match.nodes) - {root}, safe=True)
 

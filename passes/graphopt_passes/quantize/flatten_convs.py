@@ -11,7 +11,7 @@ import onnx_ir as ir
 from graphopt.content import read_array
 from graphopt.contract import Change, Context, Effect, Pass
 from graphopt.operators import is_onnx
-from graphopt.rewriting import Names, add_initializer, constant_tensor, input_of, replace_value
+from graphopt.rewriting import Names, constant_tensor, input_of, replace_value
 from graphopt.skeleton import known_shape
 from graphopt_passes.quantize.layers import layer_of
 from graphopt_passes.quantize.units import nodes_before_products
@@ -62,17 +62,13 @@ def _flatten(conv: ir.Node, names: Names, context: Context) -> None:
     graph, weight, tensor = conv.graph, conv.inputs[1], constant_tensor(conv.inputs[1])
     assert isinstance(graph, ir.Graph) and weight is not None and tensor is not None
     matrix = read_array(tensor).reshape(tensor.shape.numpy()[:2])
-
-    def constant(array: np.ndarray, hint: str) -> ir.Value:
-        name = names.new(hint)
-        return add_initializer(graph, context.tensor(array, name), name)
-
     flat = _node("Flatten", [conv.inputs[0]], names.new("flat"), {"axis": 1})
-    inputs = [flat.outputs[0], constant(matrix, f"{weight.name}_matrix"), *conv.inputs[2:]]
+    name = names.new(f"{weight.name}_matrix")
+    inputs = [flat.outputs[0], context.initializer(graph, matrix, name), *conv.inputs[2:]]
     gemm = _node("Gemm", inputs, names.new("scores"), {"transB": 1})
-    shape = constant(np.array([0, -1, *[1] * (len(tensor.shape) - 2)]), "shape")
+    places = [1] * (len(tensor.shape) - 2)
+    shape = context.initializer(graph, np.array([0, -1, *places], np.int64), names.new("shape"))
     image = _node("Reshape", [gemm.outputs[0], shape], names.new("image"), {})
-
     image.outputs[0].shape = conv.outputs[0].shape
     graph.insert_before(conv, [flat, gemm, image])
     replace_value(conv.outputs[0], image.outputs[0])

@@ -1,6 +1,6 @@
 """What nodes cost on onnxruntime's CPU provider, in float32 and on 8-bit codes.
 
-A model of single-thread time in nanoseconds, fitted to 200 shapes of kernels of onnxruntime 1.32 on
+A model of single-thread time in nanoseconds, fitted to 190 shapes of kernels of onnxruntime 1.32 on
 a processor with AVX512-VNNI. It decides which of two forms is worth it, so what counts is where the
 one overtakes the other. Integers lose in a Conv of few input channels, whose windows are copied
 tap by tap before they are multiplied; where a number of channels is no multiple of 4, or of 16 in a

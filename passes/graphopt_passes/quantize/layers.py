@@ -82,9 +82,8 @@ class Layer:
     @property
     def can_correct_bias(self) -> bool:
         """A number can be added to each output, by the bias that is there or by a new one."""
-        stated, bias = self.node.attributes, input_of(self.node, 2)
-        scaled = stated.get_float("alpha", 1.0) != 1 or stated.get_float("beta", 1.0) != 1
-        if not self.can_have_bias or (is_onnx(self.node, "Gemm") and scaled):
+        bias = input_of(self.node, 2)
+        if not self.can_have_bias or is_scaled(self.node):
             return False
         tensor = constant_tensor(bias)
         if bias is None or tensor is None:
@@ -138,6 +137,12 @@ class Layer:
             group=self.group,
             auto_pad=stated.get_string("auto_pad", "NOTSET"),
         )
+
+
+def is_scaled(node: ir.Node) -> bool:
+    """A Gemm that multiplies its product or its bias with a number."""
+    numbers = (node.attributes.get_float(name, 1.0) for name in ("alpha", "beta"))
+    return is_onnx(node, "Gemm") and any(number != 1 for number in numbers)
 
 
 def layer_of(node: ir.Node) -> Layer:

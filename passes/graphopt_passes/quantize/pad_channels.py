@@ -14,7 +14,7 @@ from scipy.cluster.hierarchy import DisjointSet
 from graphopt.content import read_array
 from graphopt.contract import Change, Context, Effect, Pass
 from graphopt.operators import is_onnx
-from graphopt.rewriting import Names, add_initializer, constant_tensor, small_array
+from graphopt.rewriting import Names, constant_tensor, small_array
 from graphopt_passes.quantize.latency import Cost, filled, pool_ns, product_cost, unit_cost
 from graphopt_passes.quantize.layers import Layer, layer_of
 from graphopt_passes.quantize.regions import chosen_units
@@ -241,5 +241,4 @@ def _pad(layer: Layer, more_inputs: int, more_outputs: int, names: Names, contex
         array = read_array(tensor)
         ends = (widths + [(0, 0)] * array.ndim)[: array.ndim]
         name = names.new(f"{value.name}_padded")
-        padded = context.tensor(np.pad(array, ends), name)
-        node.replace_input_with(place, add_initializer(graph, padded, name))
+        node.replace_input_with(place, context.initializer(graph, np.pad(array, ends), name))

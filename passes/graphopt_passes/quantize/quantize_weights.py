@@ -16,7 +16,7 @@ from graphopt.contract import Bounds, Change, Context, Effect, Pass
 from graphopt.observe import Answers
 from graphopt.operators import all_graphs, is_onnx
 from graphopt.packing import FOLDED_BYTES_MAXIMUM, is_packed
-from graphopt.rewriting import Names, add_initializer, constant_tensor, only_reader
+from graphopt.rewriting import Names, constant_tensor, only_reader
 from graphopt.skeleton import INFERRED
 from graphopt.statistics import Gram
 from graphopt.validation import worst
@@ -252,7 +252,7 @@ def _shift_bias(layer: Layer, shift: np.ndarray, names: Names, context: Context)
     bias = (shift if old is None else old + shift).astype(dtype.numpy())
     name = names.new("bias" if old is None else f"{node.inputs[2].name}_corrected")  # type: ignore[union-attr]
     node.resize_inputs(3)
-    node.replace_input_with(2, add_initializer(graph, context.tensor(bias, name), name))
+    node.replace_input_with(2, context.initializer(graph, bias, name))
 
 
 def _is_candidate(value: ir.Value, min_elements: int) -> bool:
@@ -279,7 +279,7 @@ def _replace(value: ir.Value, coded: Coded, names: Names, context: Context) -> N
     graph, name, tensor = value.graph, value.name, value.const_value
     assert isinstance(graph, ir.Graph) and name is not None and tensor is not None
     codes, scales = (
-        add_initializer(graph, context.tensor(array, new), new)
+        context.initializer(graph, array, new)
         for array, new in (
             (coded.codes, names.new(f"{name}_codes")),
             (coded.scales, names.new(f"{name}_scales")),

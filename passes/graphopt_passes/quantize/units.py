@@ -26,6 +26,7 @@ import onnx_ir as ir
 from graphopt.content import read_array
 from graphopt.operators import is_onnx
 from graphopt.rewriting import constant_tensor, input_of, only_reader, small_array, static_shape
+from graphopt_passes.quantize.layers import is_scaled
 
 Kind = Literal["product", "arithmetic", "movement"]
 
@@ -126,7 +127,7 @@ def units_of(graph: ir.Graph, skip: Callable[[ir.Node, str], None]) -> dict[ir.N
         if node in absorbed:
             continue
         if is_onnx(node, *AVERAGES) and node not in before_products:
-            # A score, which as a code would be a 256th of their range, finer as a mean of codes.
+            # A mean of codes is finer than a code, and as a score it is to stay so.
             continue
         try:
             unit = _unit(node)
@@ -240,8 +241,7 @@ def _product(node: ir.Node) -> Unit:
 
 def _check_gemm(node: ir.Node, weight: ir.TensorProtocol, bias: ir.Value | None) -> None:
     stated = node.attributes
-    scaled = stated.get_float("alpha", 1.0) != 1 or stated.get_float("beta", 1.0) != 1
-    if stated.get_int("transA", 0) or scaled:
+    if stated.get_int("transA", 0) or is_scaled(node):
         raise NotQuantized("it has transA, alpha or beta")
     outputs = weight.shape.numpy()[0 if stated.get_int("transB", 0) else 1]
     if bias is not None and static_shape(bias) not in ((outputs,), (1, outputs)):
