@@ -189,12 +189,12 @@ def unit_cost(
     """
     made = sum(map(elements_of, unit.outputs))
     if unit.kind != "product":
-        return other_cost(unit, made)
+        return _other_cost(unit, made)
     read = elements_of(unit.sources[0])
     return product_cost(layer_of(unit.node), read, made, more_inputs, more_outputs)
 
 
-def other_cost(unit: Unit, elements: float) -> Cost:
+def _other_cost(unit: Unit, elements: float) -> Cost:
     """Cost of arithmetic or movement that makes so many elements.
 
     Reshape and the like cost nothing; a Relu that a product takes in costs nothing either.
