@@ -232,7 +232,7 @@ class Patches:
         Returns:
             Of shape [group, batch, channels of the group, places..., kernel...].
         """
-        padded = np.pad(array, [(0, 0), (0, 0), *self._pads(array.shape[2:])])
+        padded = np.pad(array, [(0, 0), (0, 0), *self.padding(array.shape[2:])])
         reach = [(k - 1) * d + 1 for k, d in zip(self.kernel, self.dilations, strict=True)]
         axes = tuple(range(2, array.ndim))
         windows = np.lib.stride_tricks.sliding_window_view(padded, reach, axes)
@@ -243,7 +243,8 @@ class Patches:
         moved: np.ndarray = np.moveaxis(apart, 1, 0)
         return moved
 
-    def _pads(self, sizes: tuple[int, ...]) -> list[tuple[int, int]]:
+    def padding(self, sizes: tuple[int, ...]) -> list[tuple[int, int]]:
+        """What is added before and after along each axis of an image of these sizes."""
         rank = len(self.kernel)
         if self.auto_pad in ("NOTSET", ""):
             return [(self.pads[axis], self.pads[axis + rank]) for axis in range(rank)]

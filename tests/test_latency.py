@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from graphopt_passes.quantize.latency import conv_cost, depthwise_cost, filled
+from graphopt.skeleton import infer_shapes
+from graphopt.testing import parse
+from graphopt_passes.quantize.latency import (
+    best_fold,
+    conv_cost,
+    depthwise_cost,
+    filled,
+    product_cost,
+)
+from graphopt_passes.quantize.layers import Layer, layer_of
 
 MEASURED = [
     # Channels in and out, kernel, stride, height and width; microseconds in float32 and on codes.
@@ -33,6 +43,15 @@ DEPTHWISE = [
     (192, 3, 24, 43, 48),
     (232, 3, 32, 76, 250),
 ]
+FOLDED = [
+    # Channels in and out, kernel, stride, height and width; columns folded and microseconds.
+    (3, 16, 3, 1, 32, 2, 25),
+    (3, 32, 3, 2, 192, 2, 148),
+    (3, 64, 3, 2, 224, 2, 316),
+    (3, 64, 7, 2, 224, 2, 785),
+    (8, 8, 3, 1, 128, 2, 190),
+    (3, 16, 5, 1, 64, 2, 115),
+]
 """On a Xeon with AVX512-VNNI, onnxruntime 1.32, one thread, median of 40 runs."""
 
 
@@ -55,6 +74,38 @@ def test_depthwise(shape: tuple[int, ...]) -> None:
 
     assert cost.floats_ns == pytest.approx(1e3 * floats_us, rel=0.35)
     assert cost.codes_ns == pytest.approx(1e3 * codes_us, rel=0.35)
+
+
+@pytest.mark.parametrize("shape", FOLDED, ids=str)
+def test_columns_are_folded_where_that_is_faster(shape: tuple[int, ...]) -> None:
+    inputs, outputs, kernel, stride, size, columns, codes_us = shape
+    layer = conv(inputs, outputs, kernel, stride, size)
+    places = (size // stride) ** 2
+
+    cost = product_cost(layer, inputs * size**2, outputs * places)
+
+    fold = best_fold(layer)
+    assert fold is not None
+    assert fold.columns == columns
+    assert cost.codes_ns == pytest.approx(1e3 * codes_us, rel=0.35)
+
+
+@pytest.mark.parametrize("shape", [(64, 64, 3, 1, 28), (24, 144, 1, 1, 56), (3, 64, 3, 2, 16)])
+def test_columns_are_not_folded_where_it_is_not_worth_its_bytes(shape: tuple[int, ...]) -> None:
+    assert best_fold(conv(*shape)) is None
+
+
+def conv(inputs: int, outputs: int, kernel: int, stride: int, size: int) -> Layer:
+    weight = np.ones((outputs, inputs, kernel, kernel), np.float32)
+    pads = f"pads = {[kernel // 2] * 4}, strides = [{stride}, {stride}]"
+    model = parse(
+        f"agraph (float[1, {inputs}, {size}, {size}] x, "
+        f"float[{outputs}, {inputs}, {kernel}, {kernel}] w) => (float y) "
+        f"{{ c = Conv <{pads}> (x, w) y = Relu(c) }}",
+        w=weight,
+    )
+    infer_shapes(model)
+    return layer_of(model.graph[0])
 
 
 @pytest.mark.parametrize("channels", [24, 58, 116])

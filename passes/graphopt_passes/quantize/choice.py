@@ -4,7 +4,8 @@ What rounding a value to codes adds to the error of the outputs is measured with
 rounded. A price is put on squared error, in nanoseconds, and the minimum cut is taken with it: the
 higher the price, the more layers stay float, and next to each other where a float island would cost
 more than it saves. The price is never zero: what is more exact as floats, and hardly slower, stays
-so. Where all together are over the error allowed, the lowest price that serves is looked for.
+so. It is low where the model decides between classes and few of its decisions are expected to
+change. Where all together are over the error allowed, the lowest price that serves is looked for.
 Errors of values add up well enough for that, and the result is measured as a whole.
 """
 
@@ -22,11 +23,12 @@ from graphopt.observe import Answers, Question
 from graphopt.statistics import Gram, Rows, Spread
 from graphopt.validation import worst
 from graphopt_passes.quantize.coding import write_codes, write_rounding
+from graphopt_passes.quantize.decisions import expected_changes, scores_asked
 from graphopt_passes.quantize.latency import Cost, unit_cost
 from graphopt_passes.quantize.layers import layer_of
 from graphopt_passes.quantize.parameters import Parameters, choose_parameters, questions_on
 from graphopt_passes.quantize.regions import chosen_units
-from graphopt_passes.quantize.units import Unit, units_of
+from graphopt_passes.quantize.units import Unit, can_make_floats, units_of
 from graphopt_passes.quantize.weights import IntegerLayer, integer_layer
 
 ALONE_SAMPLES, TOGETHER_SAMPLES = 4, 16
@@ -35,12 +37,19 @@ ALONE_SAMPLES, TOGETHER_SAMPLES = 4, 16
 PRICES = 7
 """How many prices of error are tried, and how often the lowest of them is doubled at most."""
 
-PRICE = 0.3
+PRICE = 0.2
 """Of all squared error, in times of the whole model: what it is worth even within the error.
 
-Without, two classifiers of images and a detector left the limits of their metrics; at this price
-none did, for 6 to 12 % of the time. At 0.8 one was two thirds slower.
+At this price a tenth of the squared error of the fastest choice is worth a fiftieth of the time.
+Without one, two classifiers of images and a detector left the limits of their metrics; at four
+times as much one was two thirds slower.
 """
+
+LOW_PRICES = (0.03, 0.065, 0.14)
+"""What it is worth where the model decides between classes, and few decisions change."""
+
+CHANGES_MAXIMUM = 0.0225
+"""Few: the share that is expected to change."""
 
 SLOWER = "integers would be slower: its kernel, or the changes of form around it"
 UNSEEN = "no sample has numbers where it reads or writes"
@@ -105,7 +114,7 @@ class Choice:
         if not any(unit.kind == "product" for unit in fastest):
             return [], slower
         squares = self._squares(fastest)
-        chosen = self._cheapest_within(error, squares)
+        chosen = self._with_few_changes(error, squares) or self._cheapest_within(error, squares)
         coarse = {
             unit: TOO_COARSE.format(max(squares.get(v, 0.0) for v in _values(unit)) ** 0.5)
             for unit in fastest
@@ -116,18 +125,35 @@ class Choice:
     def _cut(self, rounding_ns: Mapping[ir.Value, float]) -> list[Unit]:
         return chosen_units(self.units, self.costs, self.elements, rounding_ns)
 
-    def _cheapest_within(self, error: float, squares: Mapping[ir.Value, float]) -> list[Unit]:
-        """The choice at the lowest price of squared error that keeps the outputs close.
-
-        The lowest price of all is not zero, even where all is within the error: a tenth of the
-        squared error that the fastest choice would have is worth three hundredths of the time.
-        """
+    def _priced_cut(self, price: float, squares: Mapping[ir.Value, float]) -> list[Unit]:
+        """The cheapest choice, if all squared error together costs so many times of the model."""
         total_ns = sum(cost.floats_ns for cost in self.costs.values())
-        whole = sum(square for square in squares.values() if math.isfinite(square))
-        price = PRICE * total_ns / max(whole, 1e-12)
-        low, high, best = price, price * 2**PRICES, list[Unit]()
+        moved = {value for unit in self.units if unit.kind == "movement" for value in unit.outputs}
+        whole = sum(s for value, s in squares.items() if value not in moved and math.isfinite(s))
+        price_ns = price * total_ns / max(whole, 1e-12)
+        return self._cut({value: price_ns * square for value, square in squares.items()})
+
+    def _with_few_changes(self, error: float, squares: Mapping[ir.Value, float]) -> list[Unit]:
+        """The choice at a low price where few decisions between classes change; none elsewhere."""
+        scores = scores_asked(self.model)
+        tried = list[Unit]()
+        for price in LOW_PRICES if scores else ():
+            chosen = self._priced_cut(price, squares)
+            if chosen == tried:
+                continue
+            tried, candidate = chosen, self._tried(chosen)
+            if worst(self.context.compare(self.model, candidate, TOGETHER_SAMPLES)) > error:
+                continue
+            changes = expected_changes(self.model, candidate, scores, self.context)
+            if changes <= CHANGES_MAXIMUM:
+                return chosen
+        return []
+
+    def _cheapest_within(self, error: float, squares: Mapping[ir.Value, float]) -> list[Unit]:
+        """The choice at the lowest price, from `PRICE` on, that keeps the outputs close."""
+        price, low, high, best = PRICE, PRICE, PRICE * 2**PRICES, list[Unit]()
         for _ in range(PRICES):
-            chosen = self._cut({value: price * square for value, square in squares.items()})
+            chosen = self._priced_cut(price, squares)
             has_product = any(unit.kind == "product" for unit in chosen)
             if not has_product or self._error(chosen, TOGETHER_SAMPLES) <= error:
                 best, high = chosen if has_product else best, price
@@ -147,9 +173,8 @@ class Choice:
         """
         moves = [unit for unit in units if unit.kind == "movement"]
         makers = {output: unit for unit in moves for output in unit.outputs}
-        values = dict.fromkeys(v for unit in units for v in _values(unit))
+        rounded = [value for value in _rounded(units) if value not in makers]
         found = {}
-        rounded = [value for value in values if value not in makers]
         for number, value in enumerate(rounded):
             self.context.progress(f"measuring value {number + 1} of {len(rounded)}")
             found[value] = self._error_of_rounding(value) ** 2
@@ -164,10 +189,13 @@ class Choice:
         return worst(self.context.compare(self.model, candidate, ALONE_SAMPLES))
 
     def _error(self, units: Sequence[Unit], samples: int) -> float:
+        return worst(self.context.compare(self.model, self._tried(units), samples))
+
+    def _tried(self, units: Sequence[Unit]) -> ir.Model:
+        """A clone in which these work on codes; what is only tried goes to no file."""
         candidate = self.model.clone()
-        # What is only tried goes to no file.
         self.write(candidate, units, replace(self.context, scratch=None))
-        return worst(self.context.compare(self.model, candidate, samples))
+        return candidate
 
     def write(self, model: ir.Model, units: Sequence[Unit], context: Context | None = None) -> None:
         """Let these units work on codes.
@@ -198,6 +226,13 @@ class Choice:
             source = self.parameters.of(layer.source)
             self._integers[name] = integer_layer(layer, source, rows, gram)
         return self._integers[name]
+
+
+def _rounded(units: Sequence[Unit]) -> list[ir.Value]:
+    """The values that become codes where these units work on codes, each once."""
+    read = [value for unit in units for value in unit.sources]
+    made = [v for unit in units if not can_make_floats(unit) for v in unit.outputs]
+    return list(dict.fromkeys((*read, *made)))
 
 
 def _values(unit: Unit) -> tuple[ir.Value, ...]:

@@ -22,6 +22,8 @@ from graphopt.rewriting import (
 )
 from graphopt.skeleton import INFERRED
 from graphopt_passes.quantize.affine import Affine, affine_of
+from graphopt_passes.quantize.folding import Fold, image_of
+from graphopt_passes.quantize.latency import best_fold
 from graphopt_passes.quantize.layers import Layer, layer_of
 from graphopt_passes.quantize.parameters import Parameters
 from graphopt_passes.quantize.units import CONSTANT_MAXIMUM, Unit, can_make_floats
@@ -89,14 +91,8 @@ def _joining(units: Sequence[Unit]) -> frozenset[ir.Value]:
         for unit in units
         if unit.kind == "arithmetic" and not made.isdisjoint(unit.sources)
         for value in unit.sources
-        if value not in made and _is_image(value)
+        if value not in made and image_of(value) is not None
     )
-
-
-def _is_image(value: ir.Value) -> bool:
-    """Of a known size, whatever the number of images."""
-    dims = () if value.shape is None else value.shape.dims
-    return len(dims) == 4 and all(isinstance(d, int) for d in dims[1:])
 
 
 @dataclass
@@ -167,10 +163,10 @@ class Coding:
         else:
             self.graph.insert_after(producer, node)
 
-    def _numbers(self, codes: ir.Value, value: ir.Value) -> ir.Value:
-        """What the codes of a value stand for."""
+    def _numbers(self, codes: ir.Value, value: ir.Value, like: ir.Value | None = None) -> ir.Value:
+        """What the codes of a value stand for; of the shape of another value, if one is given."""
         inputs = [codes, *self._map(self.parameters.of(value))]
-        node = self._node("DequantizeLinear", inputs, [value], "numbers", ir.DataType.FLOAT)
+        node = self._node("DequantizeLinear", inputs, [like or value], "numbers", ir.DataType.FLOAT)
         self._insert(node, codes)
         return node.outputs[0]
 
@@ -197,15 +193,29 @@ class Coding:
         that it needs on through an Add only if both sides have one. Otherwise each Add of a
         residual network has two. Flatten and Reshape keep the pair from cancelling.
         """
-        assert image.shape is not None
-        _, channels, *places = image.shape.dims
-        shape = self._constant(np.array([-1, *places, channels], np.int64), "shape")
-        for op_type, inputs, attribute in (
+        sizes = image_of(image)
+        assert sizes is not None
+        return self._with_channels_last(codes, sizes.channels_last(), keep=True)
+
+    def _with_channels_last(
+        self, codes: ir.Value, shape: Sequence[int], keep: bool = False
+    ) -> ir.Value:
+        """The codes of an image in another shape, as far as the bytes go that have channels last.
+
+        Args:
+            codes: of shape [batch, channels, rows, columns].
+            shape: with the channels last.
+            keep: the shape is the one of before, and yet onnxruntime is to see a Reshape.
+        """
+        to = self._constant(np.array(shape, np.int64), "shape")
+        steps: list[tuple[str, Sequence[ir.Value], ir.Attr | None]] = [
             ("Transpose", (), ir.AttrInt64s("perm", [0, 2, 3, 1])),
-            ("Flatten", (), ir.AttrInt64("axis", 3)),
-            ("Reshape", (shape,), None),
+            ("Reshape", (to,), None),
             ("Transpose", (), ir.AttrInt64s("perm", [0, 3, 1, 2])),
-        ):
+        ]
+        if keep:
+            steps.insert(1, ("Flatten", (), ir.AttrInt64("axis", 3)))
+        for op_type, inputs, attribute in steps:
             attributes = [] if attribute is None else [attribute]
             made = self._node(
                 op_type, [codes, *inputs], [ir.Value()], "laid_out", ir.DataType.UINT8, attributes
@@ -275,7 +285,14 @@ class Coding:
     def product(self, unit: Unit, layer: Layer, integers: IntegerLayer) -> None:
         """Put integers in the place of weight and bias."""
         node, hint = unit.node, layer.weight.name or unit.node.name
-        source = self._source(unit.sources[0])[1]
+        fold = best_fold(layer)
+        codes, source = self._source(unit.sources[0])
+        if fold is not None:
+            integers = integers.folded(fold)
+            node.attributes.pop("auto_pad", None)
+            node.attributes.update((a.name, a) for a in fold.attributes())
+            folded = self._with_channels_last(codes, fold.shape_read)
+            source = self._numbers(folded, unit.sources[0], ir.Value())
         weight = self._parameter(integers.codes, integers.scales, layer.axis, f"{hint}")
         inputs = [source, weight]
         if not is_onnx(node, "MatMul") and (integers.bias.any() or layer.bias() is not None):
@@ -285,7 +302,7 @@ class Coding:
         for index, value in enumerate(inputs):
             node.replace_input_with(index, value)
         if node not in self.float_outputs:
-            self._quantize_output(unit)
+            self._quantize_output(unit, fold)
 
     def _parameter(self, codes: np.ndarray, scales: np.ndarray, axis: int, hint: str) -> ir.Value:
         inputs = [
@@ -315,18 +332,24 @@ class Coding:
             # Its name went to the graph's output.
             value.name = self.names.new("exact")
 
-    def _quantize_output(self, unit: Unit) -> None:
+    def _quantize_output(self, unit: Unit, fold: Fold | None = None) -> None:
         """Let all that read the output of a unit read it as it comes back from codes."""
         made, value = unit.node.outputs[0], unit.outputs[0]
         inputs = [None, *self._map(self.parameters.of(value))]
-        node = self._node("QuantizeLinear", inputs, [value], "codes", ir.DataType.UINT8)
+        like = value if fold is None else ir.Value()
+        node = self._node("QuantizeLinear", inputs, [like], "codes", ir.DataType.UINT8)
         self.graph.insert_after(unit.node, node)
-        codes = self._within_limits(unit, node.outputs[0])
+        codes = node.outputs[0]
+        if fold is not None:
+            codes = self._with_channels_last(codes, fold.shape_made)
+        codes = self._within_limits(unit, codes)
         replace_value(value, self._keep(value, codes))
         node.replace_input_with(0, made)
         if unit.saturated is not None:
             unit.saturated.replace_input_with(0, None)
             remove_node(unit.saturated)
+        if fold is not None:
+            made.shape = None
         if not made.name:
             # Its name went to the graph's output.
             made.name = self.names.new("exact")

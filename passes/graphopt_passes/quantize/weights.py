@@ -8,6 +8,7 @@ import numpy as np
 
 from graphopt.statistics import Gram, Rows
 from graphopt_passes.quantize.affine import Affine
+from graphopt_passes.quantize.folding import Fold
 from graphopt_passes.quantize.layers import Layer, products
 from graphopt_passes.quantize.rounding import round_to_gram, search_scales
 
@@ -29,6 +30,11 @@ class IntegerLayer:
     scales: np.ndarray
     bias: np.ndarray
     bias_scales: np.ndarray
+
+    def folded(self, fold: Fold) -> IntegerLayer:
+        """The same of a Conv whose columns are folded."""
+        parts = (self.scales, self.bias, self.bias_scales)
+        return IntegerLayer(fold.weight(self.codes), *(np.tile(p, fold.columns) for p in parts))
 
 
 def integer_layer(layer: Layer, source: Affine, rows: Rows, gram: Gram) -> IntegerLayer:
