@@ -47,8 +47,8 @@ INT8 = Recipe(
             # Before codes, which another order of summation would change.
             "widen-halves,flatten-convs,merge-reshapes,fuse-transpose,pad-channels",
             "quantize-static,quantize-dynamic,quantize-weights{min-elements=512}",
-            # Zero points and scales that are the same in many layers.
-            "merge-duplicates",
+            # Reshapes before and after folded columns; zero points that are the same in many layers.
+            "merge-transposes,merge-reshapes,merge-duplicates",
         )
     ),
     repeat=True,

@@ -195,15 +195,16 @@ class Coding:
         """
         sizes = image_of(image)
         assert sizes is not None
-        return self._with_channels_last(codes, sizes.channels_last(), keep=True)
+        return self._with_channels_last(codes, sizes.channels, sizes.channels_last(), keep=True)
 
     def _with_channels_last(
-        self, codes: ir.Value, shape: Sequence[int], keep: bool = False
+        self, codes: ir.Value, channels: int, shape: Sequence[int], keep: bool = False
     ) -> ir.Value:
         """The codes of an image in another shape, as far as the bytes go that have channels last.
 
         Args:
             codes: of shape [batch, channels, rows, columns].
+            channels: of it.
             shape: with the channels last.
             keep: the shape is the one of before, and yet onnxruntime is to see a Reshape.
         """
@@ -215,6 +216,9 @@ class Coding:
         ]
         if keep:
             steps.insert(1, ("Flatten", (), ir.AttrInt64("axis", 3)))
+        elif channels == 1:
+            # Wherever a single channel lies, the bytes are the same.
+            del steps[0]
         for op_type, inputs, attribute in steps:
             attributes = [] if attribute is None else [attribute]
             made = self._node(
@@ -291,7 +295,7 @@ class Coding:
             integers = integers.folded(fold)
             node.attributes.pop("auto_pad", None)
             node.attributes.update((a.name, a) for a in fold.attributes())
-            folded = self._with_channels_last(codes, fold.shape_read)
+            folded = self._with_channels_last(codes, fold.source.channels, fold.shape_read)
             source = self._numbers(folded, unit.sources[0], ir.Value())
         weight = self._parameter(integers.codes, integers.scales, layer.axis, f"{hint}")
         inputs = [source, weight]
@@ -341,7 +345,7 @@ class Coding:
         self.graph.insert_after(unit.node, node)
         codes = node.outputs[0]
         if fold is not None:
-            codes = self._with_channels_last(codes, fold.shape_made)
+            codes = self._with_channels_last(codes, fold.channels_made, fold.shape_made)
         codes = self._within_limits(unit, codes)
         replace_value(value, self._keep(value, codes))
         node.replace_input_with(0, made)

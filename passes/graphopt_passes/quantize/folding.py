@@ -91,6 +91,11 @@ class Fold:
         return self.made.channels_last()
 
     @property
+    def channels_made(self) -> int:
+        """What the folded Conv makes."""
+        return self.made.channels * self.columns
+
+    @property
     def is_possible(self) -> bool:
         """All columns fall into whole groups, and the folded windows reach to the last."""
         whole = not self.source.columns % self.read and not self.made.columns % self.columns
