@@ -144,8 +144,8 @@ class Coding:
     ) -> ir.Node:
         """A node whose outputs have the shapes of other values.
 
-        Names are short, since in a small model they take more bytes than the weights that they
-        stand beside; so does what can be inferred.
+        It is called as its first output. Names are short, since in a small model they take more
+        bytes than the weights that they stand beside; so does what can be inferred.
         """
         outputs = [
             ir.Value(name=self.names.new(name), type=ir.TensorType(dtype), shape=like.shape)
@@ -153,7 +153,8 @@ class Coding:
         ]
         for output in outputs:
             output.meta[INFERRED] = True
-        return ir.Node("", op_type, inputs, attributes, outputs=outputs)
+        made_by = outputs[0].name
+        return ir.Node("", op_type, inputs, attributes, outputs=outputs, name=made_by)
 
     def _insert(self, node: ir.Node, after: ir.Value) -> None:
         """Put a node where a value has just been made."""
