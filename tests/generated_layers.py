@@ -6,6 +6,9 @@ import numpy as np
 from generated import Builder, Step
 from generated_fusions import with_last_only
 
+REDUCED_BY_INPUT = 18
+"""From this opset on, the axes of ReduceMean are an input."""
+
 
 def uneven(b: Builder, *shape: int) -> str:
     """A weight whose outputs, along the first axis, are of very different sizes below 1.
@@ -152,10 +155,32 @@ def classifier(b: Builder) -> None:
     b.add(str(b.random.choice(["Relu", "Sigmoid", "Tanh"])), [scores], b.shapes[scores])
 
 
+def means(b: Builder) -> None:
+    """A mean over all places or some axes of an image, with or without them in the shape."""
+    value = b.any(4)
+    if value is None:
+        return
+    batch, channels, height, _ = b.shapes[value]
+    # A mean of terms that cancel is its own rounding.
+    value = b.add("Abs", [value], b.shapes[value])
+    every = b.random.random() < 0.8
+    axes = [[2, 3], [-2, -1], [3, 2]][int(b.random.integers(3))] if every else [3]
+    keeps = int(b.random.integers(2))
+    left = () if every else (height,)
+    shape = (batch, channels, *((1, 1) if every else (height, 1))) if keeps else None
+    inputs, stated = [value], {"keepdims": keeps}
+    if b.opset < REDUCED_BY_INPUT:
+        stated["axes"] = axes
+    else:
+        inputs.append(b.constant(np.int64(axes)))
+    b.add("ReduceMean", inputs, shape or (batch, channels, *left), **stated)
+
+
 FOCUS: dict[str, tuple[Step, ...]] = {
     "equalize-layers": (with_last_only(layers),),
     "flatten-convs": (with_last_only(classifier),),
     "fuse-transpose": (with_last_only(channels_last),),
     "pad-channels": (with_last_only(narrow),),
+    "pool-means": (with_last_only(means),),
     "smooth-activations": (with_last_only(scaled),),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from graphopt.skeleton import infer_shapes
@@ -13,8 +14,10 @@ from graphopt_passes.quantize.latency import (
     depthwise_cost,
     filled,
     product_cost,
+    unit_cost,
 )
 from graphopt_passes.quantize.layers import Layer, layer_of
+from graphopt_passes.quantize.units import Unit
 
 MEASURED = [
     # Channels in and out, kernel, stride, height and width; microseconds in float32 and on codes.
@@ -115,3 +118,35 @@ def test_whole_lanes_are_faster_on_codes(channels: int) -> None:
 
     assert whole.codes_ns < narrow.codes_ns
     assert whole.floats_ns <= narrow.floats_ns
+
+
+SWISH = """
+agraph (float[1, C, 56, 56] x, float[1, C, 1, 1] g) => (float[1, C, 56, 56] y, float[1, C, 1, 1] p) {
+    s = Sigmoid(x) m = Mul(x, s) y = Mul(m, g) p = GlobalAveragePool(y)
+}
+"""
+
+
+def test_what_onnxruntime_computes_in_one_go_and_what_it_begins_anew() -> None:
+    model = parse(SWISH.replace("C", "144"))
+    infer_shapes(model)
+    sigmoid, swish, gate, pool = (unit_of(node) for node in model.graph)
+    elements = 144 * 56 * 56
+
+    costs = [unit_cost(unit, elements_of) for unit in (sigmoid, swish, gate, pool)]
+
+    assert costs[1].floats_ns == 0
+    assert costs[2].floats_ns > 0
+    assert costs[1].codes_ns == pytest.approx(0.3 * elements, rel=0.1)
+    assert costs[2].codes_ns == pytest.approx(0.39 * elements, rel=0.1)
+    assert costs[3].codes_ns < 0.1 * elements
+
+
+def unit_of(node: ir.Node) -> Unit:
+    values = [value for value in node.inputs if value is not None]
+    return Unit(node, "arithmetic", tuple(range(len(values))), tuple(values))
+
+
+def elements_of(value: ir.Value) -> float:
+    assert value.shape is not None
+    return float(np.prod(value.shape.numpy()))

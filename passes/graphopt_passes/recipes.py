@@ -45,7 +45,7 @@ INT8 = Recipe(
         (
             BASIC.passes,
             # Before codes, which another order of summation would change.
-            "widen-halves,flatten-convs,merge-reshapes,fuse-transpose,pad-channels",
+            "widen-halves,pool-means,flatten-convs,merge-reshapes,fuse-transpose,pad-channels",
             "quantize-static,quantize-dynamic,quantize-weights{min-elements=512}",
             # Reshapes around folded columns; zero points that are the same in many layers.
             "merge-transposes,merge-reshapes,merge-duplicates",

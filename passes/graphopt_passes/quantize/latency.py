@@ -10,7 +10,7 @@ is no multiple of 4, or of 16 in a depthwise Conv; and where a value would chang
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
@@ -202,15 +202,21 @@ _ELEMENT_NS: dict[str, tuple[float, float]] = {
     "Concat": (0.5, 0.25),
     "LeakyRelu": (0.1, 0.3),
     "MaxPool": (0.3, 0.45),
-    "Mul": (0.4, 0.35),
+    "Mul": (0.25, 0.3),
     "Relu": (0.05, 0.1),
     "Resize": (0.25, 0.9),
-    "Sigmoid": (0.4, 0.3),
+    "Sigmoid": (0.35, 0.37),
     "Transpose": (0.6, 0.15),
 }
 """By operator, per element of the output, in float32 and on codes."""
 
+_POOLED_NS = 0.02, 0.06
+"""Per element that GlobalAveragePool reads."""
+
 _MOVED_NS = 0.3, 0.15
+
+SPREAD_NS = 13.0
+"""Of a Mul on codes, in addition, each time that it begins anew with a number for each channel."""
 
 
 def unit_cost(
@@ -227,19 +233,40 @@ def unit_cost(
         more_inputs: channels that would come into a Conv in addition.
         more_outputs: channels that would go out of it in addition.
     """
-    made = sum(map(elements_of, unit.outputs))
     if unit.kind != "product":
-        return _other_cost(unit, made)
-    read = elements_of(unit.sources[0])
+        return _other_cost(unit, elements_of)
+    read, made = elements_of(unit.sources[0]), sum(map(elements_of, unit.outputs))
     return product_cost(layer_of(unit.node), read, made, more_inputs, more_outputs)
 
 
-def _other_cost(unit: Unit, elements: float) -> Cost:
-    """Cost of arithmetic or movement that makes so many elements.
+def _other_cost(unit: Unit, elements_of: Callable[[ir.Value], float]) -> Cost:
+    """Cost of arithmetic or movement.
 
     Reshape and the like cost nothing; a Relu that a product takes in costs nothing either.
     """
     if is_onnx(unit.node, "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"):
         return Cost(0.0, 0.0)
+    read, made = (sum(map(elements_of, values)) for values in (unit.sources, unit.outputs))
+    if is_onnx(unit.node, "GlobalAveragePool"):
+        floats_ns, codes_ns = _POOLED_NS
+        return Cost(1e3 + floats_ns * read, 2e3 + codes_ns * read)
     floats_ns, codes_ns = _ELEMENT_NS.get(unit.node.op_type, _MOVED_NS)
-    return Cost(1e3 + floats_ns * elements, 2e3 + codes_ns * elements)
+    cost = Cost(1e3 + floats_ns * made, 2e3 + codes_ns * made)
+    if not is_onnx(unit.node, "Mul"):
+        return cost
+    if _is_swish(unit.node):
+        # onnxruntime computes x * Sigmoid(x) in one go.
+        return replace(cost, floats_ns=0.0)
+    least = min(map(elements_of, unit.sources))
+    return replace(cost, codes_ns=cost.codes_ns + (SPREAD_NS * made / least if least < made else 0))
+
+
+def _is_swish(mul: ir.Node) -> bool:
+    """It multiplies a value with the Sigmoid of it."""
+    return any(
+        value is not None
+        and (maker := value.producer()) is not None
+        and is_onnx(maker, "Sigmoid")
+        and maker.inputs[0] in mul.inputs
+        for value in mul.inputs
+    )
