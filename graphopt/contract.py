@@ -176,9 +176,24 @@ class Context:
             SampleError: there are no samples.
             GraphoptError: onnxruntime does not run one of the models.
         """
+        return self.against(first, samples_maximum)(second)
+
+    def against(
+        self, first: ir.Model, samples_maximum: int
+    ) -> Callable[[ir.Model], tuple[OutputError, ...]]:
+        """What compares many models with one reference; see `compare`.
+
+        Args:
+            first: the reference, as it is now.
+            samples_maximum: compare on so many samples at most.
+
+        Raises:
+            SampleError: there are no samples.
+            GraphoptError: onnxruntime does not run the reference.
+        """
         if self.observer is None:
             raise SampleError("there are no samples to compare models on")
-        return self.observer.compare(first, second, samples_maximum)
+        return self.observer.against(first, samples_maximum)
 
     def tensor(
         self, array: np.ndarray, name: str, dtype: ir.DataType | None = None

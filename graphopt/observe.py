@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -123,13 +123,23 @@ class Observer:
         Raises:
             GraphoptError: onnxruntime does not run one of them.
         """
+        return self.against(first, samples_maximum)(second)
+
+    def against(
+        self, first: ir.Model, samples_maximum: int
+    ) -> Callable[[ir.Model], tuple[OutputError, ...]]:
+        """What compares models with one reference, which is looked at only here; see `compare`."""
         few = replace(self.feed, samples=self.feed.samples.first(samples_maximum))
         key = f"{content_key(first)} {samples_maximum}"
         if key not in self._recordings:
             self._recordings[key] = record(few.run(Session(first, provider=self.provider)))
-        steps = few.run(Session(second, provider=self.provider))
-        (found,) = compare(steps, [self._recordings[key]])
-        return found
+
+        def compare_with(second: ir.Model) -> tuple[OutputError, ...]:
+            steps = few.run(Session(second, provider=self.provider))
+            (found,) = compare(steps, [self._recordings[key]])
+            return found
+
+        return compare_with
 
     def _observe(
         self, model: ir.Model, questions: Sequence[Question]

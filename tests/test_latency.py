@@ -121,7 +121,8 @@ def test_whole_lanes_are_faster_on_codes(channels: int) -> None:
 
 
 SWISH = """
-agraph (float[1, C, 56, 56] x, float[1, C, 1, 1] g) => (float[1, C, 56, 56] y, float[1, C, 1, 1] p) {
+agraph (float[1, C, 56, 56] x, float[1, C, 1, 1] g)
+    => (float[1, C, 56, 56] y, float[1, C, 1, 1] p) {
     s = Sigmoid(x) m = Mul(x, s) y = Mul(m, g) p = GlobalAveragePool(y)
 }
 """

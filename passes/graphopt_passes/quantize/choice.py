@@ -12,7 +12,7 @@ Errors of values add up well enough for that, and the result is measured as a wh
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -21,7 +21,7 @@ import onnx_ir as ir
 from graphopt.contract import Context
 from graphopt.observe import Answers, Question
 from graphopt.statistics import Gram, Rows, Spread
-from graphopt.validation import worst
+from graphopt.validation import OutputError, worst
 from graphopt_passes.quantize.coding import write_codes, write_rounding
 from graphopt_passes.quantize.decisions import expected_changes, scores_asked
 from graphopt_passes.quantize.latency import Cost, unit_cost
@@ -50,6 +50,8 @@ LOW_PRICES = (0.03, 0.065, 0.14)
 
 CHANGES_MAXIMUM = 0.0225
 """Few: the share that is expected to change."""
+
+Compare = Callable[[ir.Model], tuple[OutputError, ...]]
 
 SLOWER = "integers would be slower: its kernel, or the changes of form around it"
 UNSEEN = "no sample has numbers where it reads or writes"
@@ -142,7 +144,7 @@ class Choice:
             if chosen == tried:
                 continue
             tried, candidate = chosen, self._tried(chosen)
-            if worst(self.context.compare(self.model, candidate, TOGETHER_SAMPLES)) > error:
+            if worst(self._compare_together(candidate)) > error:
                 continue
             changes = expected_changes(self.model, candidate, scores, self.context)
             if changes <= CHANGES_MAXIMUM:
@@ -155,7 +157,7 @@ class Choice:
         for _ in range(PRICES):
             chosen = self._priced_cut(price, squares)
             has_product = any(unit.kind == "product" for unit in chosen)
-            if not has_product or self._error(chosen, TOGETHER_SAMPLES) <= error:
+            if not has_product or worst(self._compare_together(self._tried(chosen))) <= error:
                 best, high = chosen if has_product else best, price
                 if high == low:
                     break
@@ -165,6 +167,14 @@ class Choice:
         return best
 
     # -------------------------------------------------------------- measuring
+
+    @cached_property
+    def _compare_alone(self) -> Compare:
+        return self.context.against(self.model, ALONE_SAMPLES)
+
+    @cached_property
+    def _compare_together(self) -> Compare:
+        return self.context.against(self.model, TOGETHER_SAMPLES)
 
     def _squares(self, units: Sequence[Unit]) -> dict[ir.Value, float]:
         """By how much rounding a value alone changes the worst output, squared.
@@ -186,10 +196,7 @@ class Choice:
         candidate = self.model.clone()
         tensor = replace(self.context, scratch=None).tensor
         write_rounding(candidate, value.name or "", self.parameters, tensor)
-        return worst(self.context.compare(self.model, candidate, ALONE_SAMPLES))
-
-    def _error(self, units: Sequence[Unit], samples: int) -> float:
-        return worst(self.context.compare(self.model, self._tried(units), samples))
+        return worst(self._compare_alone(candidate))
 
     def _tried(self, units: Sequence[Unit]) -> ir.Model:
         """A clone in which these work on codes; what is only tried goes to no file."""
