@@ -181,6 +181,7 @@ FOCUS: dict[str, tuple[Step, ...]] = {
     "flatten-convs": (with_last_only(classifier),),
     "fuse-transpose": (with_last_only(channels_last),),
     "pad-channels": (with_last_only(narrow),),
-    "pool-means": (with_last_only(means),),
     "smooth-activations": (with_last_only(scaled),),
 }
+
+MEANS: tuple[Step, ...] = (with_last_only(means),)
