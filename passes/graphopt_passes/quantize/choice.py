@@ -41,8 +41,7 @@ PRICE = 0.2
 """Of all squared error, in times of the whole model: what it is worth even within the error.
 
 At this price a tenth of the squared error of the fastest choice is worth a fiftieth of the time.
-Without one, two classifiers of images and a detector left the limits of their metrics; at four
-times as much one was two thirds slower.
+Without one, two classifiers of images and a detector left the limits of their metrics.
 """
 
 LOW_PRICES = (0.03, 0.065, 0.14)

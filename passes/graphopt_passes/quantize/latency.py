@@ -215,7 +215,7 @@ _POOLED_NS = 0.02, 0.06
 
 _MOVED_NS = 0.3, 0.15
 
-SPREAD_NS = 13.0
+_SPREAD_NS = 13.0
 """Of a Mul on codes, in addition, each time that it begins anew with a number for each channel."""
 
 
@@ -258,7 +258,9 @@ def _other_cost(unit: Unit, elements_of: Callable[[ir.Value], float]) -> Cost:
         # onnxruntime computes x * Sigmoid(x) in one go.
         return replace(cost, floats_ns=0.0)
     least = min(map(elements_of, unit.sources))
-    return replace(cost, codes_ns=cost.codes_ns + (SPREAD_NS * made / least if least < made else 0))
+    return replace(
+        cost, codes_ns=cost.codes_ns + (_SPREAD_NS * made / least if least < made else 0)
+    )
 
 
 def _is_swish(mul: ir.Node) -> bool:
