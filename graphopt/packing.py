@@ -1,22 +1,25 @@
 """Packed weights: constants that are stored narrow and widened by nodes of the graph.
 
 A rewrite that folded such nodes would store the wide form again and undo what a user paid
-accuracy for, so every rewrite of constants asks `is_packed` first. Today packed means:
-
-- a DequantizeLinear of constants, or of a QuantizeLinear of constants;
-- a Cast of integers of 8 bits and fewer to floating point, the product of such a Cast with a
-  constant, and a Cast of that to another floating-point type. onnxruntime computes these when it
-  loads the model, and a DequantizeLinear at each run.
+accuracy for, so every rewrite of constants asks `is_packed` first. Packed is what nodes that move,
+look up, add and scale make of constants alone, where narrow integers are among these: the forms
+that `graphopt.encoding` writes and any other of the kind. onnxruntime computes them when it loads
+the model, and a DequantizeLinear at each run.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import onnx_ir as ir
 
 from graphopt.operators import is_onnx
 
 CODES_MINIMUM = 64
-"""Fewer integers that a Cast widens are no weight, but arithmetic."""
+"""Fewer integers that nodes widen are no weight, but arithmetic."""
+
+NODES_MAXIMUM = 64
+"""Nodes that widen one weight. What hangs on more is no packed weight, and is not followed."""
 
 _NARROW = frozenset(
     {
@@ -26,12 +29,36 @@ _NARROW = frozenset(
         ir.DataType.UINT4,
         ir.DataType.INT8,
         ir.DataType.UINT8,
+        ir.DataType.FLOAT4E2M1,
+        ir.DataType.FLOAT8E4M3FN,
+        ir.DataType.FLOAT8E5M2,
     }
 )
-_WIDE = frozenset(
-    {ir.DataType.BFLOAT16, ir.DataType.DOUBLE, ir.DataType.FLOAT, ir.DataType.FLOAT16}
+_MOVES = (
+    "Concat",
+    "Expand",
+    "Flatten",
+    "Reshape",
+    "Slice",
+    "Split",
+    "Squeeze",
+    "Transpose",
+    "Unsqueeze",
 )
-_MOVES = ("Flatten", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
+_DECODES = (
+    *_MOVES,
+    "Add",
+    "BitShift",
+    "BitwiseAnd",
+    "Cast",
+    "CumSum",
+    "DequantizeLinear",
+    "Gather",
+    "Mul",
+    "QuantizeLinear",
+    "Sub",
+    "Where",
+)
 
 FOLDED_BYTES_MAXIMUM = 1 << 30
 """onnxruntime computes no larger result at load (unless told to, by an option of the session)."""
@@ -58,51 +85,54 @@ def holds_tensor(node: ir.Node) -> bool:
 
 
 def is_packed(value: ir.Value | None) -> bool:
-    """The value is the widened form of constants that are stored narrow."""
+    """The value is the widened form of constants that are stored narrow, or a step on the way."""
     node = value.producer() if value is not None else None
-    if node is None:
+    if value is None or node is None or not is_onnx(node, *_DECODES):
         return False
-    if is_onnx(node, "Cast"):
-        return _widens(node) and (_are_codes(node.inputs[0]) or _is_product(node.inputs[0]))
-    if not is_onnx(node, "DequantizeLinear"):
-        return _is_product(value)
+    if is_onnx(node, "Cast") and node.attributes.get_int("to", 0) == ir.DataType.BOOL:
+        return False
+    if is_onnx(node, "DequantizeLinear") and _dequantizes_constants(node):
+        # Of any size: a DequantizeLinear has no other purpose.
+        return True
+    if is_onnx(node, *_MOVES) and is_constant(node.inputs[0]):
+        # What nothing widens is a constant in another shape.
+        return any(is_packed(use.node.outputs[0]) for use in value.uses() if use.idx == 0)
+    leaves = constants_behind(value)
+    return leaves is not None and any(map(_are_codes, leaves))
+
+
+def nodes_behind(value: ir.Value) -> list[ir.Node] | None:
+    """The nodes that make a value of constants alone, the last one first.
+
+    None where something else goes in, or where they are more than widen a weight.
+    """
+    found: dict[ir.Node, None] = {}
+    waiting = [value]
+    while waiting:
+        current = waiting.pop()
+        if is_constant(current):
+            continue
+        node = current.producer()
+        if node is None or not is_onnx(node, *_DECODES) or len(found) == NODES_MAXIMUM:
+            return None
+        if node not in found:
+            found[node] = None
+            waiting += [v for v in node.inputs if v is not None]
+    return list(found)
+
+
+def constants_behind(value: ir.Value) -> list[ir.Value] | None:
+    """The constants of which nodes that widen make a value; None where something else goes in."""
+    nodes = nodes_behind(value)
+    if nodes is None:
+        return None
+    inputs = (v for node in nodes for v in node.inputs if v is not None)
+    return list(dict.fromkeys(filter(is_constant, inputs)))
+
+
+def _dequantizes_constants(node: ir.Node) -> bool:
     data, *parameters = node.inputs
     return _is_narrow(data) and all(p is None or is_constant(p) for p in parameters)
-
-
-def _widens(cast: ir.Node) -> bool:
-    to = cast.attributes.get("to")
-    return to is not None and to.value in _WIDE
-
-
-def _is_product(value: ir.Value | None) -> bool:
-    """Codes as floating point, times a constant."""
-    node = value.producer() if value is not None else None
-    if node is None or not is_onnx(node, "Mul") or len(node.inputs) != 2:
-        return False
-    return any(
-        is_constant(scale) and codes is not None and _is_cast_of_codes(codes.producer())
-        for codes, scale in (node.inputs, node.inputs[::-1])
-    )
-
-
-def _is_cast_of_codes(node: ir.Node | None) -> bool:
-    if node is None or not is_onnx(node, "Cast"):
-        return False
-    return _widens(node) and _are_codes(node.inputs[0])
-
-
-def _are_codes(value: ir.Value | None) -> bool:
-    """A constant of many narrow integers, or such a one reshaped, transposed or in part."""
-    node = value.producer() if value is not None else None
-    while node is not None and is_onnx(node, *_MOVES) and all(map(is_constant, node.inputs[1:])):
-        value = node.inputs[0]
-        node = value.producer() if value is not None else None
-    if value is None or not is_constant(value):
-        return False
-    attribute = node.attributes.get("value") if node is not None else None
-    tensor = value.const_value if attribute is None else attribute.as_tensor()
-    return tensor is not None and tensor.dtype in _NARROW and tensor.size >= CODES_MINIMUM
 
 
 def _is_narrow(data: ir.Value | None) -> bool:
@@ -113,6 +143,20 @@ def _is_narrow(data: ir.Value | None) -> bool:
     return is_constant(data)
 
 
+def _are_codes(value: ir.Value) -> bool:
+    """A constant of many narrow integers."""
+    tensor = _tensor_of(value)
+    return tensor is not None and tensor.dtype in _NARROW and tensor.size >= CODES_MINIMUM
+
+
+def _tensor_of(value: ir.Value) -> ir.TensorProtocol | None:
+    node = value.producer()
+    if node is None:
+        return value.const_value
+    attribute = node.attributes.get("value")
+    return None if attribute is None else attribute.as_tensor()
+
+
 def is_constant(value: ir.Value | None) -> bool:
     """The value is an initializer that no caller can override, or the output of a Constant node."""
     if value is None:
@@ -121,3 +165,18 @@ def is_constant(value: ir.Value | None) -> bool:
     if node is not None:
         return holds_tensor(node)
     return value.is_initializer() and not value.is_graph_input()
+
+
+def packed_weights(graph: ir.Graph) -> Iterator[ir.Value]:
+    """The packed weights of a graph, in order: what is widened to the end."""
+    for node in graph:
+        for output in node.outputs:
+            if is_packed(output) and not _is_step(output):
+                yield output
+
+
+def _is_step(value: ir.Value) -> bool:
+    """Only nodes that widen further read the value."""
+    if value.is_graph_output() or not value.uses():
+        return False
+    return all(any(map(is_packed, use.node.outputs)) for use in value.uses())

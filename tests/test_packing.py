@@ -35,6 +35,11 @@ def packed(body: str, kind: str = "int8[8,16]", **initializers: np.ndarray) -> b
         "t = Transpose(q) c = Cast<to = 1>(t) v = Mul(c, s)",
         "r = Reshape(q, shape) v = Cast<to = 1>(r)",
         "k = Constant<value_int = 1>() c = Cast<to = 1>(q) v = Mul(c, s)",
+        "v = Cast<to = 6>(q)",
+        "c = Cast<to = 1>(q) v = Add(c, s)",
+        "i = Cast<to = 6>(q) v = Gather(s, i)",
+        "i = Cast<to = 6>(q) g = Gather(s, i) r = Reshape(g, shape) v = Mul(r, s)",
+        "t = Transpose(q) v = Cast<to = 6>(t)",
     ],
 )
 def test_narrow_constants_that_nodes_widen_are_packed(body: str) -> None:
@@ -44,8 +49,8 @@ def test_narrow_constants_that_nodes_widen_are_packed(body: str) -> None:
 @pytest.mark.parametrize(
     "body",
     [
-        "v = Cast<to = 6>(q)",
-        "c = Cast<to = 1>(q) v = Add(c, s)",
+        "v = Cast<to = 9>(q)",
+        "v = Transpose(q)",
         "c = Cast<to = 1>(q) v = Mul(c, x)",
         "c = Cast<to = 1>(q) m = Mul(c, x) v = Cast<to = 1>(m)",
         "i = Cast<to = 3>(x) v = Cast<to = 1>(i)",

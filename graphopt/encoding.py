@@ -1,0 +1,414 @@
+"""Writes narrow weights into a graph, as standard nodes that onnxruntime computes at load.
+
+A weight is codes, a codebook and scales: numbers = codebook[codes] * scales + offsets. In the graph
+that is
+
+    index  = Cast<int32>(bytes)                 one byte holds several codes (graphopt.code_fields)
+    table  = Gather(codebook, digits)           the numbers of every byte, a small table
+    values = Gather(table, index)               several numbers at once
+    weight = Reshape(values, shape) * scales + offsets
+
+All of it hangs on constants, so that onnxruntime folds it to one initializer when it loads the
+model, and runs the kernels, the fusions and the speed of the unpacked model, with its memory. What
+becomes smaller is the file. With int8 numbers in the codebook and a DequantizeLinear behind, the
+folded initializer is the int8 weight of the integer kernels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.code_fields import Field, fields_of
+from graphopt.packing import FOLDED_BYTES_MAXIMUM
+from graphopt.rewriting import Names, add_initializer
+from graphopt.skeleton import INFERRED
+
+FIRST_OPSET = 13
+"""From it on, all nodes that are written have the form they have here."""
+
+TensorMaker = Callable[[np.ndarray, str], ir.TensorProtocol]
+
+_FLOAT = ir.DataType.FLOAT
+_CUT = "graphopt.cut"
+"""Key in the `meta` of a value that holds no more digits than there are codes."""
+
+_SHORT = {"Gather": "values", "Cast": "index", "Reshape": "shaped", "Mul": "scaled", "Add": "sum"}
+"""How what nodes make is called: in a small model, names take more bytes than codes."""
+
+_NUMPY = {
+    ir.DataType.FLOAT: np.dtype(np.float32),
+    ir.DataType.FLOAT16: np.dtype(np.float16),
+    ir.DataType.DOUBLE: np.dtype(np.float64),
+    ir.DataType.INT8: np.dtype(np.int8),
+    ir.DataType.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Narrow:
+    """A weight as codes: numbers = codebook[codes] * scales + offsets.
+
+    Attributes:
+        codes: uint8 of the shape of the weight.
+        codebook: the number of each code, of shape [levels]; or [groups, levels], where each of as
+            many equal parts of the first axis has a codebook of its own. int8 only without scales
+            and offsets.
+        scales: of the rank of the weight; each dimension divides that of the weight, and a block
+            of numbers shares one. Of any type that Cast widens to float32. None stands for 1.
+        offsets: of the shape of the scales, where there are any; None stands for 0.
+
+    Raises:
+        ValueError: the parts do not fit each other.
+    """
+
+    codes: np.ndarray
+    codebook: np.ndarray
+    scales: np.ndarray | None = None
+    offsets: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if self.codebook.ndim not in (1, 2):
+            raise ValueError("a codebook is of shape [levels] or [groups, levels]")
+        if self.codebook.ndim == 2 and self.codes.shape[0] % len(self.codebook):
+            raise ValueError(f"{self.codes.shape[0]} rows are no {len(self.codebook)} equal groups")
+        fields_of(self.levels)
+        for part in self._blocked:
+            if part.ndim != self.codes.ndim or any(
+                not few or many % few
+                for many, few in zip(self.codes.shape, part.shape, strict=True)
+            ):
+                raise ValueError(f"blocks of shape {part.shape} in a weight {self.codes.shape}")
+        if len({part.shape for part in self._blocked}) > 1:
+            raise ValueError("scales and offsets are of one shape")
+        if self._blocked and self.codebook.dtype == np.int8:
+            raise ValueError("int8 numbers get their scales from a DequantizeLinear")
+
+    @property
+    def _blocked(self) -> tuple[np.ndarray, ...]:
+        return tuple(part for part in (self.scales, self.offsets) if part is not None)
+
+    @property
+    def levels(self) -> int:
+        """Of a codebook."""
+        return int(self.codebook.shape[-1])
+
+    @cached_property
+    def fields(self) -> tuple[Field, ...]:
+        """How codes lie in bytes."""
+        return fields_of(self.levels)
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Of codebook, scales and offsets."""
+        return self.full_codebook.nbytes + sum(part.nbytes for part in self._blocked)
+
+    @property
+    def stored_bytes(self) -> int:
+        """What the numbers take in the file; see `NODES_BYTES` for the nodes around them."""
+        return self.parameter_bytes + sum(f.stored_bytes(self.codes.size) for f in self.fields)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of codes, codebook, scales and offsets."""
+        return 8 * self.stored_bytes / max(self.codes.size, 1)
+
+    @property
+    def is_scaled(self) -> bool:
+        """There are scales, or offsets."""
+        return bool(self._blocked)
+
+    @property
+    def has_table(self) -> bool:
+        """Bytes become numbers by one lookup."""
+        return len(self.fields) == 1 and self.codebook.ndim == 1
+
+    @property
+    def full_codebook(self) -> np.ndarray:
+        """The codebooks in one vector, with a number for every digit that a byte could hold."""
+        whole = math.prod(f.base for f in self.fields)
+        if not self.has_table or self.fields[0].digits == 1:
+            return self.codebook.reshape(-1)
+        return np.pad(self.codebook, (0, whole - self.levels))
+
+    @property
+    def block_shape(self) -> tuple[int, ...]:
+        """The shape of the weight, with axes split where blocks are neither one nor all of it."""
+        return _flat(
+            (few, many // few) if 1 < few < many else (many,)
+            for many, few in zip(self.codes.shape, self._blocks, strict=True)
+        )
+
+    @property
+    def scales_shape(self) -> tuple[int, ...]:
+        """The shape in which scales and offsets broadcast to `block_shape`."""
+        return _flat(
+            (few, 1) if 1 < few < many else (few,)
+            for many, few in zip(self.codes.shape, self._blocks, strict=True)
+        )
+
+    @property
+    def _blocks(self) -> tuple[int, ...]:
+        """How many lie along each axis."""
+        return self._blocked[0].shape if self._blocked else (1,) * self.codes.ndim
+
+    def numbers(self) -> np.ndarray:
+        """The weight: int8 where the codebook is, else float32 of the shape of the codes."""
+        if self.codebook.ndim == 1:
+            values = self.codebook[self.codes]
+        else:
+            parts = self.codes.reshape(len(self.codebook), -1)
+            values = np.take_along_axis(self.codebook, parts.astype(np.intp), axis=1)
+            values = values.reshape(self.codes.shape)
+        if self.codebook.dtype == np.int8:
+            return np.asarray(values)
+        values = values.astype(np.float32)
+        if self.scales is not None:
+            values = values * spread(self.scales, self.codes.shape)
+        if self.offsets is not None:
+            values = values + spread(self.offsets, self.codes.shape)
+        return np.asarray(values)
+
+
+def spread(blocks: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """What blocks share, for each number: float32, broadcastable to the shape of the weight.
+
+    Args:
+        blocks: of the rank of the weight; each dimension divides that of the weight.
+        shape: of the weight.
+    """
+    wide = blocks.astype(np.float32)
+    for axis, (many, few) in enumerate(zip(shape, blocks.shape, strict=True)):
+        if 1 < few < many:
+            wide = np.repeat(wide, many // few, axis)
+    return wide
+
+
+# ------------------------------------------------------------------ what it costs
+
+
+NODES_BYTES = 420
+"""What the nodes and the small initializers of a weight take in the file, about."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a form of a weight costs.
+
+    Attributes:
+        stored_bytes: in the file, nodes included, about.
+        memory_bytes: while the model runs.
+        loading_bytes: at most at once, while onnxruntime widens it.
+        when: it is widened: "at load" or "in every run".
+    """
+
+    stored_bytes: int
+    memory_bytes: int
+    loading_bytes: int
+    when: str
+
+
+def cost_of(narrow: Narrow, dtype: ir.DataType = ir.DataType.FLOAT) -> Cost:
+    """What a weight costs that is written by `Encoding.weight`."""
+    count, itemsize = narrow.codes.size, _NUMPY[dtype].itemsize
+    indexed = sum(4 * f.stored_bytes(count) for f in narrow.fields)
+    digits = 0 if narrow.has_table else 4 * count * len(narrow.fields)
+    values = (1 + bool(narrow.scales is not None)) * count * narrow.codebook.itemsize
+    return Cost(
+        stored_bytes=narrow.stored_bytes + NODES_BYTES + 150 * (len(narrow.fields) - 1),
+        memory_bytes=count * itemsize,
+        loading_bytes=indexed + digits + values,
+        when="at load",
+    )
+
+
+def why_too_large(count: int, dtype: ir.DataType) -> str | None:
+    """Why onnxruntime would not fold a weight of so many numbers; None where it does."""
+    itemsize = max(_NUMPY[dtype].itemsize, 4 if dtype != ir.DataType.INT8 else 1)
+    if count * itemsize <= FOLDED_BYTES_MAXIMUM:
+        return None
+    return "over 1 GiB onnxruntime would widen it at every inference"
+
+
+def _flat(parts: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+    return tuple(size for part in parts for size in part)
+
+
+# ------------------------------------------------------------------ writing
+
+
+@dataclass
+class Encoding:
+    """Writes weights into one graph; what they can share, they share.
+
+    Attributes:
+        graph: gets nodes, at its head, and initializers.
+        names: of its model.
+        tensor: makes a tensor of an array.
+    """
+
+    graph: ir.Graph
+    names: Names
+    tensor: TensorMaker
+    _known: dict[tuple[object, ...], ir.Value] = field(default_factory=dict)
+    _nodes: list[ir.Node] = field(default_factory=list)
+
+    def weight(self, narrow: Narrow, dtype: ir.DataType, name: str) -> ir.Value:
+        """A value that is a narrow weight. `close` puts its nodes into the graph.
+
+        Args:
+            narrow: the weight.
+            dtype: float, float16, double, bfloat16; int8 for a codebook of int8.
+            name: of the value; the graph must have no other of it by then.
+
+        Raises:
+            ValueError: onnxruntime would not fold what is so large.
+        """
+        reason = why_too_large(narrow.codes.size, dtype)
+        if reason is not None:
+            raise ValueError(reason)
+        return self._last(self._scaled(narrow), dtype, narrow.codes.shape, name)
+
+    def total(self, narrows: Sequence[Narrow], dtype: ir.DataType, name: str) -> ir.Value:
+        """A value that is the sum of narrow weights of one shape; see `weight`."""
+        first, *others = map(self._scaled, narrows)
+        for other in others:
+            first = self._node("Add", [first, other], _FLOAT)
+        return self._last(first, dtype, narrows[0].codes.shape, name)
+
+    def _last(
+        self, value: ir.Value, dtype: ir.DataType, shape: Sequence[int], name: str
+    ) -> ir.Value:
+        if value.dtype != dtype:
+            value = self._node("Cast", [value], dtype, to=dtype)
+        value.name, value.shape = name, ir.Shape(shape)
+        return value
+
+    def close(self) -> None:
+        """Put the nodes of all weights at the head of the graph."""
+        if self._nodes:
+            self.graph.insert_before(self.graph[0], self._nodes)
+        self._nodes = []
+
+    # -------------------------------------------------------------- steps
+
+    def _values(self, narrow: Narrow) -> ir.Value:
+        """The numbers of the codebook, in the shape of the blocks of the weight."""
+        if narrow.codebook.dtype != np.float32 and narrow.is_scaled:
+            # onnxruntime's CPU provider has no Mul of float16 that it could compute at load.
+            narrow = replace(narrow, codebook=narrow.codebook.astype(np.float32))
+        kind = ir.DataType.from_numpy(narrow.codebook.dtype)
+        codebook = self._shared("codebook", narrow.full_codebook)
+        if not narrow.has_table:
+            index = self._indices(narrow)
+        else:
+            (only,) = narrow.fields
+            index = self._bytes(only, narrow.codes)
+            if only.digits > 1:
+                codebook = self._once("Gather", [codebook, self._digits(only)], kind)
+        values = self._node("Gather", [codebook, index], kind)
+        values = self._cut(values, narrow, kind)
+        return self._reshaped(values, narrow.block_shape)
+
+    def _indices(self, narrow: Narrow) -> ir.Value:
+        """The index of each number in the codebooks, int32: the sum of the digits."""
+        total: ir.Value | None = None
+        for part in narrow.fields:
+            index = self._bytes(part, narrow.codes)
+            digits = self._node("Gather", [self._digits(part), index], ir.DataType.INT32)
+            digits = self._cut(self._reshaped(digits, (-1,)), narrow, ir.DataType.INT32)
+            total = digits if total is None else self._sum(total, digits)
+        assert total is not None
+        if narrow.codebook.ndim == 1:
+            return total
+        starts = np.arange(len(narrow.codebook), dtype=np.int32) * narrow.levels
+        rows = self._reshaped(total, (len(starts), -1))
+        return self._sum(rows, self._shared("starts", starts[:, np.newaxis]))
+
+    def _sum(self, first: ir.Value, second: ir.Value) -> ir.Value:
+        return self._node("Add", [first, second], ir.DataType.INT32)
+
+    def _bytes(self, part: Field, codes: np.ndarray) -> ir.Value:
+        """The bytes of a field as int32, to look up with."""
+        stored = self._constant(part.pack(codes), "codes")
+        return self._node("Cast", [stored], ir.DataType.INT32, to=ir.DataType.INT32)
+
+    def _digits(self, part: Field) -> ir.Value:
+        """The table of the digits of every byte, int32."""
+        table = self._shared(f"digits{part.base}", part.table())
+        return self._once("Cast", [table], ir.DataType.INT32, to=ir.DataType.INT32)
+
+    def _cut(self, values: ir.Value, narrow: Narrow, kind: ir.DataType) -> ir.Value:
+        """The values without those of digits behind the last code."""
+        count = narrow.codes.size
+        if not any(count % part.digits for part in narrow.fields) or values.meta.get(_CUT):
+            return values
+        flat = self._reshaped(values, (-1,))
+        ends = [self._shared("cut", np.array([n], np.int64)) for n in (0, count)]
+        cut = self._node("Slice", [flat, *ends], kind)
+        cut.meta[_CUT] = True
+        return cut
+
+    def _scaled(self, narrow: Narrow) -> ir.Value:
+        """The weight, in its shape."""
+        value = self._values(narrow)
+        for op_type, blocks in (("Mul", narrow.scales), ("Add", narrow.offsets)):
+            if blocks is not None:
+                value = self._node(op_type, [value, self._float(blocks, narrow)], _FLOAT)
+        return self._reshaped(value, narrow.codes.shape, narrow.block_shape)
+
+    def _float(self, blocks: np.ndarray, narrow: Narrow) -> ir.Value:
+        """Scales or offsets as float32, broadcastable to the shape of the blocks."""
+        stored = self._constant(blocks.reshape(narrow.scales_shape), "scales")
+        if stored.dtype == _FLOAT:
+            return stored
+        return self._node("Cast", [stored], _FLOAT, to=_FLOAT)
+
+    def _reshaped(
+        self, value: ir.Value, shape: Sequence[int], current: Sequence[int] | None = None
+    ) -> ir.Value:
+        if current is not None and tuple(shape) == tuple(current):
+            return value
+        assert value.dtype is not None
+        to = self._shared("shape", np.array(shape, np.int64))
+        return self._node("Reshape", [value, to], value.dtype)
+
+    # -------------------------------------------------------------- parts
+
+    def _constant(self, array: np.ndarray, hint: str) -> ir.Value:
+        name = self.names.new(hint)
+        return add_initializer(self.graph, self.tensor(np.ascontiguousarray(array), name), name)
+
+    def _shared(self, hint: str, array: np.ndarray) -> ir.Value:
+        """A small constant; the same for all that ask for an equal one."""
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self._known:
+            self._known[key] = self._constant(array, hint)
+        return self._known[key]
+
+    def _once(
+        self, op_type: str, inputs: Sequence[ir.Value], dtype: ir.DataType, **attributes: int
+    ) -> ir.Value:
+        """What a node makes; the same for all that ask for it."""
+        key = (op_type, *map(id, inputs))
+        if key not in self._known:
+            self._known[key] = self._node(op_type, inputs, dtype, **attributes)
+        return self._known[key]
+
+    def _node(
+        self, op_type: str, inputs: Sequence[ir.Value], dtype: ir.DataType, **attributes: int
+    ) -> ir.Value:
+        node = ir.node(op_type, inputs, attributes)
+        (output,) = node.outputs
+        output.name = node.name = self.names.new(_SHORT.get(op_type, op_type.lower()))
+        output.type = ir.TensorType(dtype)
+        # It can be inferred again; no file need state it.
+        output.meta[INFERRED] = True
+        self._nodes.append(node)
+        return output
