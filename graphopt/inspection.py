@@ -23,7 +23,9 @@ from graphopt.operators import (
     is_random,
     node_count,
 )
-from graphopt.skeleton import type_text
+from graphopt.packed_sizes import PackedWeight, find_packed
+from graphopt.packing import packed_weights
+from graphopt.skeleton import infer_shapes, type_text
 from graphopt.state import guess_state
 
 LARGEST_COUNT = 10
@@ -123,6 +125,11 @@ class Inspection:
         weights: by element type, most bytes first.
         weight_bytes: of all weights.
         largest: the largest weights, at most 10.
+        packed: weights that are stored narrow and widened by nodes, in order; the constants that
+            they hang on are in `weights` and `largest`, as they are stored.
+        parameters: numbers in packed weights, and in all others of floating point or of at most 8
+            bits.
+        bits_per_weight: stored bits for each of these, on average; None when there are none.
         duplicates: groups of equal weights, largest saving first.
         zero_share: exact zeros (of either sign) among the floating-point weights of 8 bits or
             more; None when there are none.
@@ -141,6 +148,9 @@ class Inspection:
     weights: tuple[Weights, ...]
     weight_bytes: int
     largest: tuple[Weight, ...]
+    packed: tuple[PackedWeight, ...]
+    parameters: int
+    bits_per_weight: float | None
     duplicates: tuple[Duplicates, ...]
     zero_share: float | None
     random_operators: dict[str, int]
@@ -155,7 +165,10 @@ def inspect_model(model: ir.Model) -> Inspection:
     """
     graphs = list(graphs_and_functions(model))
     nodes = [node for graph in graphs for node in graph]
-    tensors = [pair for graph in graphs for pair in _weights_of(graph)]
+    tensors = [
+        (value.name or "", tensor) for graph in graphs for value, tensor in _weights_of(graph)
+    ]
+    packed, parameters, number_bytes = _numbers(model)
     largest = sorted(tensors, key=lambda pair: -pair[1].nbytes)[:LARGEST_COUNT]
     return Inspection(
         inputs=tuple(map(_port, model.graph.inputs)),
@@ -169,6 +182,9 @@ def inspect_model(model: ir.Model) -> Inspection:
         weights=_by_dtype(tensors),
         weight_bytes=sum(t.nbytes for _, t in tensors),
         largest=tuple(Weight(name, _word(t.dtype), _dims(t), t.nbytes) for name, t in largest),
+        packed=packed,
+        parameters=parameters,
+        bits_per_weight=8 * number_bytes / parameters if parameters else None,
         duplicates=find_duplicates(tensors),
         zero_share=_zero_share([t for _, t in tensors]),
         random_operators=_counted(filter(is_random, nodes)),
@@ -201,14 +217,41 @@ def _counted(nodes: Iterable[ir.Node]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
-def _weights_of(graph: ir.Graph) -> Iterator[tuple[str, ir.TensorProtocol]]:
-    for name, value in graph.initializers.items():
+def _weights_of(graph: ir.Graph) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
+    for value in graph.initializers.values():
         if value.const_value is not None:
-            yield name, value.const_value
+            yield value, value.const_value
     for node in graph:
         tensor = node.attributes.get("value") if is_onnx(node, "Constant") else None
         if tensor is not None and tensor.type == ir.AttributeType.TENSOR and not tensor.is_ref():
-            yield node.outputs[0].name or "", tensor.as_tensor()
+            yield node.outputs[0], tensor.as_tensor()
+
+
+def _numbers(model: ir.Model) -> tuple[tuple[PackedWeight, ...], int, int]:
+    """Packed weights; and of all weights, packed or not, how many numbers and stored bytes."""
+    if any(True for graph in graphs_and_functions(model) for _ in packed_weights(graph)):
+        # What nodes make has a size only once shapes are inferred.
+        model = model.clone()
+        infer_shapes(model)
+    graphs = list(graphs_and_functions(model))
+    packed = find_packed(graphs)
+    plain = [
+        tensor
+        for graph in graphs
+        for value, tensor in _weights_of(graph)
+        if value not in packed.constants and _is_numeric(value, tensor.dtype)
+    ]
+    elements = sum(weight.elements for weight in packed.weights) + sum(t.size for t in plain)
+    return packed.weights, elements, packed.constants_bytes + sum(t.nbytes for t in plain)
+
+
+def _is_numeric(value: ir.Value, dtype: ir.DataType) -> bool:
+    """Floating point, or integers of at most 8 bits, or a bias of int32: no shape and no index."""
+    if dtype in (ir.DataType.BOOL, ir.DataType.STRING):
+        return False
+    if dtype.is_floating_point() or dtype.bitwidth <= 8:
+        return True
+    return any(is_onnx(use.node, "DequantizeLinear") and use.idx == 0 for use in value.uses())
 
 
 def _by_dtype(tensors: Iterable[tuple[str, ir.TensorProtocol]]) -> tuple[Weights, ...]:

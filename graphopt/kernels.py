@@ -14,6 +14,7 @@ import onnx_ir as ir
 from graphopt.conversion_rules import why_converted
 from graphopt.integer_rules import QUANTIZED
 from graphopt.operators import all_graphs
+from graphopt.packing import is_packed
 from graphopt.reasons import (
     INTEGER,
     REORDERS,
@@ -67,6 +68,7 @@ def find_reasons(
                 continue
             around = around_of(node, operators.get(node, ()), node in inside, timings)
             reason = _why_float(around, provider) or _why_slow(node, provider)
+            reason = reason or _why_widened(node)
             if reason is not None:
                 reasons[node] = reason
     for graph in all_graphs(optimized):
@@ -130,6 +132,18 @@ def _is_wanted_in_integers(around: Around) -> bool:
     """At the border of what is quantized, only what has an integer kernel could be part of it."""
     beside = around.quantizers or around.weights
     return around.operator in INTEGER or bool(around.activations and beside)
+
+
+def _why_widened(node: ir.Node) -> Reason | None:
+    """A step from the codes of a weight to its numbers that is not done at load."""
+    if not any(map(is_packed, node.outputs)):
+        return None
+    return Reason(
+        "widened-in-every-run",
+        "a packed weight is widened in every run: onnxruntime computes nothing over 1 GiB at load, "
+        "nor what it has no CPU kernel for",
+        "store it in parts that are smaller, or as it is when it is widened",
+    )
 
 
 def _why_slow(node: ir.Node, provider: str) -> Reason | None:

@@ -113,11 +113,12 @@ def nodes_behind(value: ir.Value) -> list[ir.Node] | None:
         if is_constant(current):
             continue
         node = current.producer()
+        if node in found:
+            continue
         if node is None or not is_onnx(node, *_DECODES) or len(found) == NODES_MAXIMUM:
             return None
-        if node not in found:
-            found[node] = None
-            waiting += [v for v in node.inputs if v is not None]
+        found[node] = None
+        waiting += [v for v in node.inputs if v is not None]
     return list(found)
 
 
@@ -130,12 +131,29 @@ def constants_behind(value: ir.Value) -> list[ir.Value] | None:
     return list(dict.fromkeys(filter(is_constant, inputs)))
 
 
+def coded_values(value: ir.Value) -> list[ir.Value]:
+    """What DequantizeLinear reads on the way to a packed weight: integers that a kernel may take.
+
+    Empty where no DequantizeLinear is on the way.
+    """
+    nodes = nodes_behind(value) or ()
+    read = (node.inputs[0] for node in nodes if is_onnx(node, "DequantizeLinear"))
+    return [v for v in read if v is not None]
+
+
+def is_beside_codes(value: ir.Value) -> bool:
+    """A node reads the value beside an activation that is quantized, as integer kernels do."""
+    others = (v for use in value.uses() for v in use.node.inputs if v is not value)
+    makers = (v.producer() for v in others if v is not None and not is_packed(v))
+    return any(node is not None and is_onnx(node, "DequantizeLinear") for node in makers)
+
+
 def _dequantizes_constants(node: ir.Node) -> bool:
     data, *parameters = node.inputs
-    return _is_narrow(data) and all(p is None or is_constant(p) for p in parameters)
+    return _is_quantized_constant(data) and all(p is None or is_constant(p) for p in parameters)
 
 
-def _is_narrow(data: ir.Value | None) -> bool:
+def _is_quantized_constant(data: ir.Value | None) -> bool:
     """A constant, or one that is quantized where it is used and will be folded."""
     node = data.producer() if data is not None else None
     if node is not None and is_onnx(node, "QuantizeLinear"):
@@ -146,7 +164,13 @@ def _is_narrow(data: ir.Value | None) -> bool:
 def _are_codes(value: ir.Value) -> bool:
     """A constant of many narrow integers."""
     tensor = _tensor_of(value)
-    return tensor is not None and tensor.dtype in _NARROW and tensor.size >= CODES_MINIMUM
+    return is_narrow(value) and tensor is not None and tensor.size >= CODES_MINIMUM
+
+
+def is_narrow(value: ir.Value) -> bool:
+    """A constant of narrow integers, or of floats of 8 bits or fewer."""
+    tensor = _tensor_of(value)
+    return tensor is not None and tensor.dtype in _NARROW
 
 
 def _tensor_of(value: ir.Value) -> ir.TensorProtocol | None:

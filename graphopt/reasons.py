@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.packing import nodes_behind
 from graphopt.profiling import Timing
 from graphopt.rewriting import constant_tensor, input_of
 
@@ -199,7 +200,11 @@ def _dequantizer(value: ir.Value | None) -> ir.Node | None:
 def dequantizes_constant(node: ir.Node) -> bool:
     """What a DequantizeLinear reads never changes, or only where a caller replaces it."""
     value = node.inputs[0]
-    return value is not None and value.producer() is None and value.const_value is not None
+    if value is None:
+        return False
+    if value.producer() is not None:
+        return nodes_behind(value) is not None
+    return value.const_value is not None
 
 
 def is_open(value: ir.Value | None) -> bool:
@@ -212,10 +217,10 @@ def joined(around: Around) -> str:
     return "+".join(around.operators) if 0 < len(around.operators) <= 3 else around.operator
 
 
-def weight_of(around: Around) -> ir.TensorProtocol | None:
-    """The weight before its DequantizeLinear, where the second input is one."""
+def weight_of(around: Around) -> ir.Value | None:
+    """The integers of the weight before its DequantizeLinear, where the second input is one."""
     weight = around.weights.get(1)
-    return constant_tensor(weight.inputs[0]) if weight is not None else None
+    return weight.inputs[0] if weight is not None else None
 
 
 def block_of(around: Around) -> int:

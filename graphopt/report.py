@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -17,6 +17,7 @@ from graphopt.explain import Explanation, Row
 from graphopt.inspection import Inspection, Port, Weight
 from graphopt.json_report import summary
 from graphopt.ledger import Run, Size, Step
+from graphopt.packed_sizes import PackedWeight
 from graphopt.recipes import Recipe
 from graphopt.sharing import Sharing
 from graphopt.spec import describe_type, options_of
@@ -24,6 +25,7 @@ from graphopt.validation import OutputError
 
 SHOWN_DUPLICATES = 8
 SHOWN_NAMES = 3
+SHOWN_PACKED = 10
 SHOWN_OPERATORS = 4
 SHOWN_SHARE = 0.005
 """Of the time; what takes less, and for no reason that is known, is shown together."""
@@ -73,7 +75,8 @@ def _ledger(steps: Sequence[Step]) -> RenderableType:
 
 def _ledger_row(step: Step) -> list[str | Text]:
     name = step.spec if step.round == 1 else f"{step.spec} (round {step.round})"
-    did = ", ".join(f"{count} × {what}" for what, count in step.changes.items())
+    changed = ", ".join(f"{count} × {what}" for what, count in step.changes.items())
+    did = "; ".join((*([changed] if changed else []), *step.notes))
     if step.kept and step.latency_ratio is not None:
         did += f" ({step.latency_ratio:.3g} of the latency before)"
     return [
@@ -210,21 +213,8 @@ def render_inspection(found: Inspection, tried: Run) -> RenderableType:
     facts.add_row("operators", ", ".join(f"{n} {op}" for op, n in found.operators.items()))
     if found.functions:
         facts.add_row("functions", ", ".join(found.functions))
-    for kind in found.weights:
-        facts.add_row(
-            "weights",
-            f"{kind.tensors} of {kind.dtype}, {kind.elements:,} elements, {kind.bytes:,} bytes",
-        )
-    for weight in found.largest:
-        facts.add_row("large", f"{_port_text(weight)}, {weight.bytes:,} bytes")
-    for group in found.duplicates[:SHOWN_DUPLICATES]:
-        names = ", ".join(group.names[:SHOWN_NAMES])
-        more = f" and {len(group.names) - SHOWN_NAMES} more" * (len(group.names) > SHOWN_NAMES)
-        facts.add_row("duplicates", f"{names}{more}: {group.saved_bytes:,} bytes")
-    if len(found.duplicates) > SHOWN_DUPLICATES:
-        facts.add_row("", f"and {len(found.duplicates) - SHOWN_DUPLICATES} groups more (--json)")
-    if found.zero_share is not None:
-        facts.add_row("zeros", f"{found.zero_share:.1%} of the floating-point weights")
+    for row in _weight_rows(found):
+        facts.add_row(*row)
     for output, name in found.state:
         facts.add_row("state?", f"--state {output}={name}")
     if found.random_operators:
@@ -237,6 +227,53 @@ def render_inspection(found: Inspection, tried: Run) -> RenderableType:
     else:
         parts += [Text("basic would change nothing", style="bold")]
     return Group(*parts)
+
+
+def _weight_rows(found: Inspection) -> Iterator[tuple[str, str]]:
+    for kind in found.weights:
+        yield (
+            "weights",
+            f"{kind.tensors} of {kind.dtype}, {kind.elements:,} elements, {kind.bytes:,} bytes",
+        )
+    for weight in found.largest:
+        yield "large", f"{_port_text(weight)}, {weight.bytes:,} bytes"
+    for packed in sorted(found.packed, key=lambda p: -p.elements)[:SHOWN_PACKED]:
+        yield "packed", _packed_text(packed)
+    if found.packed:
+        yield "", _packed_sum(found.packed)
+    if found.bits_per_weight is not None:
+        yield "parameters", f"{found.parameters:,}, {found.bits_per_weight:.2f} bits each"
+    for group in found.duplicates[:SHOWN_DUPLICATES]:
+        names = ", ".join(group.names[:SHOWN_NAMES])
+        more = f" and {len(group.names) - SHOWN_NAMES} more" * (len(group.names) > SHOWN_NAMES)
+        yield "duplicates", f"{names}{more}: {group.saved_bytes:,} bytes"
+    if len(found.duplicates) > SHOWN_DUPLICATES:
+        yield "", f"and {len(found.duplicates) - SHOWN_DUPLICATES} groups more (--json)"
+    if found.zero_share is not None:
+        yield "zeros", f"{found.zero_share:.1%} of the floating-point weights"
+
+
+def _packed_text(packed: PackedWeight) -> str:
+    """What one packed weight takes: `w: float[64, 96], 4.25 bits each (16 levels, 4-bit codes)`."""
+    of_codes = [f"{packed.levels} levels"] if packed.levels is not None else []
+    if packed.code_bits is not None:
+        of_codes.append(f"{packed.code_bits:.2g}-bit codes")
+    inside = f" ({', '.join(of_codes)})" if of_codes else ""
+    return (
+        f"{_port_text(packed)}, {packed.bits_per_weight:.2f} bits each{inside}, "
+        f"{packed.stored_bytes:,} bytes, {packed.memory_bytes:,} in memory, widened "
+        f"{packed.widened}"
+    )
+
+
+def _packed_sum(packed: Sequence[PackedWeight]) -> str:
+    elements = sum(p.elements for p in packed)
+    stored_bytes = sum(p.stored_bytes for p in packed)
+    memory_bytes = sum(p.memory_bytes for p in packed)
+    return (
+        f"all {len(packed)}: {elements:,} numbers, {8 * stored_bytes / elements:.2f} bits each, "
+        f"{stored_bytes:,} bytes, {memory_bytes:,} in memory"
+    )
 
 
 def render_explanation(found: Explanation) -> RenderableType:
@@ -298,7 +335,7 @@ def _kernel_sum(found: Explanation) -> Text:
     )
 
 
-def _port_text(port: Port | Weight) -> str:
+def _port_text(port: Port | Weight | PackedWeight) -> str:
     """As errors about samples write it: `image: float[batch, 1, 8, 8]`."""
     if port.shape is None:
         return f"{port.name}: {port.dtype}[?]"

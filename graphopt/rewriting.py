@@ -210,6 +210,19 @@ def add_initializer(graph: ir.Graph, array: np.ndarray | ir.TensorProtocol, name
     return value
 
 
+def become_initializer(value: ir.Value, tensor: ir.TensorProtocol) -> None:
+    """Let an initializer take the name and the readers of what a node makes.
+
+    The value must not be an output of its graph. It has no name any more, and the node stays, with
+    its other outputs; remove it, or give the value another name.
+    """
+    node, name = value.producer(), value.name
+    assert node is not None and isinstance(node.graph, ir.Graph) and name is not None
+    # The old value lets go of the name first.
+    value.name = None
+    value.replace_all_uses_with(add_initializer(node.graph, tensor, name))
+
+
 def is_read(node: ir.Node) -> bool:
     """Something reads what the node makes, or a graph outputs it."""
     return any(output.is_graph_output() or output.uses() for output in node.outputs)

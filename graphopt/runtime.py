@@ -10,10 +10,13 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -54,6 +57,7 @@ _NARROW_DTYPES = frozenset(
         ir.DataType.FLOAT8E4M3FNUZ,
         ir.DataType.FLOAT8E5M2,
         ir.DataType.FLOAT8E5M2FNUZ,
+        ir.DataType.FLOAT8E8M0,
         ir.DataType.FLOAT4E2M1,
         ir.DataType.INT4,
         ir.DataType.UINT4,
@@ -62,6 +66,15 @@ _NARROW_DTYPES = frozenset(
     }
 )
 """Element types that numpy knows through ml_dtypes only; onnxruntime does not exchange them."""
+
+
+_FLOAT_DTYPES: dict[str, np.dtype[Any]] = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(float16)": np.dtype(np.float16),
+}
+
+INTERCHANGED_DTYPES = frozenset({*_FLOAT_DTYPES.values(), np.dtype(ml_dtypes.bfloat16)})
+"""Element types of which a pass may put one for another in the interface, where a user asks."""
 
 
 class Reference(Enum):
@@ -92,6 +105,57 @@ def version() -> str | None:
         return str(_onnxruntime().__version__)
     except RuntimeUnavailable:
         return None
+
+
+@dataclass(frozen=True)
+class Formal:
+    """What a schema says of an input or output of an operator.
+
+    Attributes:
+        variable: inputs and outputs of the same variable are of the same type.
+        types: those that it may have, as "tensor(float)".
+    """
+
+    variable: str
+    types: frozenset[str]
+
+
+Formals = tuple[tuple[Formal, ...], tuple[Formal, ...]]
+"""Of the inputs and of the outputs; the last stands for all after it."""
+
+
+def formals_of(domain: str, op_type: str, opset: int | None = None) -> Formals | None:
+    """What onnxruntime's own schema says of an operator.
+
+    None where onnxruntime is not installed or has no such operator.
+
+    Args:
+        domain: of the operator.
+        op_type: of the operator.
+        opset: of the domain; None takes the newest.
+    """
+    versions = _formals().get((domain, op_type), {})
+    known = [version for version in versions if opset is None or version <= opset]
+    return versions[max(known)] if known else None
+
+
+@cache
+def _formals() -> dict[tuple[str, str], dict[int, Formals]]:
+    """By domain and operator, then by the opset from which on they hold."""
+    try:
+        state = _onnxruntime().capi.onnxruntime_pybind11_state
+    except RuntimeUnavailable:
+        return {}
+    found: dict[tuple[str, str], dict[int, Formals]] = {}
+    for schema in getattr(state, "get_all_operator_schema", list)():
+        kinds = {t.type_param_str: frozenset(t.allowed_type_strs) for t in schema.type_constraints}
+        inputs, outputs = (
+            tuple(Formal(f.typeStr, kinds.get(f.typeStr, frozenset({f.typeStr}))) for f in side)
+            for side in (schema.inputs, schema.outputs)
+        )
+        versions = found.setdefault((schema.domain, schema.name), {})
+        versions[int(schema.since_version)] = inputs, outputs
+    return found
 
 
 def check_provider(provider: str) -> None:
@@ -170,8 +234,8 @@ class Session:
                 f"provider {provider!r} does not start here (onnxruntime fell back to the CPU); "
                 "check the driver and the CUDA and cuDNN libraries"
             )
-        narrow = {i.name: _narrow_dtype(i.type) for i in self.inner.get_inputs()}
-        self._narrow_inputs = {name: dtype for name, dtype in narrow.items() if dtype is not None}
+        expected = {i.name: _numpy_dtype(i.type) for i in self.inner.get_inputs()}
+        self._input_dtypes = {name: dtype for name, dtype in expected.items() if dtype is not None}
         self._narrow_outputs = any(_narrow_dtype(o.type) for o in self.inner.get_outputs())
         self.inputs: list[str] = [i.name for i in self.inner.get_inputs()]
         self.outputs: list[str] = [o.name for o in self.inner.get_outputs()]
@@ -208,7 +272,9 @@ class Session:
 
         Args:
             feeds: an array for each input. Bytes without a type (numpy's void, as which an .npy
-                file gives back bfloat16 and the like) are taken to be of the input's type.
+                file gives back bfloat16 and the like) are taken to be of the input's type, and
+                float32 for float16 or bfloat16, or the reverse, is cast: samples fit the model as
+                it was given, and a pass may have been told to convert inputs.
 
         Raises:
             SampleError: onnxruntime cannot run the model on these inputs.
@@ -227,14 +293,8 @@ class Session:
         values = self.inner.run_with_ort_values(None, _ort_values(feeds, "cpu"))
         return [_from_ort_value(value) for value in values]
 
-    def _typed(self, feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        if not self._narrow_inputs:
-            return feeds
-        typed = dict(feeds)
-        for name, dtype in self._narrow_inputs.items():
-            if name in typed and typed[name].dtype.type is np.void:
-                typed[name] = typed[name].view(dtype.numpy())
-        return typed
+    def _typed(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {name: _as_dtype(a, self._input_dtypes.get(name)) for name, a in feeds.items()}
 
     def _exchanges_numpy(self, feeds: Mapping[str, np.ndarray]) -> bool:
         return not self._narrow_outputs and not any(_is_narrow(array) for array in feeds.values())
@@ -300,6 +360,24 @@ def _narrow_dtype(ort_type: str) -> ir.DataType | None:
     word = ort_type.removeprefix("tensor(").removesuffix(")").upper()
     dtype = ir.DataType[word] if word in ir.DataType.__members__ else None
     return dtype if dtype in _NARROW_DTYPES else None
+
+
+def _numpy_dtype(ort_type: str) -> np.dtype[Any] | None:
+    """The element type of a tensor, where arrays may come in another; from `tensor(x)`."""
+    narrow = _narrow_dtype(ort_type)
+    if narrow is None:
+        return _FLOAT_DTYPES.get(ort_type)
+    dtype: np.dtype[Any] = narrow.numpy()
+    return dtype
+
+
+def _as_dtype(array: np.ndarray, dtype: np.dtype[Any] | None) -> np.ndarray:
+    if dtype is None or not isinstance(array, np.ndarray) or array.dtype == dtype:
+        return array
+    if array.dtype.type is np.void:
+        return array.view(dtype)
+    both = {array.dtype, dtype}
+    return array.astype(dtype) if both <= INTERCHANGED_DTYPES else array
 
 
 def _is_narrow(array: np.ndarray) -> bool:

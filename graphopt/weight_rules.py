@@ -20,6 +20,7 @@ from graphopt.reasons import (
     weight_of,
 )
 from graphopt.rewriting import constant_tensor, input_of
+from graphopt.skeleton import known_shape
 
 _NARROW_WEIGHTS = ("INT2", "UINT2", "INT4", "UINT4", "INT8", "UINT8")
 
@@ -116,25 +117,25 @@ def scaled_gemm(around: Around) -> Reason | None:
 
 def weight_type(around: Around) -> Reason | None:
     """A weight of an element type that the kernel does not take."""
-    tensor = weight_of(around)
+    weight = weight_of(around)
     allowed = _NARROW_WEIGHTS if around.is_weight_only else ("INT8", "UINT8")
-    if tensor is None or tensor.dtype.name in allowed:
+    if weight is None or weight.dtype is None or weight.dtype.name in allowed:
         return None
     with_activations = "" if around.is_weight_only else " beside a quantized input"
     return Reason(
         "weight-type",
-        f"no kernel takes {tensor.dtype.name.lower()} weights{with_activations}",
+        f"no kernel takes {weight.dtype.name.lower()} weights{with_activations}",
         "store the weight in int8" + (" or int4" if around.is_weight_only else ""),
     )
 
 
 def _weight_rank(around: Around) -> Reason | None:
-    tensor = weight_of(around)
-    if not around.is_weight_only or tensor is None or len(tensor.shape) == 2:
+    shape = known_shape(weight_of(around))
+    if not around.is_weight_only or shape is None or len(shape) == 2:
         return None
     return Reason(
         "weight-rank",
-        f"the weight has {len(tensor.shape)} dimensions; MatMulNBits takes matrices only",
+        f"the weight has {len(shape)} dimensions; MatMulNBits takes matrices only",
         "split it into a MatMul for each matrix, or keep the weight in float",
     )
 
@@ -195,13 +196,13 @@ def _block_size(around: Around) -> Reason | None:
 
 def weight_axis(around: Around) -> Reason | None:
     """Scales, or blocks, along the axis that the kernel does not take."""
-    weight, tensor = around.weights.get(1), weight_of(around)
-    if weight is None or tensor is None or around.operator not in ("Gemm", "MatMul"):
+    weight, shape = around.weights.get(1), known_shape(weight_of(around))
+    if weight is None or shape is None or around.operator not in ("Gemm", "MatMul"):
         return None
     scale = constant_tensor(input_of(weight, 1))
     if scale is None or scale.size == 1:
         return None
-    rank = len(tensor.shape)
+    rank = len(shape)
     axis = number_of(weight, "axis", 1) % max(1, rank)
     inner = rank - 1 if number_of(around.node, "transB") else rank - 2
     if (axis == inner) == bool(block_of(around)):

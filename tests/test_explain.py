@@ -11,9 +11,21 @@ import numpy as np
 import onnx
 import onnx.parser
 import pytest
+from packed_models import (
+    FORMS,
+    INTEGERS,
+    READERS,
+    WEIGHTS_ONLY,
+    integer_model,
+    packed_integers,
+    packed_reader,
+)
 
 import graphopt
 from graphopt import Explanation
+from graphopt.kernels import find_reasons
+from graphopt.packing import is_packed
+from graphopt.reasons import is_quantization
 
 ort = pytest.importorskip("onnxruntime")
 
@@ -656,6 +668,56 @@ def test_quantization_is_seen_through_the_blocked_layout() -> None:
 
     assert kernels(found)["c"] == "com.microsoft.nchwc.Conv"
     assert codes(found) == {"no-integer-kernel", "input-in-float", "blocked-layout"}
+
+
+KERNELS = {
+    "QLinearConv": "com.microsoft.QLinearConv",
+    "QLinearMatMul": "QLinearMatMul",
+    "QGemm": "com.microsoft.QGemm",
+    "QGemm, transB": "com.microsoft.QGemm",
+    "QLinearMatMul, Transpose": "QLinearMatMul",
+    "MatMul": "com.microsoft.MatMulNBits",
+}
+"""By model of packed int8 weights, that which computes with them as integers."""
+
+
+def told(found: Explanation) -> set[tuple[object, ...]]:
+    """The operators, kernels and reasons; not what they take."""
+    return {(row.operators, row.kernel, row.count, row.reason) for row in found.rows}
+
+
+@pytest.mark.parametrize("reader", [*INTEGERS, *WEIGHTS_ONLY])
+@pytest.mark.parametrize("levels", [3, 8, 256])
+def test_packed_integers_are_explained_as_integers_are(reader: str, levels: int) -> None:
+    plain = graphopt.explain(integer_model(reader), random_samples=1)
+    found = graphopt.explain(packed_integers(reader, levels), random_samples=1)
+
+    assert told(found) == told(plain)
+    assert codes(found) <= LAYOUT | {"weight-only-operator", "transposed-weight", "shared-weight"}
+    if reader in KERNELS:
+        assert KERNELS[reader] in {row.kernel for row in found.rows}
+        assert codes(found) <= LAYOUT
+    nodes = [fate for fate in found.fates if fate.operator in ("Gather", "Cast", "Reshape")]
+    assert {fate.how for fate in nodes if reader != "Gather" or fate.node != "y"} == {"folded"}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_packed_floats_give_no_reason(reader: str) -> None:
+    found = graphopt.explain(packed_reader(reader, FORMS["blocks"]), random_samples=1)
+
+    assert codes(found) <= {"blocked-layout"}
+
+
+def test_codes_that_are_not_widened_at_load_are_constants_all_the_same() -> None:
+    """As if onnxruntime had found them too large to fold."""
+    graph = packed_integers("QLinearConv", 8)
+    steps = [node for node in graph.graph if is_packed(node.outputs[0])]
+    reasons = find_reasons(graph, {node: (node.op_type,) for node in graph.graph}, {}, "cpu")
+
+    assert {reasons[node].code for node in steps if not is_quantization(node)} == {
+        "widened-in-every-run"
+    }
+    assert {reason.code for node, reason in reasons.items() if node not in steps} == {"unknown"}
 
 
 def test_bodies_and_functions_are_looked_into() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from graphopt.packing import CODES_MINIMUM, is_packed
+from graphopt.packing import CODES_MINIMUM, NODES_MAXIMUM, is_packed, nodes_behind
 from graphopt.testing import assert_unchanged, parse
 from graphopt_passes.simplify.fold_constants import FoldConstants
 
@@ -104,3 +104,16 @@ def test_codes_are_not_folded_where_it_would_save_bytes() -> None:
     )
 
     assert [s.reason for s in change.skips] == ["it widens packed weights, which must stay packed"]
+
+
+@pytest.mark.parametrize(("more", "followed"), [(0, True), (1, False)])
+def test_long_chains_are_followed_no_further(more: int, followed: bool) -> None:
+    """So that whoever asks about every node of a long graph takes no longer for each."""
+    value = ir.Value(name="c", const_value=ir.tensor(np.ones(CODES_MINIMUM, np.int8)))
+    graph = ir.Graph([], [], nodes=[], initializers=[value])
+    for _ in range(NODES_MAXIMUM + more):
+        graph.append(ir.node("Add", [value, value]))
+        value = graph[-1].outputs[0]
+
+    assert (nodes_behind(value) is not None) is followed
+    assert is_packed(value) is followed

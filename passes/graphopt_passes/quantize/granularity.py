@@ -49,17 +49,16 @@ class Role:
     channels: float = math.inf
 
 
-def role_of(value: ir.Value) -> Role:
-    """What an initializer is to all that reads it.
+def role_of(value: ir.Value, shape: tuple[int, ...]) -> Role:
+    """What a weight is to all that reads it.
 
     Args:
-        value: of two dimensions or more.
+        value: an initializer, or what nodes widen.
+        shape: of the weight: two dimensions or more.
 
     Raises:
         Misfit: something reads it as anything but a weight, or nothing does.
     """
-    assert value.const_value is not None
-    shape = tuple(value.const_value.shape.numpy())
     roles = list(_roles(value, shape))
     if not roles:
         raise Misfit("nothing reads it")

@@ -42,9 +42,7 @@ class Layer:
     @property
     def dimensions(self) -> tuple[int, int, int]:
         """Groups, outputs of a group, and inputs of a group."""
-        tensor = constant_tensor(self.weight)
-        assert tensor is not None
-        shape = tensor.shape.numpy()
+        shape = self._stored.shape.numpy()
         outputs = int(shape[self.axis])
         return self.group, outputs // self.group, math.prod(map(int, shape)) // outputs
 
@@ -75,6 +73,13 @@ class Layer:
         return value
 
     @property
+    def _stored(self) -> ir.TensorProtocol:
+        """The weight, or its codes."""
+        tensor = stored_tensor(self.weight)
+        assert tensor is not None
+        return tensor
+
+    @property
     def can_have_bias(self) -> bool:
         """The operator has an input for one."""
         return not is_onnx(self.node, "MatMul")
@@ -85,7 +90,7 @@ class Layer:
         bias = input_of(self.node, 2)
         if not self.can_have_bias or is_scaled(self.node):
             return False
-        tensor = constant_tensor(bias)
+        tensor = None if bias is None else stored_tensor(bias)
         if bias is None or tensor is None:
             return bias is None
         outputs = math.prod(self.dimensions[:2])
@@ -93,24 +98,22 @@ class Layer:
 
     def matrix(self) -> np.ndarray:
         """The weight as float64 of shape [group, outputs of the group, inputs]."""
-        tensor = constant_tensor(self.weight)
-        assert tensor is not None
-        array = np.asarray(read_array(tensor), np.float64)
+        array = np.asarray(numbers_of(self.weight), np.float64)
         rows = np.moveaxis(array, self.axis, 0)
         return rows.reshape(self.group, rows.shape[0] // self.group, -1)
 
     def stored(self, matrix: np.ndarray) -> np.ndarray:
         """A matrix of that shape, of any type, in the layout of the weight."""
-        tensor = constant_tensor(self.weight)
-        assert tensor is not None
-        shape = list(tensor.shape.numpy())
+        shape = list(self._stored.shape.numpy())
         outputs = shape.pop(self.axis)
         return np.ascontiguousarray(np.moveaxis(matrix.reshape(outputs, *shape), 0, self.axis))
 
     def bias(self) -> np.ndarray | None:
         """The bias, float64 of shape [outputs], or None."""
-        tensor = constant_tensor(input_of(self.node, 2))
-        return None if tensor is None else np.asarray(read_array(tensor), np.float64).reshape(-1)
+        value = input_of(self.node, 2)
+        if value is None or stored_tensor(value) is None:
+            return None
+        return np.asarray(numbers_of(value), np.float64).reshape(-1)
 
     @property
     def has_gram(self) -> bool:
@@ -125,9 +128,7 @@ class Layer:
         """The windows of a Conv; None for others."""
         if not is_onnx(self.node, "Conv"):
             return None
-        tensor = constant_tensor(self.weight)
-        assert tensor is not None
-        kernel = tuple(int(k) for k in tensor.shape.numpy()[2:])
+        kernel = tuple(int(k) for k in self._stored.shape.numpy()[2:])
         rank, stated = len(kernel), self.node.attributes
         return Patches(
             kernel=kernel,
@@ -137,6 +138,57 @@ class Layer:
             group=self.group,
             auto_pad=stated.get_string("auto_pad", "NOTSET"),
         )
+
+
+def stored_tensor(value: ir.Value) -> ir.TensorProtocol | None:
+    """The tensor of a constant, or of the codes that a node or two widen; None for what is neither.
+
+    These are a DequantizeLinear, and a Mul with scales of a Cast.
+    """
+    node = value.producer()
+    if node is None or is_onnx(node, "Constant"):
+        return constant_tensor(value)
+    if is_onnx(node, "Mul"):
+        casts = [v.producer() for v in node.inputs if v is not None and constant_tensor(v) is None]
+        node = casts[0] if len(casts) == 1 else None
+        if node is None or not is_onnx(node, "Cast"):
+            return None
+    elif not is_onnx(node, "DequantizeLinear") or not _is_symmetric(node):
+        return None
+    return constant_tensor(node.inputs[0])
+
+
+def _is_symmetric(node: ir.Node) -> bool:
+    """A DequantizeLinear of constant scales, one or one for each channel, and zero points 0."""
+    zero_point = input_of(node, 2)
+    tensor = constant_tensor(zero_point)
+    if constant_tensor(node.inputs[1]) is None or "block_size" in node.attributes:
+        return False
+    return zero_point is None or (tensor is not None and not read_array(tensor).any())
+
+
+def numbers_of(value: ir.Value) -> np.ndarray:
+    """What a weight is: constant, or codes that a DequantizeLinear or Cast and Mul widen."""
+    tensor = stored_tensor(value)
+    assert tensor is not None
+    array, node = read_array(tensor), value.producer()
+    if node is None or is_onnx(node, "Constant"):
+        return array
+    if is_onnx(node, "DequantizeLinear"):
+        return np.asarray(array * _scales_of(node, array.ndim))
+    scales = next(t for v in node.inputs if (t := constant_tensor(v)) is not None)
+    return np.asarray(array * read_array(scales))
+
+
+def _scales_of(node: ir.Node, rank: int) -> np.ndarray:
+    """The scales of a DequantizeLinear, float32, broadcastable to codes of a rank."""
+    tensor = constant_tensor(node.inputs[1])
+    assert tensor is not None
+    scales = np.asarray(read_array(tensor), np.float32)
+    if not scales.ndim:
+        return scales
+    axis = node.attributes.get_int("axis", 1) % rank
+    return scales.reshape([-1 if a == axis else 1 for a in range(rank)])
 
 
 def is_scaled(node: ir.Node) -> bool:

@@ -184,7 +184,7 @@ class QuantizeWeights(Pass):
         assert tensor is not None
         if value.is_graph_input():
             raise Misfit("an input that a caller can override")
-        role = role_of(value)
+        role = role_of(value, tuple(map(int, tensor.shape.numpy())))
         if role.channels < self.min_channels:
             raise Misfit(f"of its inputs and its outputs, the fewer are {role.channels}")
         if tensor.dtype not in TYPES:

@@ -14,7 +14,7 @@ from graphopt.errors import GraphoptError
 from graphopt.operators import ONNX_DOMAINS, all_graphs, is_onnx, is_random, subgraphs
 from graphopt.packing import is_constant, is_packed
 from graphopt.rewriting import (
-    add_initializer,
+    become_initializer,
     constant_tensor,
     is_read_as_scalar,
     static_shape,
@@ -311,11 +311,6 @@ def _replace(
     graph: ir.Graph, nodes: list[ir.Node], arrays: dict[ir.Value, np.ndarray], context: Context
 ) -> None:
     for value, array in arrays.items():
-        name = value.name
-        assert name is not None
-        # The initializer takes the name; the old value lets go of it first.
-        value.name = None
-        tensor = context.tensor(array, name, value.dtype)
-        value.replace_all_uses_with(add_initializer(graph, tensor, name))
+        become_initializer(value, context.tensor(array, value.name or "", value.dtype))
     for node in reversed(nodes):
         graph.remove(node, safe=True)

@@ -1,0 +1,177 @@
+"""cluster-weights: let weights share few numbers, and store which instead of the numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.code_fields import fields_of
+from graphopt.contract import Bounds, Change, Context, Effect, Pass
+from graphopt.encoding import FIRST_OPSET
+from graphopt_passes.quantize.codebooks import Rounded, fit, refit_scales
+from graphopt_passes.quantize.granularity import WEIGHTS
+from graphopt_passes.quantize.kmeans import level_curve, nearest_levels, optimal_levels
+from graphopt_passes.quantize.narrow_weights import LEVEL_MAXIMUM, Solution, Target, targets_of
+from graphopt_passes.quantize.narrowing import Budget, Form, Narrowing, Problem
+from graphopt_passes.simplify.chains import why_refused
+
+CLUSTERS = (3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256)
+"""What is chosen from: 1.6 to 8 bits."""
+
+PROBED_CLUSTERS = 8
+
+ESTIMATED_BINS = 2048
+"""Of the histogram by which clusters are only compared."""
+
+SCALED_INPUTS_MINIMUM = 16
+"""Rows of fewer numbers have no scale of their own."""
+
+
+@dataclass(frozen=True)
+class ClusterWeights(Pass):
+    """Let the numbers of a weight share few values, and store codes into a codebook of them.
+
+    Rows (the numbers of one output) are brought to one scale, and their values are clustered by the
+    optimal one-dimensional k-means, weighted by how much the layer's inputs make of an error. Then
+    codes, values and scales are fitted in turn to change the layer's outputs least (feedback of
+    errors as in GPTQ, coordinate descent, values and scales in closed form), and the bias takes
+    back what changed in the means. Without samples, numbers go to the nearest value.
+
+    Codes are packed in 1 to 8 bits, and nodes widen them, which onnxruntime computes when it loads
+    the model: it runs as fast, and needs as much memory, as it did before. Behind quantize-static,
+    they are widened to int8, and the integer kernels stay.
+
+    Attributes:
+        clusters: of every weight; 0 chooses for each.
+        bits: for each number on average, codebook and scales included, which the choice may take;
+            0 lets `error` limit it.
+        error: relative L2 error of the worst output that may be added, in its square, on the
+            calibration samples. Without samples, of the weights.
+        min_elements: smaller weights stay.
+        keep_zeros: what is exactly zero stays so, as after pruning.
+    """
+
+    name: ClassVar[str] = "cluster-weights"
+    effect: ClassVar[Effect] = Effect.LOSSY
+    operators: ClassVar[frozenset[str] | None] = frozenset(WEIGHTS)
+    max_error: ClassVar[float] = 0.25
+    max_latency: ClassVar[float | None] = 1.03
+
+    clusters: Annotated[int, Bounds(0, 256)] = 0
+    bits: Annotated[float, Bounds(0.0, 8.0)] = 0.0
+    error: Annotated[float, Bounds(0.0, None)] = 0.1
+    min_elements: Annotated[int, Bounds(1)] = 1024
+    keep_zeros: bool = False
+
+    def refuse(self, model: ir.Model, context: Context) -> str | None:
+        """Refuse opsets before that of the nodes that are written."""
+        return why_refused(model, FIRST_OPSET)
+
+    def apply(self, model: ir.Model, context: Context) -> Change:
+        """Cluster all weights, or as many and as coarsely as the budget allows."""
+        change = Change()
+        counts = (self.clusters,) if self.clusters else CLUSTERS
+        forms = [Clusters(count, self.keep_zeros) for count in counts]
+        targets = targets_of(model, self.min_elements, change)
+        probe = Clusters(PROBED_CLUSTERS, self.keep_zeros)
+        if targets:
+            narrowing = Narrowing(model, context, forms, probe, estimates_of_clusters, change, targets)
+            narrowing.run(Budget(self.bits or None, self.error))
+        return change
+
+    def narrow(self) -> ClusterWeights | None:
+        """Twice the clusters, a bit more, or half the error."""
+        if self.clusters:
+            more = replace(self, clusters=min(2 * self.clusters, 256))
+            return more if more.clusters > self.clusters else None
+        if self.bits:
+            return replace(self, bits=self.bits + 1) if self.bits <= 7 else None
+        return replace(self, error=self.error / 2) if self.error >= 0.01 else None
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """So many values for all numbers of a weight.
+
+    Attributes:
+        count: of clusters.
+        keep_zeros: one of them is 0, and what is 0 stays.
+    """
+
+    count: int
+    keep_zeros: bool = False
+
+    @property
+    def label(self) -> str:
+        """For the ledger."""
+        return f"{self.count} clusters"
+
+    def stored_bytes(self, target: Target) -> int:
+        """Of codes, values and scales."""
+        codes = sum(field.stored_bytes(target.size) for field in fields_of(self.count))
+        if target.is_integer:
+            return codes + self.count
+        return codes + 4 * self.count + (2 * target.rows if _is_scaled(target) else 0)
+
+    def solve(self, problem: Problem) -> Solution:
+        """The weight in clusters."""
+        scaled, scales, counted = _normalized(problem)
+        levels = optimal_levels(scaled, counted, self.count, self.keep_zeros).astype(np.float32)
+        start = Rounded(np.zeros(scaled.shape, np.uint8), levels, scales)
+        scaled_rows = _is_scaled(problem.target)
+        found = fit(
+            problem.weight,
+            start,
+            problem.gram,
+            learns_scales=scaled_rows,
+            keeps_zeros=self.keep_zeros,
+        )
+        if problem.target.is_integer:
+            found = _with_integer_levels(problem, found)
+        return Solution((found,))
+
+
+def estimates_of_clusters(problem: Problem, forms: Sequence[Form]) -> list[float]:
+    """The squared errors of numbers that go to the nearest value."""
+    scaled, _, counted = _normalized(problem)
+    counts = [form.count for form in forms if isinstance(form, Clusters)]
+    curve = level_curve(scaled, counted, counts, bins=ESTIMATED_BINS)
+    found = []
+    for count in counts:
+        change = scaled - curve[count][nearest_levels(scaled, curve[count])]
+        found.append(float(np.einsum("nk,nk,nk->", counted, change, change)))
+    return found
+
+
+def _is_scaled(target: Target) -> bool:
+    """Each row has a scale of its own."""
+    return target.is_integer or target.inputs >= SCALED_INPUTS_MINIMUM
+
+
+def _normalized(problem: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The numbers over their scales, the scales [rows, 1], and what a squared error counts."""
+    weight = problem.weight
+    scales = np.sqrt(np.mean(np.square(weight, dtype=np.float64), axis=1, keepdims=True))
+    if not _is_scaled(problem.target):
+        scales = np.full_like(scales, np.sqrt(np.mean(np.square(scales))))
+    scales = np.where(scales > 0, scales, 1.0)
+    stored: np.ndarray = scales.astype(np.float32)
+    if not problem.target.is_integer and _is_scaled(problem.target):
+        half = scales.astype(np.float16)
+        if np.isfinite(half).all() and (half > np.finfo(np.float16).tiny).all():
+            stored = half
+    wide = np.asarray(stored, np.float32)
+    counted = np.broadcast_to(problem.diagonal * np.square(wide), weight.shape)
+    return weight / wide, stored, counted
+
+
+def _with_integer_levels(problem: Problem, found: Rounded) -> Rounded:
+    """The same with int8 levels, and the scales of the rows for these."""
+    largest = float(np.abs(found.levels).max()) or 1.0
+    levels = np.rint(found.levels * (LEVEL_MAXIMUM / largest)).astype(np.float32)
+    scales = (found.scales * (largest / LEVEL_MAXIMUM)).astype(np.float32)
+    return refit_scales(problem.weight, replace(found, levels=levels, scales=scales), problem.gram)

@@ -1,0 +1,388 @@
+"""The weights of a model that can be made narrow, as matrices, and how they are written back.
+
+Three kinds are found. A float weight becomes codes that are widened to float at load. The int8
+weight of a layer whose activations are quantized too becomes codes that are widened to int8 there,
+so that the integer kernel stays. And a weight that is stored as int8 and widened by Cast and Mul is
+a float weight of which less is known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.contract import Change, Context
+from graphopt.encoding import Encoding, Narrow, why_too_large
+from graphopt.operators import all_graphs, is_onnx
+from graphopt.packing import is_packed
+from graphopt.rewriting import Names, constant_tensor, input_of, only_reader, remove_node
+from graphopt_passes.fuse.misfit import Misfit
+from graphopt_passes.quantize.codebooks import Rounded
+from graphopt_passes.quantize.granularity import Axes, role_of
+from graphopt_passes.quantize.layers import Layer, layer_of, numbers_of, stored_tensor
+
+TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
+"""Of float weights that are made narrow."""
+
+LEVEL_MAXIMUM = 127
+"""Of int8 levels: symmetric, as the codes of the layer were."""
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A weight that can be made narrow.
+
+    Attributes:
+        value: that its reader reads: an initializer, or what nodes widen.
+        operator: of its reader.
+        shared: the axes along which its numbers belong to one row of the matrix.
+        layer: of which it is the weight, where its inputs can be looked at.
+        is_integer: the kernel works on int8 codes, which a DequantizeLinear reads.
+    """
+
+    value: ir.Value
+    operator: str
+    shared: Axes
+    layer: Layer | None
+    is_integer: bool
+
+    @property
+    def name(self) -> str:
+        """Of the value."""
+        return self.value.name or ""
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        tensor = stored_tensor(self.value)
+        assert tensor is not None
+        return tuple(map(int, tensor.shape.numpy()))
+
+    @property
+    def size(self) -> int:
+        """How many numbers it has."""
+        return math.prod(self.shape)
+
+    @property
+    def rows(self) -> int:
+        """Of the matrix."""
+        return math.prod(self.shape[axis] for axis in self._kept)
+
+    @property
+    def inputs(self) -> int:
+        """Of a row."""
+        return self.size // max(self.rows, 1)
+
+    @property
+    def stored_bytes(self) -> int:
+        """What the numbers take in the file now."""
+        tensor = stored_tensor(self.value)
+        assert tensor is not None
+        return tensor.nbytes
+
+    @property
+    def _kept(self) -> Axes:
+        return tuple(axis for axis in range(len(self.shape)) if axis not in self.shared)
+
+    def matrix(self) -> np.ndarray:
+        """The weight, float32 of shape [rows, inputs]."""
+        array = np.asarray(numbers_of(self.value), np.float32)
+        return np.ascontiguousarray(
+            array.transpose(*self._kept, *self.shared).reshape(self.rows, self.inputs)
+        )
+
+    def stored(self, matrix: np.ndarray) -> np.ndarray:
+        """A matrix of that shape, of any type, in the layout of the weight."""
+        order = (*self._kept, *self.shared)
+        moved = matrix.reshape([self.shape[axis] for axis in order])
+        return np.ascontiguousarray(moved.transpose(np.argsort(order)))
+
+    def blocks_of(self, inputs: int) -> int:
+        """Into how many blocks of so many inputs a row can be cut; 1 where it cannot.
+
+        Blocks are parts of one axis.
+        """
+        axes = [axis for axis in self.shared if self.shape[axis] > 1]
+        if not inputs or len(axes) != 1 or self.inputs % inputs:
+            return 1
+        return self.inputs // inputs
+
+    def stored_blocks(self, blocks: np.ndarray) -> np.ndarray:
+        """Scales of shape [rows, blocks], broadcastable in blocks to the weight."""
+        order = (*self._kept, *self.shared)
+        shape = [self.shape[axis] if axis in self._kept else 1 for axis in order]
+        if blocks.shape[1] > 1:
+            (axis,) = (a for a in self.shared if self.shape[a] > 1)
+            shape[order.index(axis)] = blocks.shape[1]
+        return np.ascontiguousarray(blocks.reshape(shape).transpose(np.argsort(order)))
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """What replaces a weight.
+
+    Attributes:
+        parts: the weight is the sum of these.
+        shift: what each row adds to the mean of its output, to be taken from the bias; float64 of
+            shape [rows], or None.
+    """
+
+    parts: tuple[Rounded, ...]
+    shift: np.ndarray | None = None
+
+    def numbers(self) -> np.ndarray:
+        """The weight, float32 of shape [rows, inputs]."""
+        return np.asarray(sum((p.numbers() for p in self.parts[1:]), self.parts[0].numbers()))
+
+
+# ------------------------------------------------------------------ what is found
+
+
+def targets_of(model: ir.Model, min_elements: int, change: Change) -> list[Target]:
+    """The weights of a model that can be made narrow, in order; what cannot, with the reason.
+
+    Args:
+        model: not modified.
+        min_elements: smaller weights are not looked at.
+        change: told what is left alone.
+    """
+    found = []
+    for graph in all_graphs(model):
+        for value in _weights_in(graph):
+            tensor = stored_tensor(value)
+            if tensor is None or tensor.size < min_elements or len(tensor.shape) < 2:
+                continue
+            try:
+                found.append(_target(value, model))
+            except Misfit as reason:
+                change.skip(value, str(reason))
+    return found
+
+
+def _weights_in(graph: ir.Graph) -> Iterator[ir.Value]:
+    """Float initializers, and what a DequantizeLinear or a Mul makes of int8 ones."""
+    for value in graph.initializers.values():
+        tensor = value.const_value
+        if tensor is not None and tensor.dtype.is_floating_point() and not _are_scales(value):
+            yield value
+    for node in graph:
+        if is_onnx(node, "DequantizeLinear", "Mul") and is_packed(node.outputs[0]):
+            yield node.outputs[0]
+
+
+def _are_scales(value: ir.Value) -> bool:
+    """Nodes that widen packed weights read it."""
+    return any(is_packed(output) for use in value.uses() for output in use.node.outputs)
+
+
+def _target(value: ir.Value, model: ir.Model) -> Target:
+    """What a weight is to its readers.
+
+    Raises:
+        Misfit: it had better stay as it is.
+    """
+    if value.is_graph_input():
+        raise Misfit("an input that a caller can override")
+    node = value.producer()
+    is_integer = node is not None and is_onnx(node, "DequantizeLinear")
+    tensor = stored_tensor(value)
+    assert tensor is not None
+    if node is None and tensor.dtype not in TYPES:
+        raise Misfit(f"a weight of type {tensor.dtype.name} is not made narrow")
+    role = role_of(value, tuple(map(int, tensor.shape.numpy())))
+    reader = only_reader(value)
+    if is_integer and not (reader is not None and _is_on_codes(reader, value)):
+        raise Misfit("it is dequantized for a float operator")
+    if is_integer and (node is None or only_reader(node.inputs[0]) is not node):  # type: ignore[arg-type]
+        raise Misfit("more than one DequantizeLinear reads its codes")
+    dtype = ir.DataType.INT8 if is_integer else value.dtype or tensor.dtype
+    reason = why_too_large(tensor.size, dtype)
+    if reason is not None:
+        raise Misfit(reason)
+    if not np.isfinite(numbers_of(value)).all():
+        raise Misfit("it holds infinity or NaN")
+    shared = role.shared or ()
+    return Target(value, role.operator, shared, _layer_of(value, reader, model), is_integer)
+
+
+def _is_on_codes(node: ir.Node, weight: ir.Value) -> bool:
+    """A product of what a DequantizeLinear makes of codes that were computed, with the weight."""
+    if not is_onnx(node, "Conv", "Gemm", "MatMul") or node.inputs[1] is not weight:
+        return False
+    source = node.inputs[0].producer() if node.inputs[0] is not None else None
+    return source is not None and is_onnx(source, "DequantizeLinear")
+
+
+def _layer_of(value: ir.Value, node: ir.Node | None, model: ir.Model) -> Layer | None:
+    """The product whose weight it alone is, if its inputs can be looked at."""
+    if node is None or node.graph is not model.graph or not is_onnx(node, "Conv", "Gemm", "MatMul"):
+        return None
+    data = node.inputs[0]
+    if data is None or node.inputs[1] is not value or data.dtype != ir.DataType.FLOAT:
+        return None
+    if constant_tensor(data) is not None:
+        return None
+    tensor, layer = stored_tensor(value), layer_of(node)
+    assert tensor is not None
+    fits = is_onnx(node, "Conv") or len(tensor.shape) == 2
+    return layer if fits and layer.has_gram else None
+
+
+# ------------------------------------------------------------------ writing
+
+
+def write(
+    model: ir.Model,
+    targets: Sequence[Target],
+    solutions: Mapping[int, Solution],
+    context: Context,
+) -> None:
+    """Put solutions in the place of weights.
+
+    Args:
+        model: rewritten in place.
+        targets: of it.
+        solutions: by the index of the target.
+        context: keeps what is large.
+    """
+    names = Names(model)
+    encodings: dict[ir.Graph, Encoding] = {}
+    for index, solution in solutions.items():
+        target = targets[index]
+        graph = _graph_of(target.value)
+        if graph not in encodings:
+            encodings[graph] = Encoding(graph, names, context.tensor)
+        if target.is_integer:
+            _write_integers(target, solution, encodings[graph], context)
+        else:
+            _write_floats(target, solution, encodings[graph], context)
+    for encoding in encodings.values():
+        encoding.close()
+
+
+def _graph_of(value: ir.Value) -> ir.Graph:
+    node = value.producer()
+    graph = value.graph if node is None else node.graph
+    assert isinstance(graph, ir.Graph)
+    return graph
+
+
+def _write_floats(target: Target, solution: Solution, encoding: Encoding, context: Context) -> None:
+    value, name, node = target.value, target.name, target.value.producer()
+    tensor = stored_tensor(value)
+    assert tensor is not None
+    dtype = value.dtype or tensor.dtype
+    narrows = [_narrow(target, part) for part in solution.parts]
+    if node is None:
+        del encoding.graph.initializers[name]
+    value.name = None
+    made = encoding.total(narrows, dtype, name)
+    value.replace_all_uses_with(made)
+    if node is not None:
+        _remove_unread(node)
+    if target.layer is not None and solution.shift is not None and solution.shift.any():
+        _shift_bias(target.layer, solution.shift, encoding.names, context)
+
+
+def _narrow(target: Target, part: Rounded) -> Narrow:
+    scales = target.stored_blocks(part.scales)
+    levels = part.levels.astype(np.float32)
+    if part.offsets is not None:
+        offsets = target.stored_blocks(part.offsets)
+        return Narrow(target.stored(part.codes), levels, scales, offsets)
+    if part.scales.shape[1] == 1 and (part.scales == part.scales[0]).all():
+        # One number for all of them is the codebook's.
+        return Narrow(target.stored(part.codes), levels * np.float32(part.scales[0, 0]))
+    return Narrow(target.stored(part.codes), levels, scales)
+
+
+def _remove_unread(node: ir.Node) -> None:
+    """Remove a node that nothing reads, and what it alone read."""
+    sources = [v.producer() for v in node.inputs if v is not None]
+    remove_node(node)
+    for source in sources:
+        if source is not None and not any(o.uses() or o.is_graph_output() for o in source.outputs):
+            _remove_unread(source)
+
+
+def _write_integers(
+    target: Target, solution: Solution, encoding: Encoding, context: Context
+) -> None:
+    """int8 levels, and new scales for the DequantizeLinear and the bias."""
+    layer, node = target.layer or layer_of(_reader_of(target)), target.value.producer()
+    assert node is not None and node.inputs[0] is not None
+    (part,) = solution.parts
+    bias = layer.bias()
+    if solution.shift is not None:
+        bias = solution.shift if bias is None else bias + solution.shift
+    codes, name = node.inputs[0], node.inputs[0].name or ""
+    narrow = Narrow(target.stored(part.codes), np.asarray(part.levels, np.int8))
+    del encoding.graph.initializers[name]
+    codes.name = None
+    scales = np.asarray(part.scales, np.float32).reshape(-1)
+    node.replace_input_with(0, encoding.weight(narrow, ir.DataType.INT8, name))
+    node.replace_input_with(
+        1, context.initializer(encoding.graph, scales, encoding.names.new("scales"))
+    )
+    if layer.can_have_bias and bias is not None and bias.any():
+        _write_bias(layer, bias, scales, encoding.names, context)
+
+
+def _reader_of(target: Target) -> ir.Node:
+    node = only_reader(target.value)
+    assert node is not None
+    return node
+
+
+def _write_bias(
+    layer: Layer, bias: np.ndarray, scales: np.ndarray, names: Names, context: Context
+) -> None:
+    """The bias of a layer on codes: of a Conv in float, of a Gemm in integers.
+
+    onnxruntime makes integers of the bias of a Conv itself, so that their scales, which depend on
+    those of the weight, need not be stored. A Gemm whose output stays float it would compute in
+    float, if the bias were.
+
+    Args:
+        layer: on codes.
+        bias: float64 of shape [outputs].
+        scales: of the weight, float32 of shape [outputs].
+        names: of the model.
+        context: keeps what is large.
+    """
+    node, graph, old = layer.node, layer.node.graph, input_of(layer.node, 2)
+    assert isinstance(graph, ir.Graph)
+    dequantized = old.producer() if old is not None else None
+    if is_onnx(node, "Conv") or dequantized is None:
+        stored = context.initializer(graph, bias.astype(np.float32), names.new("bias"))
+        node.resize_inputs(3)
+        node.replace_input_with(2, stored)
+        if dequantized is not None:
+            _remove_unread(dequantized)
+        return
+    source = layer.source.producer()
+    input_scale = constant_tensor(source.inputs[1]) if source is not None else None
+    assert input_scale is not None
+    units = np.asarray(input_scale.numpy(), np.float32) * scales
+    limits = np.iinfo(np.int32)
+    codes = np.clip(np.rint(bias / units), limits.min, limits.max).astype(np.int32)
+    for index, array in ((0, codes), (1, units)):
+        stored = context.initializer(graph, array, names.new("bias_codes"))
+        dequantized.replace_input_with(index, stored)
+
+
+def _shift_bias(layer: Layer, shift: np.ndarray, names: Names, context: Context) -> None:
+    """Add to the bias of a layer, or give it one."""
+    node, graph, old = layer.node, layer.node.graph, layer.bias()
+    assert isinstance(graph, ir.Graph)
+    dtype = layer.source.dtype
+    assert dtype is not None
+    bias = (shift if old is None else old + shift).astype(dtype.numpy())
+    name = names.new("bias" if old is None else f"{node.inputs[2].name}_corrected")  # type: ignore[union-attr]
+    node.resize_inputs(3)
+    node.replace_input_with(2, context.initializer(graph, bias, name))

@@ -1,0 +1,51 @@
+"""Steps of generated graphs with packed weights, for unpack-weights."""
+
+from __future__ import annotations
+
+import numpy as np
+from generated import Builder, Step
+from onnx import TensorProto, helper
+
+COLUMNS = 24
+"""So that the smallest matrix has more codes than arithmetic."""
+
+
+def made(b: Builder, op: str, inputs: list[str], **attributes: object) -> str:
+    """What a node makes of constants; no other step reads it."""
+    name = b.name()
+    b.nodes.append(helper.make_node(op, inputs, [name], **attributes))
+    return name
+
+
+def packed(b: Builder, rows: int) -> str:
+    """A packed matrix of [rows, COLUMNS]."""
+    codes = b.random.integers(0, 16, (rows, COLUMNS))
+    form = str(b.random.choice(["scaled", "dequantized", "looked up"]))
+    if form == "dequantized":
+        scale = b.constant(np.float32(0.1))
+        return made(b, "DequantizeLinear", [b.constant(codes.astype(np.int8)), scale])
+    if form == "scaled":
+        wide = made(b, "Cast", [b.constant(codes.astype(np.int8))], to=TensorProto.FLOAT)
+        return made(b, "Mul", [wide, b.normal(1, COLUMNS)])
+    index = made(b, "Cast", [b.constant(codes.astype(np.uint8).ravel())], to=TensorProto.INT32)
+    numbers = made(b, "Gather", [b.normal(16), index])
+    return made(b, "Reshape", [numbers, b.constant(np.int64([rows, COLUMNS]))])
+
+
+def product(b: Builder) -> None:
+    """A product with a packed matrix, which others may read too."""
+    value = b.any(4)
+    if value is None:
+        return
+    *outer, rows = b.shapes[value]
+    weight = packed(b, rows)
+    first = b.add("MatMul", [value, weight], (*outer, COLUMNS))
+    way = b.random.integers(3)
+    if way == 0:
+        turned = made(b, "Transpose", [weight], perm=[1, 0])
+        b.add("MatMul", [first, turned], (*outer, rows))
+    elif way == 1:
+        b.add("MatMul", [b.add("Relu", [value], b.shapes[value]), weight], (*outer, COLUMNS))
+
+
+FOCUS: dict[str, tuple[Step, ...]] = {"unpack-weights": (product,)}

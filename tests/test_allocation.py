@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from graphopt_passes.quantize.allocation import Choice, closest_within, smallest_within
+
+
+def random_choices(seed: int) -> list[list[Choice]]:
+    """Forms of six weights, on a convex curve each."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(6):
+        size, harm = rng.integers(100, 10_000), rng.exponential()
+        forms = [Choice(int(size * bits / 8), float(harm * 4.0**-bits)) for bits in (2, 3, 4, 6)]
+        found.append([Choice(int(size * 4), 0.0), *forms])
+    return found
+
+
+def totals(choices: list[list[Choice]], chosen: object) -> tuple[int, float]:
+    picked = [forms[i] for forms, i in zip(choices, chosen, strict=True)]  # type: ignore[call-overload]
+    return sum(c.stored_bytes for c in picked), sum(c.square for c in picked)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_smallest_within_an_error_is_nearly_the_best_of_all(seed: int) -> None:
+    choices = random_choices(seed)
+    limit = 0.05
+
+    stored_bytes, square = totals(choices, smallest_within(choices, limit))
+
+    assert square <= limit
+    every = (totals(choices, chosen) for chosen in product(range(5), repeat=6))
+    best = min(b for b, s in every if s <= limit)
+    # What one weight takes more in the next wider form.
+    step = max(forms[4].stored_bytes - forms[3].stored_bytes for forms in choices)
+    assert best <= stored_bytes <= best + step
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_closest_within_bytes_is_nearly_the_best_of_all(seed: int) -> None:
+    choices = random_choices(seed)
+    limit = sum(forms[2].stored_bytes for forms in choices)
+
+    stored_bytes, square = totals(choices, closest_within(choices, limit))
+
+    assert stored_bytes <= limit
+    every = [totals(choices, chosen) for chosen in product(range(5), repeat=6)]
+    assert square <= 3 * min(s for b, s in every if b <= limit)
+
+
+def test_no_error_at_all_leaves_all_as_it_is() -> None:
+    assert smallest_within(random_choices(0), 0.0) == [0] * 6
+
+
+def test_fewer_bytes_than_there_can_be_give_the_smallest() -> None:
+    assert closest_within(random_choices(0), 0) == [1] * 6
+
+
+def test_no_weights() -> None:
+    assert smallest_within([], 1.0) == []
+    assert closest_within([], 1.0) == []
