@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from graphopt import loading
@@ -16,7 +17,7 @@ from graphopt.benchmark import benchmark as time_models
 from graphopt.contract import Context, Effect, Pass
 from graphopt.errors import ModelError, SampleError, SpecError, did_you_mean
 from graphopt.explain import Explanation, explain_model
-from graphopt.gate import Gate, interface_of
+from graphopt.gate import CONVERTED, Gate, interface_of
 from graphopt.inspection import Inspection, inspect_model
 from graphopt.ledger import Run, Step, size_as_given, size_of, stamp
 from graphopt.loading import ModelLike
@@ -245,7 +246,8 @@ def validate(
     failure = None
     if budgets:
         failure = why_over(Effect.LOSSY, numerics[Reference.AS_DEPLOYED.value], budgets)
-    return Validation(numerics, failure, (*reference.notes, *compared.notes))
+    notes = (*reference.notes, *compared.notes, *_converted(reference, compared))
+    return Validation(numerics, failure, notes)
 
 
 def benchmark(
@@ -407,6 +409,17 @@ def _check_inputs(first: Subject, other: Subject) -> None:
             f"{named} has an input {missing[0]!r}, and the first model has only "
             f"{', '.join(map(repr, sorted(have)))}: the models must take the same inputs"
         )
+
+
+def _converted(first: Subject, other: Subject) -> Iterator[str]:
+    """What is said of outputs that are compared although their types differ."""
+    types = {o.name: o.dtype for o in first.source.model.graph.outputs}
+    for output in other.source.model.graph.outputs:
+        old, new = types.get(output.name), output.dtype
+        if old is None or new is None or old == new or not {old.name, new.name} <= CONVERTED:
+            continue
+        was, now = (np.dtype(kind.numpy()).name for kind in (old, new))
+        yield f"output {output.name!r} is {now} and was {was}: compared as {was}"
 
 
 def _caveats(steps: Sequence[Step], judged: Feed | None) -> list[str]:

@@ -83,10 +83,12 @@ class Change:
     Attributes:
         counts: how often each kind of rewrite was done, by a short description in the past tense.
         skips: what was left alone, in the order in which it was met.
+        notes: what else a user may want to know of it, in words.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
     skips: list[Skip] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def count(self, what: str, times: int = 1) -> None:
         """Record a rewrite, for example `count("initializer removed")`."""
@@ -96,6 +98,10 @@ class Change:
     def skip(self, node: ir.Node | ir.Value | str, reason: str) -> None:
         """Record that the pass left a node (or a value) alone, and why."""
         self.skips.append(Skip(node if isinstance(node, str) else describe(node), reason))
+
+    def note(self, text: str) -> None:
+        """Record what else a user may want to know, for example what was estimated."""
+        self.notes.append(text)
 
     def __bool__(self) -> bool:
         return bool(self.counts)
@@ -254,6 +260,16 @@ class Pass(ABC):
 
     def __str__(self) -> str:
         return format_pass(self)
+
+    @property
+    def error_budget(self) -> float:
+        """What the gate allows with these options when the user states no budget; `max_error`."""
+        return self.max_error
+
+    @property
+    def converts_interface(self) -> bool:
+        """The user asks the pass for another floating-point type of inputs and outputs."""
+        return False
 
     def refuse(self, model: ir.Model, context: Context) -> str | None:
         """Why the pass must not run on this model, or None when it may."""

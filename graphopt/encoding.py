@@ -61,7 +61,8 @@ class Narrow:
             many equal parts of the first axis has a codebook of its own. int8 only without scales
             and offsets.
         scales: of the rank of the weight; each dimension divides that of the weight, and a block
-            of numbers shares one. Of any type that Cast widens to float32. None stands for 1.
+            of numbers shares one. Of any type whose numbers are all float32, as float16 and those
+            of 8 bits. None stands for 1.
         offsets: of the shape of the scales, where there are any; None stands for 0.
 
     Raises:
@@ -360,15 +361,27 @@ class Encoding:
         value = self._values(narrow)
         for op_type, blocks in (("Mul", narrow.scales), ("Add", narrow.offsets)):
             if blocks is not None:
-                value = self._node(op_type, [value, self._float(blocks, narrow)], _FLOAT)
+                value = self._node(
+                    op_type, [value, self.floats(blocks.reshape(narrow.scales_shape))], _FLOAT
+                )
         return self._reshaped(value, narrow.codes.shape, narrow.block_shape)
 
-    def _float(self, blocks: np.ndarray, narrow: Narrow) -> ir.Value:
-        """Scales or offsets as float32, broadcastable to the shape of the blocks."""
-        stored = self._constant(blocks.reshape(narrow.scales_shape), "scales")
+    def floats(self, blocks: np.ndarray) -> ir.Value:
+        """Scales of any type that is a float32 as such, in their shape; see `close`."""
+        if blocks.dtype.itemsize == 1:
+            return self._looked_up(blocks)
+        stored = self._constant(blocks, "scales")
         if stored.dtype == _FLOAT:
             return stored
         return self._node("Cast", [stored], _FLOAT, to=_FLOAT)
+
+    def _looked_up(self, blocks: np.ndarray) -> ir.Value:
+        """Scales of 8 bits by a table of all: the types themselves need the latest opsets."""
+        every = np.arange(256, dtype=np.uint8).view(blocks.dtype).astype(np.float32)
+        table = self._shared("scales", np.nan_to_num(every, posinf=0.0, neginf=0.0))
+        stored = self._constant(blocks.view(np.uint8), "scales")
+        index = self._node("Cast", [stored], ir.DataType.INT32, to=ir.DataType.INT32)
+        return self._node("Gather", [table, index], _FLOAT)
 
     def _reshaped(
         self, value: ir.Value, shape: Sequence[int], current: Sequence[int] | None = None

@@ -24,6 +24,9 @@ from graphopt.validation import ROUNDING_LIMITS, Budget, OutputError, why_over
 
 HALVES = {ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16"}
 
+CONVERTED = {"BFLOAT16", "FLOAT", "FLOAT16"}
+"""Types of inputs and outputs that a pass may exchange where the user asks for it."""
+
 HALVES_NOTE = (
     "half precision on the CPU: onnxruntime computes in float32 and rounds between nodes, so exact "
     "passes are judged within rounding"
@@ -81,10 +84,15 @@ def coarsest(*each: Mapping[str, str]) -> dict[str, str]:
     return joined
 
 
-def why_other_interface(before: Interface, after: Interface) -> str | None:
+def why_other_interface(before: Interface, after: Interface, converted: bool = False) -> str | None:
     """What differs for a caller, or None.
 
     A dimension of an output that was unknown may have become known.
+
+    Args:
+        before: the interface as it was.
+        after: as it is now.
+        converted: one floating-point type may have taken the place of another.
     """
     pairs = (("input", before.inputs, after.inputs), ("output", before.outputs, after.outputs))
     for kind, olds, news in pairs:
@@ -92,7 +100,7 @@ def why_other_interface(before: Interface, after: Interface) -> str | None:
             was, now = ", ".join(o[0] for o in olds), ", ".join(n[0] for n in news)
             return f"the {kind}s are now {now or 'none'}; they were {was or 'none'}"
         for (name, old_type, old_dims), (_, new_type, new_dims) in zip(olds, news, strict=True):
-            if old_type != new_type:
+            if old_type != new_type and not (converted and {old_type, new_type} <= CONVERTED):
                 return f"{kind} {name!r} is now {new_type}; it was {old_type}"
             if not _same_dims(old_dims, new_dims, kind == "output"):
                 return f"{kind} {name!r} now has shape {new_dims}; it was {old_dims}"
@@ -146,6 +154,7 @@ class Gate:
     _halves_given: Mapping[str, str] = field(default_factory=dict)
     _halves_before: Mapping[str, str] = field(default_factory=dict)
     _judged: tuple[Recording, bool, Mapping[str, str]] | None = None
+    _converted: Interface | None = None
 
     def __post_init__(self) -> None:
         if self.feed is None:
@@ -184,7 +193,8 @@ class Gate:
             by: the pass that rewrote it.
         """
         self._judged = None
-        reason = self.why_malformed(candidate)
+        self._converted = interface_of(candidate) if by.converts_interface else None
+        reason = self.why_malformed(candidate, by.converts_interface)
         if reason is not None or not self.loads:
             return reason
         try:
@@ -206,6 +216,7 @@ class Gate:
         if self._judged is not None:
             self.before, self.lossless_so_far, self._halves_before = self._judged
             self._judged = None
+        self.interface = self._converted or self.interface
 
     def start_from(self, model: ir.Model) -> None:
         """Remember which outputs the original computes in half precision.
@@ -260,14 +271,19 @@ class Gate:
 
     def budgets_for(self, by: Pass) -> tuple[Budget, ...]:
         """The budgets that a lossy pass is judged by: the user's, else the pass's own default."""
-        return self.budgets or (Budget(by.max_error),)
+        return self.budgets or (Budget(by.error_budget),)
 
     def budget_text(self, by: Pass) -> str:
         """The same, as text."""
         return " ".join(map(str, self.budgets_for(by)))
 
-    def why_malformed(self, candidate: ir.Model) -> str | None:
-        """What the checker has against the candidate, or what changed for a caller; or None."""
+    def why_malformed(self, candidate: ir.Model, converted: bool = False) -> str | None:
+        """What the checker has against the candidate, or what changed for a caller; or None.
+
+        Args:
+            candidate: the rewritten model.
+            converted: one floating-point type may take the place of another in the interface.
+        """
         invalid = why_invalid(candidate) if self.checks else None
         if invalid is not None:
             return f"the checker rejects it: {invalid}"
@@ -275,7 +291,7 @@ class Gate:
             others = [o for o in other_operators(candidate) if o not in self.allowed_operators]
             if others:
                 return f"it writes {', '.join(sorted(others))}, and only standard operators may be"
-        return why_other_interface(self.interface, interface_of(candidate))
+        return why_other_interface(self.interface, interface_of(candidate), converted)
 
     def _why_not_equal(self, written: Session, model: ir.Model, effect: Effect) -> str | None:
         assert self.feed is not None and self.before is not None

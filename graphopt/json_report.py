@@ -69,6 +69,7 @@ def _step_to_json(step: Step) -> dict[str, Any]:
         "reason": step.reason,
         "max_error": step.max_error,
         "changes": dict(step.changes),
+        "notes": list(step.notes),
         "skipped": _skips_to_json(step.skips),
         "nodes_before": step.nodes_before,
         "nodes_after": step.nodes_after,

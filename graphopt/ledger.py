@@ -43,6 +43,7 @@ class Step:
         max_error: for a lossy pass, the budget that it was judged by.
         latency_ratio: measured latency over that of the model before, for a pass that is judged by
             it; None where nothing was measured.
+        notes: what else the pass says of it.
     """
 
     spec: str
@@ -59,6 +60,7 @@ class Step:
     round: int
     max_error: str | None = None
     latency_ratio: float | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def kept(self) -> bool:

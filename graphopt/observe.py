@@ -21,6 +21,7 @@ from graphopt.errors import GraphoptError
 from graphopt.operators import all_graphs
 from graphopt.recording import Feed, Recording, compare, record
 from graphopt.runtime import Session
+from graphopt.samples import SHARED_BELOW
 from graphopt.serializing import nothing, stubbed
 from graphopt.statistics import Gram, Patches, Reservoir, Rows, Spread
 from graphopt.validation import OutputError
@@ -91,6 +92,7 @@ class Observer:
     wave_bytes: int = WAVE_BYTES
     _known: dict[str, dict[Question, Statistics]] = field(default_factory=dict)
     _recordings: dict[str, Recording] = field(default_factory=dict)
+    _apart: tuple[Observer, Observer] | None = None
 
     def __call__(self, model: ir.Model, questions: Iterable[Question]) -> Answers:
         """The statistics asked for, over all samples.
@@ -109,6 +111,22 @@ class Observer:
         for wave in self._waves(model, open_questions):
             known.update(self._observe(model, wave))
         return {q: known[q] for q in asked}
+
+    def apart(self) -> tuple[Observer, Observer]:
+        """Observers of two thirds of the samples and of the others: to fit by, and to judge by.
+
+        Twice this one where there are fewer than 8.
+        """
+        if self._apart is None:
+            sequences = len(self.feed.samples.sequences)
+            count = sequences // 3 if sequences >= SHARED_BELOW else None
+            fitted, judged = self.feed.split(count)
+            few = fitted is judged
+            self._apart = (
+                self if few else replace(self, feed=fitted, _known={}, _recordings={}),
+                self if few else replace(self, feed=judged, _known={}, _recordings={}),
+            )
+        return self._apart
 
     def compare(
         self, first: ir.Model, second: ir.Model, samples_maximum: int

@@ -5,6 +5,8 @@ accuracy for, so every rewrite of constants asks `is_packed` first. Packed is wh
 look up, add and scale make of constants alone, where narrow integers are among these: the forms
 that `graphopt.encoding` writes and any other of the kind. onnxruntime computes them when it loads
 the model, and a DequantizeLinear at each run.
+
+Floats of 16 bits are packed where a Cast widens them, and numbers like others elsewhere.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ _NARROW = frozenset(
         ir.DataType.FLOAT8E5M2,
     }
 )
+_HALVES = frozenset({ir.DataType.BFLOAT16, ir.DataType.FLOAT16})
 _MOVES = (
     "Concat",
     "Expand",
@@ -91,6 +94,8 @@ def is_packed(value: ir.Value | None) -> bool:
         return False
     if is_onnx(node, "Cast") and node.attributes.get_int("to", 0) == ir.DataType.BOOL:
         return False
+    if is_onnx(node, "Cast") and _widens_half(node):
+        return True
     if is_onnx(node, "DequantizeLinear") and _dequantizes_constants(node):
         # Of any size: a DequantizeLinear has no other purpose.
         return True
@@ -165,6 +170,15 @@ def _are_codes(value: ir.Value) -> bool:
     """A constant of many narrow integers."""
     tensor = _tensor_of(value)
     return is_narrow(value) and tensor is not None and tensor.size >= CODES_MINIMUM
+
+
+def _widens_half(cast: ir.Node) -> bool:
+    """A constant of many numbers of 16 bits is cast to a wider type of floating point."""
+    data = cast.inputs[0]
+    tensor = _tensor_of(data) if data is not None and is_constant(data) else None
+    if tensor is None or tensor.dtype not in _HALVES or tensor.size < CODES_MINIMUM:
+        return False
+    return cast.attributes.get_int("to", 0) in (ir.DataType.FLOAT, ir.DataType.DOUBLE)
 
 
 def is_narrow(value: ir.Value) -> bool:

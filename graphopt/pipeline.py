@@ -100,7 +100,8 @@ class Pipeline:
         except Exception:  # a pass may be anyone's code; one by one it will be named
             logger.debug("a pass raised", exc_info=True)
             return False
-        return self.gate.why_malformed(self.model) is None
+        converted = any(one.converts_interface for one in plan.passes)
+        return self.gate.why_malformed(self.model, converted) is None
 
     def _run_rounds(self, plan: Plan, attempt: Attempt) -> None:
         """Run the lossless passes before the first lossy one to their end, then all others."""
@@ -159,6 +160,7 @@ class Pipeline:
             round=round_number,
             max_error=self.gate.budget_text(one) if one.effect is Effect.LOSSY else None,
             latency_ratio=self._latency_ratio,
+            notes=tuple(change.notes),
         )
 
     def _apply(self, one: Pass) -> Outcome:

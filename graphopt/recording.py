@@ -12,7 +12,7 @@ import numpy as np
 
 from graphopt.contract import Sample
 from graphopt.errors import SampleError
-from graphopt.runtime import Session
+from graphopt.runtime import INTERCHANGED_DTYPES, Session
 from graphopt.sample_files import plain, read_npz, write_npz
 from graphopt.samples import Samples
 from graphopt.signature import Input, complete
@@ -96,11 +96,21 @@ def record(steps: Iterator[Outputs]) -> Recording:
 def compare(
     steps: Iterator[Outputs], references: Sequence[Recording]
 ) -> tuple[tuple[OutputError, ...], ...]:
-    """The errors of the outputs of one run against each of some recordings of the same samples."""
+    """The errors of the outputs of one run against each of some recordings of the same samples.
+
+    Where one is float16 or bfloat16 and the other float32, they are compared as what was recorded.
+    """
     comparisons = [Comparison() for _ in references]
     readers = [iter(r) for r in references]
     for outputs in steps:
         arrays = {name: plain(array) for name, array in outputs.items()}
         for comparison, reader in zip(comparisons, readers, strict=True):
-            comparison.add(next(reader), arrays)
+            recorded = next(reader)
+            comparison.add(recorded, {n: _like(a, recorded.get(n)) for n, a in arrays.items()})
     return tuple(c.outputs() for c in comparisons)
+
+
+def _like(array: np.ndarray, recorded: np.ndarray | None) -> np.ndarray:
+    if recorded is None or not {array.dtype, recorded.dtype} <= INTERCHANGED_DTYPES:
+        return array
+    return array.astype(recorded.dtype, copy=False)

@@ -51,6 +51,19 @@ def test_the_closest_within_bytes_is_nearly_the_best_of_all(seed: int) -> None:
     assert square <= 3 * min(s for b, s in every if b <= limit)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_of_the_bytes_nothing_is_left_that_one_weight_could_use(seed: int) -> None:
+    choices = random_choices(seed)
+    limit = sum(forms[2].stored_bytes for forms in choices)
+    chosen = closest_within(choices, limit)
+    _, square = totals(choices, chosen)
+
+    for index, place in product(range(6), range(5)):
+        other = [*chosen[:index], place, *chosen[index + 1 :]]
+        taken, better = totals(choices, other)
+        assert taken > limit or better >= square
+
+
 def test_no_error_at_all_leaves_all_as_it_is() -> None:
     assert smallest_within(random_choices(0), 0.0) == [0] * 6
 

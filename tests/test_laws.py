@@ -10,6 +10,7 @@ import generated_chains
 import generated_fusions
 import generated_halves
 import generated_layers
+import generated_packed
 import generated_transformers
 import generated_views
 import numpy as np
@@ -49,8 +50,12 @@ FOCUS: dict[str, tuple[Step, ...]] = {
 `basic` is held to its laws on graphs of all of these.
 """
 
-OWN_FOCUS: dict[str, tuple[Step, ...]] = {**FOCUS, "pool-means": generated_layers.MEANS}
-"""Also for a pass that `basic` does not run."""
+OWN_FOCUS: dict[str, tuple[Step, ...]] = {
+    **FOCUS,
+    **generated_packed.FOCUS,
+    "pool-means": generated_layers.MEANS,
+}
+"""Also for passes that `basic` does not run."""
 
 
 def samples(model: ir.Model, effect: Effect = Effect.ROUNDING) -> list[Sample]:

@@ -39,17 +39,65 @@ TRANSFORMERS = Recipe(
     repeat=True,
 )
 
+# Before codes, which another order of summation would change.
+_READY = "widen-halves,pool-means,flatten-convs,merge-reshapes,fuse-transpose,pad-channels"
+# Reshapes around folded columns; zero points that are the same in many layers.
+_TIDY = "merge-transposes,merge-reshapes,merge-duplicates"
+
 INT8 = Recipe(
     summary="basic, then 8-bit integers wherever they are faster and the samples allow it",
     passes=",".join(
         (
             BASIC.passes,
-            # Before codes, which another order of summation would change.
-            "widen-halves,pool-means,flatten-convs,merge-reshapes,fuse-transpose,pad-channels",
+            _READY,
             "quantize-static,quantize-dynamic,quantize-weights{min-elements=512}",
-            # Reshapes around folded columns; zero points that are the same in many layers.
-            "merge-transposes,merge-reshapes,merge-duplicates",
+            _TIDY,
         )
+    ),
+    repeat=True,
+)
+
+INT8_CODEBOOK = Recipe(
+    summary=(
+        "the speed of int8 in a file of a sixth: weights share few values, and nodes that "
+        "onnxruntime computes at load make int8 of them"
+    ),
+    passes=",".join(
+        (
+            BASIC.passes,
+            _READY,
+            "quantize-static,quantize-dynamic",
+            _TIDY,
+            "drop-metadata,cluster-weights{size=0.165,min-elements=512}",
+        )
+    ),
+    repeat=True,
+)
+
+SMALL = Recipe(
+    summary=(
+        "basic, then weights that share few values, as few as the error allows: the smallest file, "
+        "at the speed and in the memory of the float model"
+    ),
+    passes=f"{BASIC.passes},drop-metadata,cluster-weights{{error=0.1}}",
+    repeat=True,
+)
+
+FP16 = Recipe(
+    summary="basic, then float16 throughout: half the bytes, and faster on a GPU only",
+    passes=f"{BASIC.passes},convert-numbers{{format=float16}}",
+    repeat=True,
+)
+
+INT4 = Recipe(
+    summary=(
+        "basic, then weights in 4 bits, a sixth of the bytes. Those of MatMul and Gemm stay narrow "
+        "in memory: faster for few rows (a token at a time), slower for many; all others are only "
+        "smaller in the file"
+    ),
+    passes=(
+        f"{BASIC.passes},raise-opset{{opset=21}},"
+        "quantize-weights{bits=4,block=32,form=kernel,min-elements=1024}"
     ),
     repeat=True,
 )

@@ -46,9 +46,29 @@ def smallest_within(choices: Sequence[Sequence[Choice]], square: float) -> list[
 
 def closest_within(choices: Sequence[Sequence[Choice]], stored_bytes: float) -> list[int]:
     """The forms of the least error that take so many bytes at most; the smallest if none does."""
-    return _search(
+    chosen = _search(
         choices, lambda chosen: _sum_of_bytes(choices, chosen) <= stored_bytes, cheap=False
     )
+    return _filled(choices, chosen, stored_bytes)
+
+
+def _filled(
+    choices: Sequence[Sequence[Choice]], chosen: list[int], stored_bytes: float
+) -> list[int]:
+    """The same with what a price leaves of the bytes: it spends them one large weight at a time."""
+    left = stored_bytes - _sum_of_bytes(choices, chosen)
+    while True:
+        better = [
+            ((now.square - form.square) / max(more, 1), index, place, more)
+            for index, forms in enumerate(choices)
+            for place, form in enumerate(forms)
+            if form.square < (now := forms[chosen[index]]).square
+            and (more := form.stored_bytes - now.stored_bytes) <= left
+        ]
+        if not better:
+            return chosen
+        _, index, place, more = max(better)
+        chosen[index], left = place, left - more
 
 
 def _search(

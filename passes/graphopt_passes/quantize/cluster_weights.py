@@ -12,6 +12,7 @@ import onnx_ir as ir
 from graphopt.code_fields import fields_of
 from graphopt.contract import Bounds, Change, Context, Effect, Pass
 from graphopt.encoding import FIRST_OPSET
+from graphopt.saving import stored_bytes
 from graphopt_passes.quantize.codebooks import Rounded, fit, refit_scales
 from graphopt_passes.quantize.granularity import WEIGHTS
 from graphopt_passes.quantize.kmeans import level_curve, nearest_levels, optimal_levels
@@ -23,6 +24,15 @@ CLUSTERS = (3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256)
 """What is chosen from: 1.6 to 8 bits."""
 
 PROBED_CLUSTERS = 8
+
+HALF_SCALES_MINIMUM = 48
+"""Fewer scales of float16 take no fewer bytes than float32, with the Cast."""
+
+FIELD_BYTES = 250
+"""What the nodes of a second field of codes take in the file, about."""
+
+SIZE_STEP = 0.03
+"""A bit more for each number of a float model."""
 
 ESTIMATED_BINS = 2048
 """Of the histogram by which clusters are only compared."""
@@ -48,7 +58,9 @@ class ClusterWeights(Pass):
     Attributes:
         clusters: of every weight; 0 chooses for each.
         bits: for each number on average, codebook and scales included, which the choice may take;
-            0 lets `error` limit it.
+            0 lets `size` or `error` limit it.
+        size: of the whole file, as a share of that of the model as it was given; 0 lets `error`
+            limit it.
         error: relative L2 error of the worst output that may be added, in its square, on the
             calibration samples. Without samples, of the weights.
         min_elements: smaller weights stay.
@@ -63,6 +75,7 @@ class ClusterWeights(Pass):
 
     clusters: Annotated[int, Bounds(0, 256)] = 0
     bits: Annotated[float, Bounds(0.0, 8.0)] = 0.0
+    size: Annotated[float, Bounds(0.0, 1.0)] = 0.0
     error: Annotated[float, Bounds(0.0, None)] = 0.1
     min_elements: Annotated[int, Bounds(1)] = 1024
     keep_zeros: bool = False
@@ -79,17 +92,24 @@ class ClusterWeights(Pass):
         targets = targets_of(model, self.min_elements, change)
         probe = Clusters(PROBED_CLUSTERS, self.keep_zeros)
         if targets:
-            narrowing = Narrowing(model, context, forms, probe, estimates_of_clusters, change, targets)
-            narrowing.run(Budget(self.bits or None, self.error))
+            compare = estimates_of_clusters
+            narrowing = Narrowing(model, context, forms, probe, compare, change, targets)
+            narrowing.run(self._budget(context))
         return change
 
+    def _budget(self, context: Context) -> Budget:
+        file_bytes = self.size * stored_bytes(context.original) if self.size else None
+        return Budget(self.bits or None, self.error, file_bytes)
+
     def narrow(self) -> ClusterWeights | None:
-        """Twice the clusters, a bit more, or half the error."""
+        """Twice the clusters, a bit more, a larger file, or half the error."""
         if self.clusters:
             more = replace(self, clusters=min(2 * self.clusters, 256))
             return more if more.clusters > self.clusters else None
         if self.bits:
             return replace(self, bits=self.bits + 1) if self.bits <= 7 else None
+        if self.size:
+            return replace(self, size=self.size + SIZE_STEP) if self.size <= 0.25 else None
         return replace(self, error=self.error / 2) if self.error >= 0.01 else None
 
 
@@ -112,7 +132,9 @@ class Clusters:
 
     def stored_bytes(self, target: Target) -> int:
         """Of codes, values and scales."""
-        codes = sum(field.stored_bytes(target.size) for field in fields_of(self.count))
+        fields = fields_of(self.count)
+        codes = sum(field.stored_bytes(target.size) for field in fields)
+        codes += (len(fields) - 1) * FIELD_BYTES
         if target.is_integer:
             return codes + self.count
         return codes + 4 * self.count + (2 * target.rows if _is_scaled(target) else 0)
@@ -173,5 +195,8 @@ def _with_integer_levels(problem: Problem, found: Rounded) -> Rounded:
     """The same with int8 levels, and the scales of the rows for these."""
     largest = float(np.abs(found.levels).max()) or 1.0
     levels = np.rint(found.levels * (LEVEL_MAXIMUM / largest)).astype(np.float32)
-    scales = (found.scales * (largest / LEVEL_MAXIMUM)).astype(np.float32)
+    scales: np.ndarray = (found.scales * (largest / LEVEL_MAXIMUM)).astype(np.float32)
+    half = scales.astype(np.float16)
+    if len(scales) >= HALF_SCALES_MINIMUM and (half >= np.finfo(np.float16).tiny).all():
+        scales = half
     return refit_scales(problem.weight, replace(found, levels=levels, scales=scales), problem.gram)

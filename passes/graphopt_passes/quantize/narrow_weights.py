@@ -9,7 +9,7 @@ a float weight of which less is known.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,13 +18,20 @@ import onnx_ir as ir
 
 from graphopt.contract import Change, Context
 from graphopt.encoding import Encoding, Narrow, why_too_large
+from graphopt.observe import Question
 from graphopt.operators import all_graphs, is_onnx
 from graphopt.packing import is_packed
 from graphopt.rewriting import Names, constant_tensor, input_of, only_reader, remove_node
 from graphopt_passes.fuse.misfit import Misfit
 from graphopt_passes.quantize.codebooks import Rounded
 from graphopt_passes.quantize.granularity import Axes, role_of
-from graphopt_passes.quantize.layers import Layer, layer_of, numbers_of, stored_tensor
+from graphopt_passes.quantize.layers import (
+    GRAM_INPUTS_MAXIMUM,
+    Layer,
+    layer_of,
+    numbers_of,
+    stored_tensor,
+)
 
 TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
 """Of float weights that are made narrow."""
@@ -43,6 +50,9 @@ class Target:
         shared: the axes along which its numbers belong to one row of the matrix.
         layer: of which it is the weight, where its inputs can be looked at.
         is_integer: the kernel works on int8 codes, which a DequantizeLinear reads.
+        others: of a weight that more than one node reads, the products among these whose inputs
+            are rows of its matrix and can be looked at.
+        is_looked_up: a Gather reads it.
     """
 
     value: ir.Value
@@ -50,6 +60,13 @@ class Target:
     shared: Axes
     layer: Layer | None
     is_integer: bool
+    others: tuple[Question, ...] = ()
+    is_looked_up: bool = False
+
+    @property
+    def asked(self) -> tuple[Question, ...]:
+        """What to ask for the Gram matrices of all rows that it is multiplied with."""
+        return self.others if self.layer is None else (self.layer.ask("gram"),)
 
     @property
     def name(self) -> str:
@@ -130,14 +147,19 @@ class Solution:
         parts: the weight is the sum of these.
         shift: what each row adds to the mean of its output, to be taken from the bias; float64 of
             shape [rows], or None.
+        writer: puts it into the graph; None for nodes that onnxruntime folds at load.
     """
 
     parts: tuple[Rounded, ...]
     shift: np.ndarray | None = None
+    writer: Writer | None = None
 
     def numbers(self) -> np.ndarray:
         """The weight, float32 of shape [rows, inputs]."""
         return np.asarray(sum((p.numbers() for p in self.parts[1:]), self.parts[0].numbers()))
+
+
+Writer = Callable[[Target, Solution, Encoding, Context], None]
 
 
 # ------------------------------------------------------------------ what is found
@@ -207,7 +229,10 @@ def _target(value: ir.Value, model: ir.Model) -> Target:
     if not np.isfinite(numbers_of(value)).all():
         raise Misfit("it holds infinity or NaN")
     shared = role.shared or ()
-    return Target(value, role.operator, shared, _layer_of(value, reader, model), is_integer)
+    layer = _layer_of(value, reader, model)
+    others = _others(value, shared, model) if layer is None and len(tensor.shape) == 2 else ()
+    looked_up = any(is_onnx(use.node, "Gather") for use in value.uses())
+    return Target(value, role.operator, shared, layer, is_integer, others, looked_up)
 
 
 def _is_on_codes(node: ir.Node, weight: ir.Value) -> bool:
@@ -233,6 +258,28 @@ def _layer_of(value: ir.Value, node: ir.Node | None, model: ir.Model) -> Layer |
     return layer if fits and layer.has_gram else None
 
 
+def _others(value: ir.Value, shared: Axes, model: ir.Model) -> tuple[Question, ...]:
+    tensor = stored_tensor(value)
+    assert tensor is not None
+    if len(shared) != 1 or int(tensor.shape.numpy()[shared[0]]) > GRAM_INPUTS_MAXIMUM:
+        return ()
+    return tuple(dict.fromkeys(_products_of(value, shared, model)))
+
+
+def _products_of(value: ir.Value, shared: Axes, model: ir.Model) -> Iterator[Question]:
+    """The products with a matrix, as it is or transposed, whose inputs lie along an axis of it."""
+    for use in value.uses():
+        node = use.node
+        if is_onnx(node, "Transpose") and node.attributes.get_ints("perm", (1, 0)) == (1, 0):
+            yield from _products_of(node.outputs[0], tuple(1 - axis for axis in shared), model)
+        elif is_onnx(node, "Gemm", "MatMul") and use.idx == 1 and node.graph is model.graph:
+            data, across = node.inputs[0], node.attributes.get_int("transB", 0)
+            if data is None or data.dtype != ir.DataType.FLOAT or constant_tensor(data) is not None:
+                continue
+            if shared == (across,):
+                yield Question(data.name or "", "gram")
+
+
 # ------------------------------------------------------------------ writing
 
 
@@ -254,10 +301,12 @@ def write(
     encodings: dict[ir.Graph, Encoding] = {}
     for index, solution in solutions.items():
         target = targets[index]
-        graph = _graph_of(target.value)
+        graph = graph_of(target.value)
         if graph not in encodings:
             encodings[graph] = Encoding(graph, names, context.tensor)
-        if target.is_integer:
+        if solution.writer is not None:
+            solution.writer(target, solution, encodings[graph], context)
+        elif target.is_integer:
             _write_integers(target, solution, encodings[graph], context)
         else:
             _write_floats(target, solution, encodings[graph], context)
@@ -265,36 +314,43 @@ def write(
         encoding.close()
 
 
-def _graph_of(value: ir.Value) -> ir.Graph:
+def graph_of(value: ir.Value) -> ir.Graph:
+    """The graph that an initializer is of, or the node that makes a value."""
     node = value.producer()
     graph = value.graph if node is None else node.graph
     assert isinstance(graph, ir.Graph)
     return graph
 
 
-def _write_floats(target: Target, solution: Solution, encoding: Encoding, context: Context) -> None:
+def write_narrow(target: Target, narrows: Sequence[Narrow], encoding: Encoding) -> None:
+    """Put the sum of narrow weights in the place of a float weight, under its name.
+
+    Args:
+        target: no integer one.
+        narrows: of its shape.
+        encoding: of its graph.
+    """
     value, name, node = target.value, target.name, target.value.producer()
     tensor = stored_tensor(value)
     assert tensor is not None
     dtype = value.dtype or tensor.dtype
-    narrows = [_narrow(target, part) for part in solution.parts]
     if node is None:
         del encoding.graph.initializers[name]
     value.name = None
-    made = encoding.total(narrows, dtype, name)
-    value.replace_all_uses_with(made)
+    value.replace_all_uses_with(encoding.total(narrows, dtype, name))
     if node is not None:
         _remove_unread(node)
+
+
+def _write_floats(target: Target, solution: Solution, encoding: Encoding, context: Context) -> None:
+    write_narrow(target, [_narrow(target, part) for part in solution.parts], encoding)
     if target.layer is not None and solution.shift is not None and solution.shift.any():
-        _shift_bias(target.layer, solution.shift, encoding.names, context)
+        shift_bias(target.layer, solution.shift, encoding.names, context)
 
 
 def _narrow(target: Target, part: Rounded) -> Narrow:
     scales = target.stored_blocks(part.scales)
     levels = part.levels.astype(np.float32)
-    if part.offsets is not None:
-        offsets = target.stored_blocks(part.offsets)
-        return Narrow(target.stored(part.codes), levels, scales, offsets)
     if part.scales.shape[1] == 1 and (part.scales == part.scales[0]).all():
         # One number for all of them is the codebook's.
         return Narrow(target.stored(part.codes), levels * np.float32(part.scales[0, 0]))
@@ -324,11 +380,10 @@ def _write_integers(
     narrow = Narrow(target.stored(part.codes), np.asarray(part.levels, np.int8))
     del encoding.graph.initializers[name]
     codes.name = None
-    scales = np.asarray(part.scales, np.float32).reshape(-1)
+    scales = part.scales.reshape(-1)
     node.replace_input_with(0, encoding.weight(narrow, ir.DataType.INT8, name))
-    node.replace_input_with(
-        1, context.initializer(encoding.graph, scales, encoding.names.new("scales"))
-    )
+    node.replace_input_with(1, encoding.floats(scales))
+    scales = np.asarray(scales, np.float32)
     if layer.can_have_bias and bias is not None and bias.any():
         _write_bias(layer, bias, scales, encoding.names, context)
 
@@ -376,7 +431,7 @@ def _write_bias(
         dequantized.replace_input_with(index, stored)
 
 
-def _shift_bias(layer: Layer, shift: np.ndarray, names: Names, context: Context) -> None:
+def shift_bias(layer: Layer, shift: np.ndarray, names: Names, context: Context) -> None:
     """Add to the bias of a layer, or give it one."""
     node, graph, old = layer.node, layer.node.graph, layer.bias()
     assert isinstance(graph, ir.Graph)

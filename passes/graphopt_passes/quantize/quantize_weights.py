@@ -1,20 +1,23 @@
-"""quantize-weights: store float weights as 8-bit codes, which are widened at load."""
+"""quantize-weights: store float weights as integers of 8 bits or fewer."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from graphopt import encoding
 from graphopt.content import read_array
 from graphopt.contract import Bounds, Change, Context, Effect, Pass
 from graphopt.observe import Answers
-from graphopt.operators import all_graphs, is_onnx
+from graphopt.operators import all_graphs, is_onnx, opset_of
 from graphopt.packing import FOLDED_BYTES_MAXIMUM, is_packed
 from graphopt.rewriting import Names, constant_tensor, only_reader
 from graphopt.skeleton import INFERRED
@@ -23,7 +26,11 @@ from graphopt.validation import worst
 from graphopt_passes.fuse.misfit import Misfit
 from graphopt_passes.quantize.balanced_rounding import Coded, largest, round_to_codes, scale_type
 from graphopt_passes.quantize.granularity import WEIGHTS, Axes, Role, role_of
+from graphopt_passes.quantize.integer_weights import Integers, Method, estimates_of_integers
+from graphopt_passes.quantize.kernel_weights import BLOCK_MINIMUM, FIRST_OPSETS, KernelIntegers
 from graphopt_passes.quantize.layers import Layer, layer_of
+from graphopt_passes.quantize.narrow_weights import shift_bias, targets_of
+from graphopt_passes.quantize.narrowing import Budget, Narrowing
 from graphopt_passes.quantize.weights import packed_layer
 from graphopt_passes.simplify.chains import why_refused
 
@@ -45,22 +52,40 @@ COMPARED_SAMPLES, ALONE_SAMPLES = 32, 4
 BUDGETS = 4
 """How often the squared error that weights may add by their sum is halved."""
 
+Bits = Literal[8, 6, 5, 4, 3, 2, 0]
+
+CHOSEN_BITS: tuple[Bits, ...] = (2, 3, 4, 5, 6, 8)
+KERNEL_BITS: tuple[Bits, ...] = (2, 4, 8)
+"""What is chosen from; the latter for onnxruntime's kernel, which has no others."""
+
+PROBED_BITS = 3
+
 TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
 """Of weights that are packed."""
 
 
 @dataclass(frozen=True)
 class QuantizeWeights(Pass):
-    """Store weights as int8 with a scale for each output channel, a quarter of the bytes.
+    """Store weights as integers with a scale for each output channel or block of inputs.
 
-    A weight W becomes Mul(Cast(codes), scales), which onnxruntime computes once, when it loads the
-    model: the kernels, the fusions and the speed are those of the float model, and so is its
-    memory, but for the time of loading, which takes twice as much of both. A DequantizeLinear would
-    run at every inference, or have the activations of a MatMul rounded too.
+    By default these have 8 bits: a weight W becomes Mul(Cast(codes), scales), which onnxruntime
+    computes once, when it loads the model. The kernels, the fusions and the speed are those of the
+    float model, and so is its memory, but for the time of loading, which takes twice as much of
+    both. A DequantizeLinear would run at every inference, or have the activations of a MatMul
+    rounded too.
 
     Weights are those of Conv, ConvTranspose, Gemm, MatMul, LSTM, GRU and RNN, and tables of Gather,
     also in subgraphs. Each block of codes has the scale largest / 127: one output channel, one row
-    of a gate, one row of a table; where readers disagree, as the first one has it.
+    of a gate, one row of a table; where readers disagree, as the first one has it. A table that is
+    the head of a language model too is stored once, and rounded for the head.
+
+    Fewer bits are packed, and also widened at load, unless `form=kernel` leaves the weights of
+    MatMul and Gemm to MatMulNBits of onnxruntime's CPU provider, which keeps them narrow in memory
+    too. In 4 bits it takes a fifth of the time of float for one row (a token at a time), and more
+    than float for a hundred. Its accuracy level is 4 by default: it rounds activations to int8, a
+    scale for each block, which changes outputs by 3e-3 to 6e-3 of their size. At level 1 it
+    computes in float32; for few rows that takes four times as long in 4 bits, and in 8 bits, for
+    which there is no fast way, 3 to 20 times as long as float.
 
     Attributes:
         min_elements: smaller weights are not worth the nodes.
@@ -68,7 +93,24 @@ class QuantizeWeights(Pass):
             filters of a signal or an image and in those that make a single output.
         error: relative L2 error of the worst output that packing may add, in its square, on the
             calibration samples; where it adds more, the weights that save few bytes for what they
-            add stay. Without samples the gate decides.
+            add stay. Without samples the gate decides. Fewer bits than 8 are limited by it only
+            where `bits=0` chooses them, without samples by the error of the weights.
+        bits: of each number: 8, 6, 5, 4, 3 or 2; for the kernel 8, 4 or 2. 0 chooses for each
+            weight, by what rounding it alone does to the outputs.
+        average_bits: scales included, that `bits=0` may take; 0 lets `error` limit it.
+        block: inputs that share a scale; 0 for all of them. What does not divide them becomes the
+            next larger number that does. For the kernel a power of two from 16 on.
+        method: how fewer bits are rounded. "nearest" gives the largest number of a block the last
+            integer. "hqq" seeks scales that do not mind a few large numbers. "gptq" changes the
+            outputs least on the samples: scales are searched for and refitted, what one number is
+            wrong by those after it make good, and each is moved until none gains. "auto" is "gptq"
+            for weights whose inputs the samples show, else "hqq".
+        scales: how scales are stored that are folded at load. In float8 (e4m3) they take half as
+            much: blocks of 16 then are better than blocks of 32 with float16, and no larger.
+        form: "load" widens when the model is loaded; "kernel" does so for weights that MatMulNBits
+            cannot read: tables of Gather, and whatever more than one node reads.
+        accuracy_level: of com.microsoft.MatMulNBits, which then is written itself: 4, or 1. 0
+            writes DequantizeLinear, of which onnxruntime makes it at load, at level 4.
     """
 
     name: ClassVar[str] = "quantize-weights"
@@ -80,19 +122,91 @@ class QuantizeWeights(Pass):
     min_elements: Annotated[int, Bounds(1)] = 256
     min_channels: Annotated[int, Bounds(1)] = 1
     error: Annotated[float, Bounds(0.0, None)] = 0.05
+    bits: Bits = 8
+    average_bits: Annotated[float, Bounds(0.0, 8.0)] = 0.0
+    block: Annotated[int, Bounds(0)] = 0
+    method: Method = "auto"
+    scales: Literal["float16", "float8"] = "float16"
+    form: Literal["load", "kernel"] = "load"
+    accuracy_level: Literal[0, 1, 4] = 0
 
     def refuse(self, model: ir.Model, context: Context) -> str | None:
-        """Refuse opsets before 7, which broadcast in another way."""
-        return why_refused(model, FIRST_OPSET)
+        """Refuse opsets before those of the nodes that are written, and what no kernel takes."""
+        if self._is_plain:
+            return why_refused(model, FIRST_OPSET)
+        if self.form == "load" and self.accuracy_level:
+            return "accuracy-level is that of a kernel: form=kernel"
+        if self.form == "load":
+            return why_refused(model, encoding.FIRST_OPSET)
+        if self.bits and self.bits not in KERNEL_BITS:
+            return f"no kernel multiplies with {self.bits} bits; form=load stores them"
+        if self.block < BLOCK_MINIMUM or self.block & (self.block - 1):
+            return f"the kernel takes blocks of 16, 32, 64, 128 inputs, not of {self.block}"
+        if self.accuracy_level:
+            return why_refused(model, encoding.FIRST_OPSET)
+        first = FIRST_OPSETS[self.bits or max(KERNEL_BITS)]
+        if opset_of(model) < first:
+            return (
+                f"{self.bits or 4} bits in blocks need opset {first}: raise-opset{{opset={first}}}"
+            )
+        return why_refused(model, first)
+
+    @property
+    def _is_plain(self) -> bool:
+        """8 bits, a scale for each output channel, by Cast and Mul."""
+        return (self.bits, self.block, self.method, self.form) == (8, 0, "auto", "load")
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Pack one weight after the other; with samples, as many as keep the outputs close."""
+        if not self._is_plain:
+            return self._narrowed(model, context)
         if context.observer is None:
             return self._pack(model, context)
         before = _error(model, context)
         if self._error_of(model, context, None) <= math.hypot(before, self.error):
             return self._pack(model, context)
         return self._pack(model, context, self._least_sensitive(model, context, before))
+
+    # -------------------------------------------------------------- few bits
+
+    def _narrowed(self, model: ir.Model, context: Context) -> Change:
+        """All weights in the bits that are asked for, or in as many each as the budget allows."""
+        change = Change()
+        targets = []
+        for target in targets_of(model, self.min_elements, change):
+            fewer = min(target.rows, target.inputs)
+            if fewer < self.min_channels and target.operator != "Gather":
+                change.skip(target.value, f"of its inputs and its outputs, the fewer are {fewer}")
+            else:
+                targets.append(target)
+        if not targets:
+            return change
+        forms = [self._form(bits) for bits in self._choices(opset_of(model))]
+        probe = replace(self._form(8), bits=PROBED_BITS)
+        if isinstance(forms[0], KernelIntegers):
+            reasons = Counter(filter(None, map(forms[0].why_folded, targets)))
+            for reason, count in reasons.items():
+                change.note(f"{count} of {len(targets)} weights are widened at load: {reason}")
+        budget = None if self.bits else Budget(self.average_bits or None, self.error)
+        Narrowing(
+            model, context, forms, probe, estimates_of_integers, change, targets, not self.bits
+        ).run(budget)
+        return change
+
+    def _choices(self, opset: int) -> tuple[int, ...]:
+        if self.bits:
+            return (self.bits,)
+        if self.form == "load":
+            return CHOSEN_BITS
+        return tuple(b for b in KERNEL_BITS if self.accuracy_level or opset >= FIRST_OPSETS[b])
+
+    def _form(self, bits: int) -> Integers:
+        if self.form == "kernel":
+            return KernelIntegers(bits, self.block, self.method, accuracy_level=self.accuracy_level)
+        kind = np.float16 if self.scales == "float16" else ml_dtypes.float8_e4m3fn
+        return Integers(bits, self.block, self.method, kind)
+
+    # -------------------------------------------------------------- 8 bits
 
     def _least_sensitive(self, model: ir.Model, context: Context, before: float) -> frozenset[str]:
         """The weights that save the most bytes for what each adds, alone, to the squared error."""
@@ -148,15 +262,23 @@ class QuantizeWeights(Pass):
                     coded, shift = _against_inputs(layers[value], coded, answers)
                 _replace(value, coded, names, context)
                 if shift.any():
-                    _shift_bias(layers[value], shift, names, context)
+                    shift_bias(layers[value], shift, names, context)
                 change.count(f"weight of {role.operator} stored as int8")
         return change
 
     def narrow(self) -> QuantizeWeights | None:
-        """Leave alone what is next to a signal, an image or a single output; then small weights.
+        """More bits; then leave alone what is next to a signal, an image or a single output.
 
-        A small weight adds as much to the error as a large one, and saves little.
+        Then small weights: one adds as much to the error as a large one, and saves little.
         """
+        if not self.bits and self.average_bits:
+            average = min(self.average_bits + 1, 8.0)
+            return replace(self, average_bits=average) if average > self.average_bits else None
+        if not self.bits:
+            return replace(self, error=self.error / 2) if self.error >= 0.01 else None
+        if self.bits < 8:
+            choices = KERNEL_BITS if self.form == "kernel" else CHOSEN_BITS
+            return replace(self, bits=next(bits for bits in choices if bits > self.bits))
         if self.min_channels < FEW_CHANNELS:
             return replace(self, min_channels=FEW_CHANNELS)
         more = next((n for n in MORE_ELEMENTS if n > self.min_elements), None)
@@ -241,18 +363,6 @@ def _against_inputs(layer: Layer, coded: Coded, answers: Answers) -> tuple[Coded
     packed = packed_layer(layer, gram, layer.can_correct_bias)
     scales = packed.scales.astype(coded.scales.dtype).reshape(coded.scales.shape)
     return Coded(packed.codes, scales), packed.shift
-
-
-def _shift_bias(layer: Layer, shift: np.ndarray, names: Names, context: Context) -> None:
-    """Add to the bias of a layer, or give it one."""
-    node, graph, old = layer.node, layer.node.graph, layer.bias()
-    assert isinstance(graph, ir.Graph)
-    dtype = layer.source.dtype
-    assert dtype is not None
-    bias = (shift if old is None else old + shift).astype(dtype.numpy())
-    name = names.new("bias" if old is None else f"{node.inputs[2].name}_corrected")  # type: ignore[union-attr]
-    node.resize_inputs(3)
-    node.replace_input_with(2, context.initializer(graph, bias, name))
 
 
 def _is_candidate(value: ir.Value, min_elements: int) -> bool:

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import ClassVar
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 
 from graphopt.content import read_array
 from graphopt.contract import Change, Context, Effect, Pass
-from graphopt.operators import ONNX_DOMAINS, attributes_of, is_onnx, opset_of, subgraphs
-from graphopt.rewriting import Names, can_replace, remove_node, replace_value, why_too_old
+from graphopt.operators import ONNX_DOMAINS, is_onnx, opset_of
+from graphopt.packing import is_constant
+from graphopt.rewriting import Names, why_too_old
 from graphopt_passes.fuse.misfit import Misfit
-
-FIRST_OPSET = 6
-"""Before it, Cast names its type by a string."""
+from graphopt_passes.quantize.retyping import (
+    FIRST_OPSET,
+    Types,
+    cast_of,
+    cast_under_its_name,
+    drop_cast,
+    places_of,
+    retype,
+    retype_attributes,
+    types_of,
+)
 
 HALF, FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
 
@@ -32,8 +39,6 @@ TYPE_ATTRIBUTES = (
     "stash_type",
 )
 """Attributes of standard operators that state an element type."""
-
-Types = Mapping[ir.Value, ir.TypeProtocol | None]
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,8 @@ class WidenHalves(Pass):
     of ROUNDING for float16. What real arithmetic does not know may differ, and is rolled back then:
     a number beyond 65504 is no longer infinity, and where a rounding decides (a comparison, a Cast
     to integers) something else may come out. Scales of QuantizeLinear and DequantizeLinear are
-    widened as any value.
+    widened as any value. What is only stored in float16, and cast wherever it is read, as are the
+    scales of packed weights, stays as it is.
 
     The whole model stays as it is, with the reason, where a float16 value belongs to an operator
     outside the standard, to a sequence or an optional, or to an operator that has no float32 form,
@@ -70,7 +76,7 @@ class WidenHalves(Pass):
         if context.provider != "cpu":
             return f"the provider {context.provider} has kernels for float16"
         graphs = context.index_of(model).graphs
-        if not any(_is_half(kind) for kind in _types_of(graphs).values()):
+        if not any(_is_half(kind) for kind in types_of(graphs, opset_of(model)).values()):
             return "no value is float16"
         if model.functions:
             return "functions are not looked into; run inline-functions first"
@@ -81,7 +87,7 @@ class WidenHalves(Pass):
         change = Change()
         graphs = context.index_of(model).graphs
         try:
-            widening = Widening(model, graphs, _types_of(graphs))
+            widening = Widening(model, graphs, types_of(graphs, opset_of(model)))
         except Misfit as reason:
             change.skip(*reason.args)
             return change
@@ -96,41 +102,6 @@ class WidenHalves(Pass):
 def _is_half(kind: ir.TypeProtocol | None) -> bool:
     """float16, or a sequence or optional of it."""
     return kind is not None and kind.dtype == HALF
-
-
-def _values_in(graph: ir.Graph) -> Iterator[ir.Value]:
-    yield from graph.inputs
-    yield from graph.initializers.values()
-    for node in graph:
-        yield from (output for output in node.outputs if output.name)
-
-
-def _types_of(graphs: Sequence[ir.Graph]) -> dict[ir.Value, ir.TypeProtocol | None]:
-    """The types of all values; of what goes in and out of a body, which need not be stated, too."""
-    types: dict[ir.Value, ir.TypeProtocol | None] = {}
-    for graph in graphs:
-        for value in _values_in(graph):
-            types[value] = types.get(value) or value.type
-        for node in graph:
-            for body in subgraphs(node):
-                for inner, outer in _same_types(node, body):
-                    kind = types.get(outer) if isinstance(outer, ir.Value) else outer
-                    types[inner] = types.get(inner) or inner.type or kind
-    return types
-
-
-def _same_types(
-    node: ir.Node, body: ir.Graph
-) -> Iterator[tuple[ir.Value, ir.TypeProtocol | ir.Value | None]]:
-    """Inputs and outputs of a body, each with its type or the value outside that has the same."""
-    inputs: list[ir.TypeProtocol | ir.Value | None] = list(node.inputs)
-    outputs: list[ir.TypeProtocol | ir.Value | None] = list(node.outputs)
-    if is_onnx(node, "Loop"):
-        inputs[:2] = ir.TensorType(ir.DataType.INT64), ir.TensorType(ir.DataType.BOOL)
-        outputs.insert(0, ir.TensorType(ir.DataType.BOOL))
-    # The bodies of an If have no inputs: there the first zip ends at once.
-    yield from zip(body.inputs, inputs, strict=False)
-    yield from zip(body.outputs, outputs, strict=False)
 
 
 # ------------------------------------------------------------------ what stands in the way
@@ -165,27 +136,12 @@ def _obstacle(node: ir.Node, types: Types, opset: int) -> str | None:
         return None
     if node.domain not in ONNX_DOMAINS:
         return f"{node.domain}.{node.op_type} may do something else in float32"
-    floats = _float_places(node.op_type, opset)
-    if floats is None:
+    places = places_of("", node.op_type, opset, FLOAT)
+    if places is None:
         return f"onnx has no schema of {node.op_type} at opset {opset}"
-    for places, halves in zip(floats, (inputs, outputs), strict=True):
-        if not all(places[min(index, len(places) - 1)] for index in halves):
-            return f"{node.op_type} has no float32 form"
+    if not (all(map(places.takes, inputs)) and all(map(places.makes, outputs))):
+        return f"{node.op_type} has no float32 form"
     return None
-
-
-@cache
-def _float_places(op_type: str, opset: int) -> tuple[list[bool], list[bool]] | None:
-    """Which inputs and outputs of an operator may be float32; the last stands for all after it."""
-    try:
-        schema = onnx.defs.get_schema(op_type, opset, "")
-    except onnx.defs.SchemaError:
-        return None
-    if op_type == "BitCast":
-        # The bits themselves are meant.
-        return [False], [False]
-    inputs = ["tensor(float)" in formal.types for formal in schema.inputs]
-    return inputs, ["tensor(float)" in formal.types for formal in schema.outputs]
 
 
 # ------------------------------------------------------------------ the rewrite
@@ -218,7 +174,8 @@ class Widening:
         ]
         last = [value for value in halves if self._is_last(value, types)]
         self.last = {value.producer() for value in last}
-        apart = {*self.held, *last}
+        self.stored = {value for value in halves if _is_only_stored(value)}
+        apart = {*self.held, *last, *self.stored}
         self.inner = [value for value in halves if value not in apart]
 
     def _is_last(self, value: ir.Value, types: Types) -> bool:
@@ -247,15 +204,23 @@ class Widening:
         """
         names = Names(self.model)
         casts = self._casts()
+
+        def widened(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+            """The same numbers in float32, NaN and infinities too."""
+            return context.tensor(read_array(tensor).astype(np.float32), tensor.name or "")
+
         for graph in self.graphs:
             for node in graph:
-                if node not in self.last:
-                    change.count("constant widened", _retype(node, context))
+                if node in self.last or not self.stored.isdisjoint(node.outputs):
+                    continue
+                if node.domain in ONNX_DOMAINS:
+                    constant = retype_attributes(node, HALF, FLOAT, TYPE_ATTRIBUTES, widened)
+                    change.count("constant widened", constant)
         for value in self.inner:
-            change.count("constant widened", _widen(value, context))
+            change.count("constant widened", retype(value, FLOAT, widened))
         change.count("value made float32", len(self.inner))
         change.count("Cast at an input or output", self._add_casts(names))
-        change.count("Cast dropped", sum(map(_drop_cast, casts)))
+        change.count("Cast dropped", sum(map(drop_cast, casts)))
 
     def _casts(self) -> list[ir.Node]:
         """The Casts of a float16 value, or to one."""
@@ -277,7 +242,7 @@ class Widening:
         inner, made = set(self.inner), dict[ir.Value, ir.Node]()
         for index, output in enumerate(self.graph.outputs):
             if output in inner:
-                made[output] = made.get(output) or self._cast_out(output, names)
+                made[output] = made.get(output) or cast_under_its_name(output, HALF, names)
                 self.graph.outputs[index] = made[output].outputs[0]
         self.graph.extend(made.values())
         return len(first) + len(made)
@@ -285,22 +250,17 @@ class Widening:
     def _cast(self, value: ir.Value, names: Names) -> ir.Node:
         """A Cast to float32 for all that reads the value."""
         uses = list(value.uses())
-        node = _cast_node(value, names.new(f"{value.name}_float"), FLOAT, names)
+        node = cast_of(value, names.new(f"{value.name}_float"), FLOAT, names)
         for use in uses:
             use.node.replace_input_with(use.idx, node.outputs[0])
         return node
 
-    def _cast_out(self, value: ir.Value, names: Names) -> ir.Node:
-        """A Cast to float16 whose output has the value's name."""
-        name = value.name or ""
-        value.name = names.new(f"{name}_float")
-        return _cast_node(value, name, HALF, names)
 
-
-def _cast_node(source: ir.Value, name: str, to: ir.DataType, names: Names) -> ir.Node:
-    output = ir.Value(name=name, type=ir.TensorType(to), shape=source.shape)
-    label = names.new(f"Cast_{name}")
-    return ir.Node("", "Cast", [source], [ir.AttrInt64("to", to)], outputs=[output], name=label)
+def _is_only_stored(value: ir.Value) -> bool:
+    """A constant that is cast wherever it is read, so that nothing computes with it in float16."""
+    if not is_constant(value) or value.is_graph_output() or not value.uses():
+        return False
+    return not _is_read_as_numbers(value)
 
 
 def _is_read_as_numbers(value: ir.Value) -> bool:
@@ -309,45 +269,3 @@ def _is_read_as_numbers(value: ir.Value) -> bool:
         not is_onnx(use.node, "Cast") or use.node.attributes["to"].as_int() == HALF
         for use in value.uses()
     )
-
-
-def _retype(node: ir.Node, context: Context) -> bool:
-    """State float32 where a node states float16; whether that is a constant."""
-    if node.domain not in ONNX_DOMAINS:
-        return False
-    for attribute in list(attributes_of(node)):
-        name = attribute.name
-        if attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype == HALF:
-            tensor = _widened(attribute.as_tensor(), context)
-            node.attributes[name] = ir.AttrTensor(name, tensor, doc_string=attribute.doc_string)
-            return True
-        if name in TYPE_ATTRIBUTES and attribute.as_int() == HALF:
-            node.attributes[name] = ir.AttrInt64(name, FLOAT, doc_string=attribute.doc_string)
-    return False
-
-
-def _widen(value: ir.Value, context: Context) -> bool:
-    """Let a value be float32; whether it is a constant."""
-    if value.type is not None:
-        value.type = ir.TensorType(FLOAT, denotation=value.type.denotation)
-    if not value.is_initializer() or value.const_value is None:
-        return False
-    value.const_value = _widened(value.const_value, context)
-    return True
-
-
-def _widened(tensor: ir.TensorProtocol, context: Context) -> ir.TensorProtocol:
-    """The same numbers in float32, NaN and infinities too."""
-    return context.tensor(read_array(tensor).astype(np.float32), tensor.name or "")
-
-
-def _drop_cast(node: ir.Node) -> bool:
-    """Remove a Cast from float32 to float32, unless it gives a graph's output its name."""
-    source, output = node.inputs[0], node.outputs[0]
-    if source is None or node.attributes["to"].as_int() != FLOAT or source.dtype != FLOAT:
-        return False
-    if not can_replace(output, source):
-        return False
-    replace_value(output, source)
-    remove_node(node)
-    return True
