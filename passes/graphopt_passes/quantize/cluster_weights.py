@@ -28,8 +28,9 @@ PROBED_CLUSTERS = 8
 HALF_SCALES_MINIMUM = 48
 """Fewer scales of float16 take no fewer bytes than float32, with the Cast."""
 
-FIELD_BYTES = 250
-"""What the nodes of a second field of codes take in the file, about."""
+FIELD_BYTES, CUT_BYTES = 250, 130
+"""What the nodes of a second field of codes take in the file, about, and those that cut codes off
+where they do not fill the last byte."""
 
 SIZE_STEP = 0.03
 """A bit more for each number of a float model."""
@@ -135,6 +136,7 @@ class Clusters:
         fields = fields_of(self.count)
         codes = sum(field.stored_bytes(target.size) for field in fields)
         codes += (len(fields) - 1) * FIELD_BYTES
+        codes += sum(target.size % field.digits > 0 for field in fields) * CUT_BYTES
         if target.is_integer:
             return codes + self.count
         return codes + 4 * self.count + (2 * target.rows if _is_scaled(target) else 0)

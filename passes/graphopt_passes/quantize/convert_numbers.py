@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 import onnx_ir as ir
 
 from graphopt.contract import Change, Context, Effect, Pass
-from graphopt.errors import ModelError
 from graphopt.encoding import FIRST_OPSET
+from graphopt.errors import ModelError
 from graphopt.operators import opset_of
 from graphopt.rewriting import why_too_old
 from graphopt_passes.quantize.half_places import Floats
@@ -34,8 +34,8 @@ HALVES = {"bfloat16": BFLOAT16, "float16": FLOAT16}
 class ConvertNumbers(Pass):
     """Compute in 16 bits what a model computes in float32, or store its weights in fewer.
 
-    With float16 and bfloat16, every value, constant and body is converted but where that would break something, and there
-    Casts go around. What stays float32:
+    With float16 and bfloat16, every value, constant and body is converted but where that would
+    break something, and there Casts go around. What stays float32:
 
     - what samples show beyond half of the largest number that the format holds, or so small that
       few digits are left, or too large to make a Softmax of it; and all nodes that read or make it;
