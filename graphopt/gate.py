@@ -27,6 +27,9 @@ HALVES = {ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16"}
 CONVERTED = {"BFLOAT16", "FLOAT", "FLOAT16"}
 """Types of inputs and outputs that a pass may exchange where the user asks for it."""
 
+UNKNOWN = "None"
+"""What is said of a type that a file does not state."""
+
 HALVES_NOTE = (
     "half precision on the CPU: onnxruntime computes in float32 and rounds between nodes, so exact "
     "passes are judged within rounding"
@@ -87,7 +90,7 @@ def coarsest(*each: Mapping[str, str]) -> dict[str, str]:
 def why_other_interface(before: Interface, after: Interface, converted: bool = False) -> str | None:
     """What differs for a caller, or None.
 
-    A dimension of an output that was unknown may have become known.
+    A dimension or type of an output that was unknown may have become known.
 
     Args:
         before: the interface as it was.
@@ -100,7 +103,9 @@ def why_other_interface(before: Interface, after: Interface, converted: bool = F
             was, now = ", ".join(o[0] for o in olds), ", ".join(n[0] for n in news)
             return f"the {kind}s are now {now or 'none'}; they were {was or 'none'}"
         for (name, old_type, old_dims), (_, new_type, new_dims) in zip(olds, news, strict=True):
-            if old_type != new_type and not (converted and {old_type, new_type} <= CONVERTED):
+            refined = kind == "output" and old_type == UNKNOWN
+            exchanged = converted and {old_type, new_type} <= CONVERTED
+            if old_type != new_type and not refined and not exchanged:
                 return f"{kind} {name!r} is now {new_type}; it was {old_type}"
             if not _same_dims(old_dims, new_dims, kind == "output"):
                 return f"{kind} {name!r} now has shape {new_dims}; it was {old_dims}"

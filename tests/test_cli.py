@@ -147,6 +147,7 @@ STEP = {
     "bytes_after": int,
     "seconds": float,
     "latency_ratio": float | None,
+    "notes": list,
 }
 
 

@@ -1085,6 +1085,29 @@ def test_the_interface_is_kept_otherwise() -> None:
     )
 
 
+def test_an_output_of_unknown_type_may_get_one() -> None:
+    """As behind a LayerNormalization of opset 12, of which onnx knows nothing."""
+    after = parse("agraph (float[2] x) => (float[2] y) { y = Neg(x) }")
+    before = after.clone()
+    before.graph.outputs[0].type = None
+
+    assert why_other_interface(interface_of(before), interface_of(after)) is None
+    assert why_other_interface(interface_of(after), interface_of(before)) is not None
+
+
+def test_models_of_other_types_are_compared_as_the_first() -> None:
+    """By samples of the first, and with a note."""
+    first = parse("agraph (float[2] x) => (float[2] y) { a = Neg(x) y = Tanh(a) }")
+    second = first.clone()
+    apply_pass(ConvertNumbers(io="convert"), second)
+
+    assert Session(second).run({"x": np.float32([0.5, 1])})["y"].dtype == np.float16
+    compared = graphopt.validate(first, second, random_samples=4, max_error=0.01)
+    assert compared.failure is None
+    assert "output 'y' is float16 and was float32: compared as float32" in compared.notes
+    assert len(graphopt.benchmark([first, second], random_samples=2).rows) == 2
+
+
 def test_an_input_that_is_out_of_range_stays_float32() -> None:
     model = parse(
         "agraph (float[N,4] x) => (float[N,4] y) <float s = {0.0001}>"

@@ -188,9 +188,8 @@ class QuantizeWeights(Pass):
             for reason, count in reasons.items():
                 change.note(f"{count} of {len(targets)} weights are widened at load: {reason}")
         budget = None if self.bits else Budget(self.average_bits or None, self.error)
-        Narrowing(
-            model, context, forms, probe, estimates_of_integers, change, targets, not self.bits
-        ).run(budget)
+        estimates = estimates_of_integers
+        Narrowing(model, context, forms, probe, estimates, change, targets).run(budget)
         return change
 
     def _choices(self, opset: int) -> tuple[int, ...]:
