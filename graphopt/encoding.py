@@ -198,37 +198,6 @@ NODES_BYTES = 420
 """What the nodes and the small initializers of a weight take in the file, about."""
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What a form of a weight costs.
-
-    Attributes:
-        stored_bytes: in the file, nodes included, about.
-        memory_bytes: while the model runs.
-        loading_bytes: at most at once, while onnxruntime widens it.
-        when: it is widened: "at load" or "in every run".
-    """
-
-    stored_bytes: int
-    memory_bytes: int
-    loading_bytes: int
-    when: str
-
-
-def cost_of(narrow: Narrow, dtype: ir.DataType = ir.DataType.FLOAT) -> Cost:
-    """What a weight costs that is written by `Encoding.weight`."""
-    count, itemsize = narrow.codes.size, _NUMPY[dtype].itemsize
-    indexed = sum(4 * f.stored_bytes(count) for f in narrow.fields)
-    digits = 0 if narrow.has_table else 4 * count * len(narrow.fields)
-    values = (1 + bool(narrow.scales is not None)) * count * narrow.codebook.itemsize
-    return Cost(
-        stored_bytes=narrow.stored_bytes + NODES_BYTES + 150 * (len(narrow.fields) - 1),
-        memory_bytes=count * itemsize,
-        loading_bytes=indexed + digits + values,
-        when="at load",
-    )
-
-
 def why_too_large(count: int, dtype: ir.DataType) -> str | None:
     """Why onnxruntime would not fold a weight of so many numbers; None where it does."""
     itemsize = max(_NUMPY[dtype].itemsize, 4 if dtype != ir.DataType.INT8 else 1)

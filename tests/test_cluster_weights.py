@@ -193,6 +193,34 @@ def test_layers_on_codes_stay_on_codes(layer: str, tmp_path: Path) -> None:
     assert sum(1 for _ in packed_weights(after.graph)) >= 2
 
 
+def test_one_scale_for_all_channels_becomes_one_for_each(tmp_path: Path) -> None:
+    """As in models that other tools quantized: no axis, and a scalar scale and zero point."""
+    weight = np.clip(np.rint(40 * normal(0, 24, 8, 3, 3)), -127, 127).astype(np.int8)
+    scalars = {"s": np.float32(0.05), "t": np.float32(0.025), "z": np.uint8(128), "o": np.int8(0)}
+    model = parse(
+        """
+        agraph (float[1,8,10,10] x, int8[24,8,3,3] w, float s, float t, uint8 z, int8 o)
+            => (float[N,C,H,W] y)
+        {
+            q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z)
+            v = DequantizeLinear(w, t, o) c = Conv(d, v)
+            p = QuantizeLinear(c, s, z) y = DequantizeLinear(p, s, z)
+        }
+        """,
+        w=weight,
+        **{name: np.asarray(number) for name, number in scalars.items()},
+    )
+    given = samples_of(1, 8, 10, 10, count=4)
+    infer_shapes(model)
+    before = work(model, tmp_path)
+
+    after, change = clustered(model, given, clusters=32)
+
+    assert change.counts == {"weight of Conv stored as 32 clusters": 1}
+    assert work(after, tmp_path) == before
+    assert error(model, after, given) < 0.1
+
+
 def test_weights_that_are_int8_already_become_narrower() -> None:
     model = two_convs()
     infer_shapes(model)

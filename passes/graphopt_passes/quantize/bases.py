@@ -25,6 +25,7 @@ from graphopt_passes.quantize.codebooks import (
     descend,
     feedback,
     fit,
+    stored_scales,
     times,
 )
 
@@ -257,14 +258,6 @@ def _positive(signs: Floats, scales: Floats) -> tuple[Floats, Floats]:
     turned = np.where(scales < 0, np.float32(-1), np.float32(1))
     width = signs.shape[2] // scales.shape[2]
     return signs * np.repeat(turned, width, axis=2), np.abs(scales)
-
-
-def stored_scales(scales: Floats) -> Floats:
-    """Scales as they are stored: float16 where none is too large or small for it, else float32."""
-    half, usual = np.finfo(np.float16), scales.astype(np.float32)
-    used = usual[usual != 0]
-    fits = not used.size or (used.min() > half.tiny and used.max() < half.max)
-    return usual.astype(np.float16) if fits else usual
 
 
 # ------------------------------------------------------------------ three numbers

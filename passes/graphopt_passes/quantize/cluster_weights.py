@@ -13,7 +13,7 @@ from graphopt.code_fields import fields_of
 from graphopt.contract import Bounds, Change, Context, Effect, Pass
 from graphopt.encoding import FIRST_OPSET
 from graphopt.saving import stored_bytes
-from graphopt_passes.quantize.codebooks import Rounded, fit, refit_scales
+from graphopt_passes.quantize.codebooks import Rounded, fit, refit_scales, stored_scales
 from graphopt_passes.quantize.granularity import WEIGHTS
 from graphopt_passes.quantize.kmeans import level_curve, nearest_levels, optimal_levels
 from graphopt_passes.quantize.narrow_weights import LEVEL_MAXIMUM, Solution, Target, targets_of
@@ -183,11 +183,8 @@ def _normalized(problem: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if not _is_scaled(problem.target):
         scales = np.full_like(scales, np.sqrt(np.mean(np.square(scales))))
     scales = np.where(scales > 0, scales, 1.0)
-    stored: np.ndarray = scales.astype(np.float32)
-    if not problem.target.is_integer and _is_scaled(problem.target):
-        half = scales.astype(np.float16)
-        if np.isfinite(half).all() and (half > np.finfo(np.float16).tiny).all():
-            stored = half
+    halves = not problem.target.is_integer and _is_scaled(problem.target)
+    stored = stored_scales(scales) if halves else scales.astype(np.float32)
     wide = np.asarray(stored, np.float32)
     counted = np.broadcast_to(problem.diagonal * np.square(wide), weight.shape)
     return weight / wide, stored, counted
@@ -197,8 +194,7 @@ def _with_integer_levels(problem: Problem, found: Rounded) -> Rounded:
     """The same with int8 levels, and the scales of the rows for these."""
     largest = float(np.abs(found.levels).max()) or 1.0
     levels = np.rint(found.levels * (LEVEL_MAXIMUM / largest)).astype(np.float32)
-    scales: np.ndarray = (found.scales * (largest / LEVEL_MAXIMUM)).astype(np.float32)
-    half = scales.astype(np.float16)
-    if len(scales) >= HALF_SCALES_MINIMUM and (half >= np.finfo(np.float16).tiny).all():
-        scales = half
+    scales = (found.scales * (largest / LEVEL_MAXIMUM)).astype(np.float32)
+    if len(scales) >= HALF_SCALES_MINIMUM:
+        scales = stored_scales(scales)
     return refit_scales(problem.weight, replace(found, levels=levels, scales=scales), problem.gram)

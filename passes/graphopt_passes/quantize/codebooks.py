@@ -75,6 +75,14 @@ def spread_blocks(scales: Floats, inputs: int) -> Floats:
     return wide if blocks == 1 else np.repeat(wide, inputs // blocks, axis=1)
 
 
+def stored_scales(scales: Floats) -> Floats:
+    """Scales as they are stored: float16 where none is too large or small for it, else float32."""
+    half, usual = np.finfo(np.float16), scales.astype(np.float32)
+    used = usual[usual != 0]
+    fits = not used.size or (used.min() > half.tiny and used.max() < half.max)
+    return usual.astype(np.float16) if fits else usual
+
+
 def squared_error(weight: Floats, numbers: Floats, gram: Floats | None) -> float:
     """tr(D H D^T) of the numbers that stand for a weight, both of shape [N, K]."""
     change = np.subtract(numbers, weight, dtype=np.float32)

@@ -21,7 +21,7 @@ from graphopt.encoding import Encoding, Narrow, why_too_large
 from graphopt.observe import Question
 from graphopt.operators import all_graphs, is_onnx
 from graphopt.packing import is_packed
-from graphopt.rewriting import Names, constant_tensor, input_of, only_reader, remove_node
+from graphopt.rewriting import Names, constant_tensor, input_of, only_reader
 from graphopt_passes.fuse.misfit import Misfit
 from graphopt_passes.quantize.codebooks import Rounded
 from graphopt_passes.quantize.granularity import Axes, role_of
@@ -32,6 +32,7 @@ from graphopt_passes.quantize.layers import (
     numbers_of,
     stored_tensor,
 )
+from graphopt_passes.simplify.chains import remove_if_unread
 
 TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
 """Of float weights that are made narrow."""
@@ -338,8 +339,7 @@ def write_narrow(target: Target, narrows: Sequence[Narrow], encoding: Encoding) 
         del encoding.graph.initializers[name]
     value.name = None
     value.replace_all_uses_with(encoding.total(narrows, dtype, name))
-    if node is not None:
-        _remove_unread(node)
+    remove_if_unread(node)
 
 
 def _write_floats(target: Target, solution: Solution, encoding: Encoding, context: Context) -> None:
@@ -355,15 +355,6 @@ def _narrow(target: Target, part: Rounded) -> Narrow:
         # One number for all of them is the codebook's.
         return Narrow(target.stored(part.codes), levels * np.float32(part.scales[0, 0]))
     return Narrow(target.stored(part.codes), levels, scales)
-
-
-def _remove_unread(node: ir.Node) -> None:
-    """Remove a node that nothing reads, and what it alone read."""
-    sources = [v.producer() for v in node.inputs if v is not None]
-    remove_node(node)
-    for source in sources:
-        if source is not None and not any(o.uses() or o.is_graph_output() for o in source.outputs):
-            _remove_unread(source)
 
 
 def _write_integers(
@@ -383,6 +374,7 @@ def _write_integers(
     scales = part.scales.reshape(-1)
     node.replace_input_with(0, encoding.weight(narrow, ir.DataType.INT8, name))
     node.replace_input_with(1, encoding.floats(scales))
+    _dequantize_along(node, layer.axis)
     scales = np.asarray(scales, np.float32)
     if layer.can_have_bias and bias is not None and bias.any():
         _write_bias(layer, bias, scales, encoding.names, context)
@@ -417,8 +409,7 @@ def _write_bias(
         stored = context.initializer(graph, bias.astype(np.float32), names.new("bias"))
         node.resize_inputs(3)
         node.replace_input_with(2, stored)
-        if dequantized is not None:
-            _remove_unread(dequantized)
+        remove_if_unread(dequantized)
         return
     source = layer.source.producer()
     input_scale = constant_tensor(source.inputs[1]) if source is not None else None
@@ -429,6 +420,16 @@ def _write_bias(
     for index, array in ((0, codes), (1, units)):
         stored = context.initializer(graph, array, names.new("bias_codes"))
         dequantized.replace_input_with(index, stored)
+    _dequantize_along(dequantized, 0)
+
+
+def _dequantize_along(node: ir.Node, axis: int) -> None:
+    """Let a DequantizeLinear have a scale for each index of an axis, also if it had one for all."""
+    node.attributes["axis"] = ir.AttrInt64("axis", axis)
+    scales, zero_point = constant_tensor(node.inputs[1]), constant_tensor(input_of(node, 2))
+    if zero_point is not None and (scales is None or zero_point.size != scales.size):
+        # It is 0, as where there is none.
+        node.resize_inputs(2)
 
 
 def shift_bias(layer: Layer, shift: np.ndarray, names: Names, context: Context) -> None:
