@@ -636,5 +636,5 @@ def test_memory_does_not_grow_with_the_number_of_arrays(start: Any) -> None:
         tracemalloc.stop()
         return peak
 
-    peak_bytes(1)
+    peak_bytes(512)  # Python and numpy allocate for themselves, once, over the first hundreds.
     assert peak_bytes(512) <= 1.1 * peak_bytes(32)
