@@ -36,11 +36,9 @@ FIRST_OPSET = 13
 TensorMaker = Callable[[np.ndarray, str], ir.TensorProtocol]
 
 _FLOAT = ir.DataType.FLOAT
-_CUT = "graphopt.cut"
-"""Key in the `meta` of a value that holds no more digits than there are codes."""
-
-_SHORT = {"Gather": "values", "Cast": "index", "Reshape": "shaped", "Mul": "scaled", "Add": "sum"}
-"""How what nodes make is called: in a small model, names take more bytes than codes."""
+_MADE, _CODES, _CODEBOOK, _SCALES = "w", "c", "b", "s"
+"""How values are called, with a number: in a small model, names take more bytes than codes. For the
+same reason nodes have none."""
 
 _NUMPY = {
     ir.DataType.FLOAT: np.dtype(np.float32),
@@ -194,8 +192,9 @@ def spread(blocks: np.ndarray, shape: Sequence[int]) -> np.ndarray:
 # ------------------------------------------------------------------ what it costs
 
 
-NODES_BYTES = 420
-"""What the nodes and the small initializers of a weight take in the file, about."""
+NODES_BYTES, SCALES_BYTES, FIELD_BYTES, CUT_BYTES = 190, 80, 175, 100
+"""What the nodes and the small initializers of a weight take in the file, about: of any weight; of
+one with scales, more; for each field after the first; and for each that does not fill its bytes."""
 
 
 def why_too_large(count: int, dtype: ir.DataType) -> str | None:
@@ -235,7 +234,7 @@ class Encoding:
         Args:
             narrow: the weight.
             dtype: float, float16, double, bfloat16; int8 for a codebook of int8.
-            name: of the value; the graph must have no other of it by then.
+            name: of the value; the graph must have no other of it by then, and gets none.
 
         Raises:
             ValueError: onnxruntime would not fold what is so large.
@@ -243,10 +242,12 @@ class Encoding:
         reason = why_too_large(narrow.codes.size, dtype)
         if reason is not None:
             raise ValueError(reason)
+        self.names.keep(name)
         return self._last(self._scaled(narrow), dtype, narrow.codes.shape, name)
 
     def total(self, narrows: Sequence[Narrow], dtype: ir.DataType, name: str) -> ir.Value:
         """A value that is the sum of narrow weights of one shape; see `weight`."""
+        self.names.keep(name)
         first, *others = map(self._scaled, narrows)
         for other in others:
             first = self._node("Add", [first, other], _FLOAT)
@@ -264,6 +265,9 @@ class Encoding:
         """Put the nodes of all weights at the head of the graph."""
         if self._nodes:
             self.graph.insert_before(self.graph[0], self._nodes)
+        for node in self._nodes:
+            # A graph gives names to nodes that have none.
+            node.name = None
         self._nodes = []
 
     # -------------------------------------------------------------- steps
@@ -274,7 +278,7 @@ class Encoding:
             # onnxruntime's CPU provider has no Mul of float16 that it could compute at load.
             narrow = replace(narrow, codebook=narrow.codebook.astype(np.float32))
         kind = ir.DataType.from_numpy(narrow.codebook.dtype)
-        codebook = self._shared("codebook", narrow.full_codebook)
+        codebook = self._shared(_CODEBOOK, narrow.full_codebook)
         if not narrow.has_table:
             index = self._indices(narrow)
         else:
@@ -283,7 +287,8 @@ class Encoding:
             if only.digits > 1:
                 codebook = self._once("Gather", [codebook, self._digits(only)], kind)
         values = self._node("Gather", [codebook, index], kind)
-        values = self._cut(values, narrow, kind)
+        if narrow.has_table and narrow.codes.size % narrow.fields[0].digits:
+            values = self._cut(values, narrow.fields[0], narrow.codes.size, kind)
         return self._reshaped(values, narrow.block_shape)
 
     def _indices(self, narrow: Narrow) -> ir.Value:
@@ -292,7 +297,7 @@ class Encoding:
         for part in narrow.fields:
             index = self._bytes(part, narrow.codes)
             digits = self._node("Gather", [self._digits(part), index], ir.DataType.INT32)
-            digits = self._cut(self._reshaped(digits, (-1,)), narrow, ir.DataType.INT32)
+            digits = self._cut(digits, part, narrow.codes.size, ir.DataType.INT32)
             total = digits if total is None else self._sum(total, digits)
         assert total is not None
         if narrow.codebook.ndim == 1:
@@ -306,7 +311,7 @@ class Encoding:
 
     def _bytes(self, part: Field, codes: np.ndarray) -> ir.Value:
         """The bytes of a field as int32, to look up with."""
-        stored = self._constant(part.pack(codes), "codes")
+        stored = self._constant(part.pack(codes), _CODES)
         return self._node("Cast", [stored], ir.DataType.INT32, to=ir.DataType.INT32)
 
     def _digits(self, part: Field) -> ir.Value:
@@ -314,16 +319,13 @@ class Encoding:
         table = self._shared(f"digits{part.base}", part.table())
         return self._once("Cast", [table], ir.DataType.INT32, to=ir.DataType.INT32)
 
-    def _cut(self, values: ir.Value, narrow: Narrow, kind: ir.DataType) -> ir.Value:
-        """The values without those of digits behind the last code."""
-        count = narrow.codes.size
-        if not any(count % part.digits for part in narrow.fields) or values.meta.get(_CUT):
-            return values
-        flat = self._reshaped(values, (-1,))
+    def _cut(self, digits: ir.Value, part: Field, count: int, kind: ir.DataType) -> ir.Value:
+        """What bytes became, in one row, without what is behind the last code."""
+        flat = self._reshaped(digits, (-1,))
+        if count % part.digits == 0:
+            return flat
         ends = [self._shared("cut", np.array([n], np.int64)) for n in (0, count)]
-        cut = self._node("Slice", [flat, *ends], kind)
-        cut.meta[_CUT] = True
-        return cut
+        return self._node("Slice", [flat, *ends], kind)
 
     def _scaled(self, narrow: Narrow) -> ir.Value:
         """The weight, in its shape."""
@@ -339,7 +341,7 @@ class Encoding:
         """Scales of any type that is a float32 as such, in their shape; see `close`."""
         if blocks.dtype.itemsize == 1:
             return self._looked_up(blocks)
-        stored = self._constant(blocks, "scales")
+        stored = self._constant(blocks, _SCALES)
         if stored.dtype == _FLOAT:
             return stored
         return self._node("Cast", [stored], _FLOAT, to=_FLOAT)
@@ -348,7 +350,7 @@ class Encoding:
         """Scales of 8 bits by a table of all: the types themselves need the latest opsets."""
         every = np.arange(256, dtype=np.uint8).view(blocks.dtype).astype(np.float32)
         table = self._shared("scales", np.nan_to_num(every, posinf=0.0, neginf=0.0))
-        stored = self._constant(blocks.view(np.uint8), "scales")
+        stored = self._constant(blocks.view(np.uint8), _SCALES)
         index = self._node("Cast", [stored], ir.DataType.INT32, to=ir.DataType.INT32)
         return self._node("Gather", [table, index], _FLOAT)
 
@@ -388,7 +390,7 @@ class Encoding:
     ) -> ir.Value:
         node = ir.node(op_type, inputs, attributes)
         (output,) = node.outputs
-        output.name = node.name = self.names.new(_SHORT.get(op_type, op_type.lower()))
+        output.name = self.names.new(_MADE)
         output.type = ir.TensorType(dtype)
         # It can be inferred again; no file need state it.
         output.meta[INFERRED] = True

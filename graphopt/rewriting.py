@@ -122,8 +122,7 @@ class Names:
 
     def new(self, hint: str) -> str:
         """The hint itself, or the hint with a number."""
-        if not self._taken:
-            self._taken = _names_in(self._model)
+        self._look()
         name, number = hint, self._last.get(hint, 0)
         while name in self._taken:
             number += 1
@@ -131,6 +130,15 @@ class Names:
         self._last[hint] = number
         self._taken.add(name)
         return name
+
+    def keep(self, name: str) -> None:
+        """Give the name to nothing: it is of what was taken out and will be put back."""
+        self._look()
+        self._taken.add(name)
+
+    def _look(self) -> None:
+        if not self._taken:
+            self._taken = _names_in(self._model)
 
 
 def _names_in(model: ir.Model) -> set[str]:

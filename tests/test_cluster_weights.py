@@ -10,9 +10,9 @@ from observed import observer
 from on_codes import normal, quantize, samples_of, work
 
 import graphopt
-from graphopt.code_fields import bits_per_code
+from graphopt.code_fields import bits_per_code, fields_of
 from graphopt.contract import Change, Context, Sample
-from graphopt.encoding import NODES_BYTES
+from graphopt.encoding import NODES_BYTES, SCALES_BYTES
 from graphopt.packing import packed_weights
 from graphopt.runtime import Session
 from graphopt.skeleton import infer_shapes
@@ -26,16 +26,23 @@ agraph (float[1,8,10,10] x) => (float[N,C,H,W] y)
 """
 
 
+TABLES = [field.table().shape for count in range(2, 257) for field in fields_of(count)]
+"""Of digits, by which bytes become codes."""
+
+
 def model_of(text: str, **weights: np.ndarray) -> ir.Model:
     """A model from text, with initializers that are declared here."""
     kinds = (f"float[{','.join(map(str, w.shape))}] {name}" for name, w in weights.items())
     return parse(text.replace(") =>", f", {', '.join(kinds)}) =>", 1), **weights)
 
 
-def two_convs() -> ir.Model:
-    bias = normal(2, 16, scale=0.1)
+def two_convs(channels: int = 16) -> ir.Model:
+    first, second = (channels, 8, 3, 3), (channels, channels, 3, 3)
     return model_of(
-        TWO_CONVS, w=normal(0, 16, 8, 3, 3), v=normal(1, 16, 16, 3, 3, scale=0.1), b=bias
+        TWO_CONVS,
+        w=normal(0, *first),
+        v=normal(1, *second, scale=0.1),
+        b=normal(2, channels, scale=0.1),
     )
 
 
@@ -50,7 +57,7 @@ def stored_bytes(model: ir.Model) -> int:
     return sum(
         value.const_value.nbytes
         for name, value in model.graph.initializers.items()
-        if value.const_value is not None and not name.startswith("digits")
+        if value.const_value is not None and tuple(value.const_value.shape) not in TABLES
     )
 
 
@@ -129,7 +136,7 @@ def test_bits_limit_the_bytes() -> None:
         model = two_convs()
         after, _ = clustered(model, given, bits=bits)
         numbers = 16 * 8 * 9 + 16 * 16 * 9
-        assert stored_bytes(after) <= numbers * bits / 8 + 2 * NODES_BYTES
+        assert stored_bytes(after) <= numbers * bits / 8 + 2 * (NODES_BYTES + SCALES_BYTES)
         sizes.append(error(model, after, given))
 
     assert sizes == sorted(sizes, reverse=True)
@@ -191,6 +198,44 @@ def test_layers_on_codes_stay_on_codes(layer: str, tmp_path: Path) -> None:
     assert work(after, tmp_path / "after") == before
     assert error(model, after, given) < 0.2
     assert sum(1 for _ in packed_weights(after.graph)) >= 2
+
+
+def test_parameters_of_codes_that_stay_become_narrow(tmp_path: Path) -> None:
+    """A layer that stands no clusters keeps its codes; scale and bias take float16."""
+    model, given = two_convs(channels=32), samples(8)
+    infer_shapes(model)
+    coded = model.clone()
+    quantize(coded, given)
+    infer_shapes(coded)
+    [(tmp_path / name).mkdir() for name in ("before", "after")]
+    before = work(coded, tmp_path / "before")
+
+    after = coded.clone()
+    context = Context(lambda: model, observer=observer(model, given))
+    ClusterWeights(error=1e-6, min_elements=64).apply(after, context)
+    infer_shapes(after)
+
+    read = [v.const_value for v in after.graph.initializers.values() if v.uses()]
+    kinds = Counter(t.dtype for t in read if t is not None and t.size == 32)
+    assert kinds == {ir.DataType.FLOAT16: 4}
+    assert work(after, tmp_path / "after") == before
+    assert error(model, after, given) < 1.1 * error(model, coded, given)
+
+
+@pytest.mark.parametrize("size", [0.16, 0.2, 0.3])
+def test_the_file_is_filled_up_to_its_size(size: float) -> None:
+    model = two_convs(channels=64)
+    apply_pass(graphopt_pass("raise-opset"), model)
+    run = graphopt.optimize(
+        model,
+        passes=f"cluster-weights{{size={size},min-elements=64}}",
+        samples=samples(10),
+        max_error=10.0,
+        benchmark=False,
+    )
+
+    share = run.optimized.stored_bytes / run.original.stored_bytes
+    assert 0.85 * size < share <= size
 
 
 def test_one_scale_for_all_channels_becomes_one_for_each(tmp_path: Path) -> None:

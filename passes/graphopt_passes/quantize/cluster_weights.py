@@ -11,12 +11,18 @@ import onnx_ir as ir
 
 from graphopt.code_fields import fields_of
 from graphopt.contract import Bounds, Change, Context, Effect, Pass
-from graphopt.encoding import FIRST_OPSET
+from graphopt.encoding import CUT_BYTES, FIELD_BYTES, FIRST_OPSET, SCALES_BYTES
 from graphopt.saving import stored_bytes
 from graphopt_passes.quantize.codebooks import Rounded, fit, refit_scales, stored_scales
 from graphopt_passes.quantize.granularity import WEIGHTS
 from graphopt_passes.quantize.kmeans import level_curve, nearest_levels, optimal_levels
-from graphopt_passes.quantize.narrow_weights import LEVEL_MAXIMUM, Solution, Target, targets_of
+from graphopt_passes.quantize.narrow_weights import (
+    LEVEL_MAXIMUM,
+    Solution,
+    Target,
+    narrow_scales,
+    targets_of,
+)
 from graphopt_passes.quantize.narrowing import Budget, Form, Narrowing, Problem
 from graphopt_passes.simplify.chains import why_refused
 
@@ -24,13 +30,6 @@ CLUSTERS = (3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256)
 """What is chosen from: 1.6 to 8 bits."""
 
 PROBED_CLUSTERS = 8
-
-HALF_SCALES_MINIMUM = 48
-"""Fewer scales of float16 take no fewer bytes than float32, with the Cast."""
-
-FIELD_BYTES, CUT_BYTES = 250, 130
-"""What the nodes of a second field of codes take in the file, about, and those that cut codes off
-where they do not fill the last byte."""
 
 SIZE_STEP = 0.03
 """A bit more for each number of a float model."""
@@ -139,7 +138,8 @@ class Clusters:
         codes += sum(target.size % field.digits > 0 for field in fields) * CUT_BYTES
         if target.is_integer:
             return codes + self.count
-        return codes + 4 * self.count + (2 * target.rows if _is_scaled(target) else 0)
+        scales = 2 * target.rows + SCALES_BYTES if _is_scaled(target) else 0
+        return codes + 4 * self.count + scales
 
     def solve(self, problem: Problem) -> Solution:
         """The weight in clusters."""
@@ -195,6 +195,5 @@ def _with_integer_levels(problem: Problem, found: Rounded) -> Rounded:
     largest = float(np.abs(found.levels).max()) or 1.0
     levels = np.rint(found.levels * (LEVEL_MAXIMUM / largest)).astype(np.float32)
     scales = (found.scales * (largest / LEVEL_MAXIMUM)).astype(np.float32)
-    if len(scales) >= HALF_SCALES_MINIMUM:
-        scales = stored_scales(scales)
-    return refit_scales(problem.weight, replace(found, levels=levels, scales=scales), problem.gram)
+    stored = replace(found, levels=levels, scales=narrow_scales(scales))
+    return refit_scales(problem.weight, stored, problem.gram)

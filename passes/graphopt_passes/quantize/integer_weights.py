@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from graphopt.code_fields import fields_of
+from graphopt.encoding import SCALES_BYTES
 from graphopt_passes.quantize.codebooks import REFITS, Floats, Rounded, fit, nearest
 from graphopt_passes.quantize.hqq import half_quadratic_scales
 from graphopt_passes.quantize.narrow_weights import Solution, Target
@@ -77,7 +78,8 @@ class Integers:
             # Its scales are there already.
             return codes + (1 << self.bits)
         scales = target.rows * self.blocks_of(target)
-        return codes + (4 << self.bits) + scales * int(np.dtype(self.scale_type).itemsize)
+        scale_bytes = SCALES_BYTES + scales * int(np.dtype(self.scale_type).itemsize)
+        return codes + (4 << self.bits) + scale_bytes
 
     def solve(self, problem: Problem) -> Solution:
         """The weight in this form."""

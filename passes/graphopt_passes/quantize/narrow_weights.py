@@ -9,7 +9,7 @@ a float weight of which less is known.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,7 +23,7 @@ from graphopt.operators import all_graphs, is_onnx
 from graphopt.packing import is_packed
 from graphopt.rewriting import Names, constant_tensor, input_of, only_reader
 from graphopt_passes.fuse.misfit import Misfit
-from graphopt_passes.quantize.codebooks import Rounded
+from graphopt_passes.quantize.codebooks import Rounded, stored_scales
 from graphopt_passes.quantize.granularity import Axes, role_of
 from graphopt_passes.quantize.layers import (
     GRAM_INPUTS_MAXIMUM,
@@ -36,6 +36,9 @@ from graphopt_passes.simplify.chains import remove_if_unread
 
 TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
 """Of float weights that are made narrow."""
+
+HALVES_MINIMUM = 24
+"""Fewer numbers of float16 take no fewer bytes than float32, with the Cast."""
 
 LEVEL_MAXIMUM = 127
 """Of int8 levels: symmetric, as the codes of the layer were."""
@@ -289,6 +292,7 @@ def write(
     targets: Sequence[Target],
     solutions: Mapping[int, Solution],
     context: Context,
+    kept: Iterable[int] = (),
 ) -> None:
     """Put solutions in the place of weights.
 
@@ -297,20 +301,24 @@ def write(
         targets: of it.
         solutions: by the index of the target.
         context: keeps what is large.
+        kept: the indices of weights that stay; of those on codes, scale and bias become narrow.
     """
     names = Names(model)
     encodings: dict[ir.Graph, Encoding] = {}
-    for index, solution in solutions.items():
-        target = targets[index]
+    for index in (*solutions, *kept):
+        target, solution = targets[index], solutions.get(index)
         graph = graph_of(target.value)
         if graph not in encodings:
             encodings[graph] = Encoding(graph, names, context.tensor)
-        if solution.writer is not None:
-            solution.writer(target, solution, encodings[graph], context)
+        encoding = encodings[graph]
+        if solution is None:
+            _narrow_parameters(target, encoding, context)
+        elif solution.writer is not None:
+            solution.writer(target, solution, encoding, context)
         elif target.is_integer:
-            _write_integers(target, solution, encodings[graph], context)
+            _write_integers(target, solution, encoding, context)
         else:
-            _write_floats(target, solution, encodings[graph], context)
+            _write_floats(target, solution, encoding, context)
     for encoding in encodings.values():
         encoding.close()
 
@@ -371,13 +379,24 @@ def _write_integers(
     narrow = Narrow(target.stored(part.codes), np.asarray(part.levels, np.int8))
     del encoding.graph.initializers[name]
     codes.name = None
-    scales = part.scales.reshape(-1)
     node.replace_input_with(0, encoding.weight(narrow, ir.DataType.INT8, name))
-    node.replace_input_with(1, encoding.floats(scales))
-    _dequantize_along(node, layer.axis)
-    scales = np.asarray(scales, np.float32)
-    if layer.can_have_bias and bias is not None and bias.any():
-        _write_bias(layer, bias, scales, encoding.names, context)
+    scales = part.scales.reshape(-1)
+    _write_scales(layer, scales, encoding)
+    _write_bias(layer, bias, scales, encoding, context)
+
+
+def _narrow_parameters(target: Target, encoding: Encoding, context: Context) -> None:
+    """Store the scales of codes that stay, and the bias beside them, in fewer bytes."""
+    node = target.value.producer()
+    scales = constant_tensor(node.inputs[1]) if target.is_integer and node is not None else None
+    if scales is None:
+        return
+    layer = target.layer or layer_of(_reader_of(target))
+    numbers = np.asarray(scales.numpy(), np.float32).reshape(-1)
+    if numbers.size > 1:
+        numbers = narrow_scales(numbers)
+        _write_scales(layer, numbers, encoding)
+    _write_bias(layer, layer.bias(), numbers, encoding, context)
 
 
 def _reader_of(target: Target) -> ir.Node:
@@ -386,8 +405,33 @@ def _reader_of(target: Target) -> ir.Node:
     return node
 
 
+def narrow_scales(scales: np.ndarray) -> np.ndarray:
+    """Scales in float16, where they fit and are enough to make good for the Cast; else float32."""
+    return stored_scales(scales) if scales.size >= HALVES_MINIMUM else scales.astype(np.float32)
+
+
+def _narrow_bias(bias: np.ndarray) -> np.ndarray:
+    """A bias in float16, likewise; it fits with errors that are small beside the largest number."""
+    halves = bias.astype(np.float16)
+    error = np.abs(halves.astype(np.float64) - bias)
+    fits = (error <= np.abs(bias).max() * 2.0**-11).all()
+    return halves if fits and bias.size >= HALVES_MINIMUM else bias.astype(np.float32)
+
+
+def _write_scales(layer: Layer, scales: np.ndarray, encoding: Encoding) -> None:
+    """Give the codes of a layer scales, of shape [outputs]."""
+    node = layer.weight.producer()
+    assert node is not None
+    node.replace_input_with(1, encoding.floats(scales))
+    _dequantize_along(node, layer.axis)
+
+
 def _write_bias(
-    layer: Layer, bias: np.ndarray, scales: np.ndarray, names: Names, context: Context
+    layer: Layer,
+    bias: np.ndarray | None,
+    scales: np.ndarray,
+    encoding: Encoding,
+    context: Context,
 ) -> None:
     """The bias of a layer on codes: of a Conv in float, of a Gemm in integers.
 
@@ -397,28 +441,29 @@ def _write_bias(
 
     Args:
         layer: on codes.
-        bias: float64 of shape [outputs].
-        scales: of the weight, float32 of shape [outputs].
-        names: of the model.
+        bias: float64 of shape [outputs]; nothing is done where there is none.
+        scales: of the weight, of shape [outputs] or [1].
+        encoding: of the graph.
         context: keeps what is large.
     """
     node, graph, old = layer.node, layer.node.graph, input_of(layer.node, 2)
+    if bias is None or not bias.any() or not layer.can_have_bias:
+        return
     assert isinstance(graph, ir.Graph)
     dequantized = old.producer() if old is not None else None
     if is_onnx(node, "Conv") or dequantized is None:
-        stored = context.initializer(graph, bias.astype(np.float32), names.new("bias"))
         node.resize_inputs(3)
-        node.replace_input_with(2, stored)
+        node.replace_input_with(2, encoding.floats(_narrow_bias(bias)))
         remove_if_unread(dequantized)
         return
     source = layer.source.producer()
     input_scale = constant_tensor(source.inputs[1]) if source is not None else None
     assert input_scale is not None
-    units = np.asarray(input_scale.numpy(), np.float32) * scales
+    units = np.broadcast_to(input_scale.numpy() * scales.astype(np.float32), bias.shape)
     limits = np.iinfo(np.int32)
     codes = np.clip(np.rint(bias / units), limits.min, limits.max).astype(np.int32)
     for index, array in ((0, codes), (1, units)):
-        stored = context.initializer(graph, array, names.new("bias_codes"))
+        stored = context.initializer(graph, array, encoding.names.new("bias_codes"))
         dequantized.replace_input_with(index, stored)
     _dequantize_along(dequantized, 0)
 

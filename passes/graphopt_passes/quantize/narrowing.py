@@ -7,6 +7,7 @@ follows from how much closer it is to the weight, as the outputs were seen to we
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,8 +17,9 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.contract import Change, Context
-from graphopt.encoding import NODES_BYTES
+from graphopt.encoding import NODES_BYTES, SCALES_BYTES
 from graphopt.observe import Answers
+from graphopt.operators import all_graphs
 from graphopt.saving import stored_bytes
 from graphopt.statistics import Gram
 from graphopt.validation import OutputError, worst
@@ -33,6 +35,9 @@ ALONE_RUNS_MAXIMUM = 1024
 
 ROUNDS = 4
 """How often the budget of the sum is corrected by what all weights together were seen to do."""
+
+FILLED = 0.002
+"""Less of a file that is left is not worth another round."""
 
 SEEN_ROUNDS = 12
 """As `ROUNDS`, where a round corrects the forms that it tried and no others."""
@@ -149,7 +154,7 @@ class Narrowing:
     _judge: Context | None = None
     _dampings: dict[int, float] = field(default_factory=dict)
     _solutions: dict[tuple[int, str], Solution] = field(default_factory=dict)
-    _measures: dict[int, tuple[Compare, float]] = field(default_factory=dict)
+    _measures: dict[int, tuple[Compare, list[float]]] = field(default_factory=dict)
 
     def run(self, budget: Budget | None) -> None:
         """Rewrite the model, within the budget; without one, all weights in the first form."""
@@ -160,7 +165,7 @@ class Narrowing:
             chosen = measuring._chosen(budget)
         if measuring is not self:
             measuring._foretell(chosen)
-        write(self.model, self.targets, self._solved(chosen), self.context)
+        self._write(self.model, self.targets, chosen, self.context)
         for target, form in zip(self.targets, chosen, strict=True):
             if form is None:
                 self.change.skip(target.value, "it is smaller, or better, as it is")
@@ -254,12 +259,10 @@ class Narrowing:
         choices = self._choices
         if budget.bits is not None:
             numbers = sum(target.size for target in self.targets)
-            extra = NODES_BYTES * len(self.targets)
+            extra = (NODES_BYTES + SCALES_BYTES) * len(self.targets)
             return self._named(closest_within(choices, numbers * budget.bits / 8 + extra))
         if budget.file_bytes is not None:
-            weights = sum(target.stored_bytes for target in self.targets)
-            others = stored_bytes(self.model) - weights
-            return self._named(closest_within(choices, budget.file_bytes - others))
+            return self._filling(choices, budget.file_bytes)
         limit = budget.error**2
         if not self.has_samples:
             return self._named(smallest_within(choices, limit))
@@ -299,6 +302,42 @@ class Narrowing:
         error = sum(choice.square for choice in taken) ** 0.5
         what = "relative L2 error" if self.has_samples else "relative L2 error of the weights"
         return f"{before:,} -> {after:,} bytes of weights, {what} {error:.3g}"
+
+    def _filling(self, choices: Sequence[Sequence[Choice]], file_bytes: float) -> list[Form | None]:
+        """The closest choice with which the file was seen to take no more than so many bytes."""
+        weights = sum(target.stored_bytes for target in self.targets)
+        asked, best, most = file_bytes - (stored_bytes(self.model) - weights), None, 0
+        enough = FILLED * file_bytes
+        for _ in range(SEEN_ROUNDS):
+            chosen = self._named(closest_within(choices, asked))
+            candidate, targets, context = self._copy()
+            self._write(candidate, targets, chosen, context)
+            _drop_unread(candidate)
+            taken = stored_bytes(candidate)
+            if most < taken <= file_bytes:
+                best, most = chosen, taken
+            if most >= file_bytes - enough:
+                break
+            asked += file_bytes - taken - (enough if taken > file_bytes else 0.0)
+        return chosen if best is None else best
+
+    def _write(
+        self,
+        model: ir.Model,
+        targets: Sequence[Target],
+        chosen: Sequence[Form | None],
+        context: Context,
+    ) -> None:
+        """Put forms in the place of weights."""
+        kept = [index for index, form in enumerate(chosen) if form is None]
+        write(model, targets, self._solved(chosen), context, kept)
+
+    def _copy(self) -> tuple[ir.Model, list[Target], Context]:
+        """Of the model, to try something, with its targets; what is tried goes to no file."""
+        candidate = self.model.clone()
+        by_name = {target.name: target for target in targets_of(candidate, 1, Change())}
+        targets = [by_name[target.name] for target in self.targets]
+        return candidate, targets, replace(self.context, scratch=None)
 
     def _within(self, choices: Sequence[Sequence[Choice]], limit: float) -> list[Form | None]:
         """The smallest choice that was seen to add no more than the limit to the squared error."""
@@ -345,7 +384,8 @@ class Narrowing:
             problem = self._problem(index)
             probe, *estimates = self.estimates(problem, [self.probe, *self.forms])
             if self.has_samples:
-                square = self._square({index: self._solution(index, self.probe)}, samples)
+                probed = {index: self._solution(index, self.probe)}
+                square = self._mean_square(probed, samples)
                 per_error = square / max(probe, 1e-30)
             else:
                 # Nothing is known but how large the numbers are: each weight counts alike.
@@ -355,19 +395,36 @@ class Narrowing:
             found.append([per_error * estimate for estimate in estimates])
         return found
 
-    def _square(self, solutions: Mapping[int, Solution], samples: int = COMPARED_SAMPLES) -> float:
+    def _square(self, solutions: Mapping[int, Solution]) -> float:
         """What solutions add to the squared error of the worst output."""
-        candidate = self.model.clone()
-        # What is only tried goes to no file.
-        context = replace(self.context, scratch=None)
-        targets = targets_of(candidate, 1, Change())
-        by_name = {target.name: target for target in targets}
-        write(candidate, [by_name[t.name] for t in self.targets], solutions, context)
+        return max(0.0, *self._added(solutions, COMPARED_SAMPLES))
+
+    def _mean_square(self, solutions: Mapping[int, Solution], samples: int) -> float:
+        """What they add on the mean of all outputs: a weight near one of them troubles no other."""
+        added = self._added(solutions, samples)
+        return max(math.fsum(added) / max(len(added), 1), 0.0)
+
+    def _added(self, solutions: Mapping[int, Solution], samples: int) -> list[float]:
+        """What solutions add to the squared relative L2 error of each output."""
+        candidate, targets, context = self._copy()
+        write(candidate, targets, solutions, context)
         if samples not in self._measures:
             compare = (self._judge or self.context).against(self.context.original, samples)
-            self._measures[samples] = compare, worst(compare(self.model)) ** 2
+            self._measures[samples] = compare, _squared(compare(self.model))
         compare, before = self._measures[samples]
-        return max(worst(compare(candidate)) ** 2 - before, 0.0)
+        return [now - was for now, was in zip(_squared(compare(candidate)), before, strict=True)]
+
+
+def _squared(outputs: Sequence[OutputError]) -> list[float]:
+    return [worst([output]) ** 2 for output in outputs]
+
+
+def _drop_unread(model: ir.Model) -> None:
+    """Remove initializers that nothing reads any more, as is done with what a pass leaves."""
+    for graph in all_graphs(model):
+        for name, value in list(graph.initializers.items()):
+            if not (value.uses() or value.is_graph_input() or value.is_graph_output()):
+                del graph.initializers[name]
 
 
 def _fits(gram: object, weight: np.ndarray) -> TypeGuard[Gram]:

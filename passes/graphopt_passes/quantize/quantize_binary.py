@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from graphopt.code_fields import fields_of
 from graphopt.contract import Bounds, Change, Context, Effect, Pass
-from graphopt.encoding import FIRST_OPSET, NODES_BYTES
+from graphopt.encoding import FIRST_OPSET, NODES_BYTES, SCALES_BYTES
 from graphopt.errors import SpecError
 from graphopt_passes.quantize.bases import sum_of_signs, ternary
 from graphopt_passes.quantize.cluster_weights import Clusters, estimates_of_clusters
@@ -151,7 +151,7 @@ class Signs:
         """Of signs and scales."""
         codes = fields_of(2)[0].stored_bytes(target.size)
         scales = 2 * target.rows * target.blocks_of(self.block)
-        return self.bases * (codes + scales) + (self.bases - 1) * NODES_BYTES // 2
+        return self.bases * (codes + scales + SCALES_BYTES) + (self.bases - 1) * NODES_BYTES // 2
 
     def solve(self, problem: Problem) -> Solution:
         """The weight as a sum of signs."""
@@ -179,7 +179,7 @@ class Ternary:
     def stored_bytes(self, target: Target) -> int:
         """Of codes and scales."""
         scales = 2 * target.rows * target.blocks_of(self.block)
-        return fields_of(3)[0].stored_bytes(target.size) + scales
+        return fields_of(3)[0].stored_bytes(target.size) + scales + SCALES_BYTES
 
     def solve(self, problem: Problem) -> Solution:
         """The weight in three numbers for each block."""
