@@ -265,9 +265,6 @@ class Encoding:
         """Put the nodes of all weights at the head of the graph."""
         if self._nodes:
             self.graph.insert_before(self.graph[0], self._nodes)
-        for node in self._nodes:
-            # A graph gives names to nodes that have none.
-            node.name = None
         self._nodes = []
 
     # -------------------------------------------------------------- steps
@@ -388,7 +385,8 @@ class Encoding:
     def _node(
         self, op_type: str, inputs: Sequence[ir.Value], dtype: ir.DataType, **attributes: int
     ) -> ir.Value:
-        node = ir.node(op_type, inputs, attributes)
+        # A graph gives names to nodes whose name is None.
+        node = ir.node(op_type, inputs, attributes, name="")
         (output,) = node.outputs
         output.name = self.names.new(_MADE)
         output.type = ir.TensorType(dtype)

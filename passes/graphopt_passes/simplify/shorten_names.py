@@ -47,7 +47,8 @@ class ShortenNames(Pass):
         for graph in graphs_and_functions(model):
             for node in graph:
                 if node.name:
-                    node.name = None
+                    # A graph gives names to nodes whose name is None.
+                    node.name = ""
                     change.count("name of a node dropped")
         return change
 
