@@ -12,6 +12,10 @@ All of it hangs on constants, so that onnxruntime folds it to one initializer wh
 model, and runs the kernels, the fusions and the speed of the unpacked model, with its memory. What
 becomes smaller is the file. With int8 numbers in the codebook and a DequantizeLinear behind, the
 folded initializer is the int8 weight of the integer kernels.
+
+A weight may also be few rows of numbers, and for each of its rows which of these it is:
+
+    weight = Gather<axis>(table, Cast<int32>(index)) * scales
 """
 
 from __future__ import annotations
@@ -189,6 +193,66 @@ def spread(blocks: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     return wide
 
 
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """A weight whose rows are multiples of fewer rows: numbers = table[index] * scales.
+
+    Attributes:
+        table: of the rank of the weight, with fewer entries along the axis.
+        index: integers of shape [rows]: which of the table's rows each is.
+        axis: of the weight, along which its rows lie.
+        scales: float32 of shape [rows]; None stands for 1.
+
+    Raises:
+        ValueError: the parts do not fit each other.
+    """
+
+    table: np.ndarray
+    index: np.ndarray
+    axis: int
+    scales: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.axis < self.table.ndim:
+            raise ValueError(f"no axis {self.axis} in a table of shape {self.table.shape}")
+        if self.index.ndim != 1 or not self.index.size:
+            raise ValueError(f"an index is of shape [rows], not {self.index.shape}")
+        if self.index.min() < 0 or self.index.max() >= self.table.shape[self.axis]:
+            raise ValueError("the index names rows that the table does not have")
+        if self.scales is not None and self.scales.shape != self.index.shape:
+            raise ValueError(f"{self.scales.shape} scales of {self.index.shape} rows")
+
+    @cached_property
+    def stored_index(self) -> np.ndarray:
+        """The index in the narrowest unsigned type that holds it."""
+        return self.index.astype(np.min_scalar_type(int(self.index.max())))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        shape = list(self.table.shape)
+        shape[self.axis] = len(self.index)
+        return tuple(shape)
+
+    @property
+    def scales_shape(self) -> tuple[int, ...]:
+        """In which scales broadcast to the weight."""
+        return tuple(size if axis == self.axis else 1 for axis, size in enumerate(self.shape))
+
+    @property
+    def stored_bytes(self) -> int:
+        """What the numbers take in the file; see `NODES_BYTES` for the nodes around them."""
+        scales = 0 if self.scales is None else self.scales.nbytes
+        return self.table.nbytes + self.stored_index.nbytes + scales
+
+    def numbers(self) -> np.ndarray:
+        """The weight: of the type of the table, or float32 where there are scales."""
+        rows = np.take(self.table, self.index, self.axis)
+        if self.scales is None:
+            return rows
+        return np.asarray(rows.astype(np.float32) * self.scales.reshape(self.scales_shape))
+
+
 # ------------------------------------------------------------------ what it costs
 
 
@@ -252,6 +316,21 @@ class Encoding:
         for other in others:
             first = self._node("Add", [first, other], _FLOAT)
         return self._last(first, dtype, narrows[0].codes.shape, name)
+
+    def repeated(self, rows: Rows, dtype: ir.DataType, name: str) -> ir.Value:
+        """A value that is a weight of shared rows; see `weight`."""
+        table, kind = self._constant(rows.table, "rows"), ir.DataType.from_numpy(rows.table.dtype)
+        stored = self._constant(rows.stored_index, "which")
+        index = self._node("Cast", [stored], ir.DataType.INT32, to=ir.DataType.INT32)
+        if rows.scales is not None and kind != _FLOAT:
+            # onnxruntime's CPU provider has no Mul of float16 that it could compute at load.
+            table, kind = self._node("Cast", [table], _FLOAT, to=_FLOAT), _FLOAT
+        along = {"axis": rows.axis} if rows.axis else {}
+        value = self._node("Gather", [table, index], kind, **along)
+        if rows.scales is not None:
+            scales = self._constant(rows.scales.reshape(rows.scales_shape), "scales")
+            value = self._node("Mul", [value, scales], kind)
+        return self._last(value, dtype, rows.shape, name)
 
     def _last(
         self, value: ir.Value, dtype: ir.DataType, shape: Sequence[int], name: str

@@ -13,10 +13,12 @@ from graphopt.packing import (
     FOLDED_BYTES_MAXIMUM,
     coded_values,
     constants_behind,
+    has_shared_rows,
     is_constant,
     is_narrow,
     nodes_behind,
     packed_weights,
+    repeats_rows,
 )
 from graphopt.reasons import INTEGER, MOVEMENT, around_of
 from graphopt.rewriting import constant_tensor, static_shape
@@ -92,7 +94,11 @@ def find_packed(graphs: Iterable[ir.Graph]) -> Packed:
         for value in ends
         if _elements(value) and not _is_view(value, ends)
     }
-    behind = {value: found for value, found in behind.items() if any(map(is_narrow, found))}
+    behind = {
+        value: found
+        for value, found in behind.items()
+        if any(map(is_narrow, found)) or has_shared_rows(value)
+    }
     numbers: dict[ir.Value, int] = {}
     for value, constants in behind.items():
         for constant in constants:
@@ -210,6 +216,9 @@ def _towards_codes(value: ir.Value) -> list[ir.Value]:
     node = value.producer()
     if node is None:
         return []
+    if repeats_rows(node):
+        # Which row it is, is no code of a number.
+        return []
     if is_onnx(node, "Gather"):
         return [v for v in node.inputs[1:] if v is not None]
     if is_onnx(node, "DequantizeLinear"):
@@ -240,8 +249,11 @@ def _book_of(node: ir.Node) -> ir.Value | None:
     """What a Gather looks up in: a codebook, also one that is spread over bytes of several codes.
 
     None where it is none, or where an index counts from the beginning of one of several codebooks.
+    Neither is a table of rows that a weight shares.
     """
     data, index = node.inputs
+    if repeats_rows(node):
+        return None
     maker = data.producer() if data is not None else None
     if maker is not None and is_onnx(maker, "Gather"):
         data = maker.inputs[0]

@@ -4,7 +4,8 @@ A rewrite that folded such nodes would store the wide form again and undo what a
 accuracy for, so every rewrite of constants asks `is_packed` first. Packed is what nodes that move,
 look up, add and scale make of constants alone, where narrow integers are among these: the forms
 that `graphopt.encoding` writes and any other of the kind. onnxruntime computes them when it loads
-the model, and a DequantizeLinear at each run.
+the model, and a DequantizeLinear at each run. Packed is also a Gather that repeats the rows of a
+constant, by an index that is stored narrow.
 
 Floats of 16 bits are packed where a Cast widens them, and numbers like others elsewhere.
 """
@@ -37,6 +38,8 @@ _NARROW = frozenset(
     }
 )
 _HALVES = frozenset({ir.DataType.BFLOAT16, ir.DataType.FLOAT16})
+_INDICES = frozenset({ir.DataType.UINT8, ir.DataType.UINT16, ir.DataType.UINT32})
+"""Types that no Gather takes as an index: a Cast widens what was stored narrow for it."""
 _MOVES = (
     "Concat",
     "Expand",
@@ -103,7 +106,56 @@ def is_packed(value: ir.Value | None) -> bool:
         # What nothing widens is a constant in another shape.
         return any(is_packed(use.node.outputs[0]) for use in value.uses() if use.idx == 0)
     leaves = constants_behind(value)
-    return leaves is not None and any(map(_are_codes, leaves))
+    if leaves is None:
+        return False
+    return any(map(_are_codes, leaves)) or _is_row_index(value) or has_shared_rows(value)
+
+
+def has_shared_rows(value: ir.Value) -> bool:
+    """Nodes make the value of constants alone, and one of them repeats rows; `repeats_rows`."""
+    return any(map(repeats_rows, nodes_behind(value) or ()))
+
+
+def repeats_rows(node: ir.Node) -> bool:
+    """A Gather of rows, by an index stored narrow, from a table smaller than what it makes.
+
+    What looks up single numbers in a vector is a codebook, and of integers a table of digits.
+    """
+    if not is_onnx(node, "Gather"):
+        return False
+    data, index = node.inputs
+    table, stored = _stored_table(data), _stored_index(index)
+    if table is None or stored is None or table.size < CODES_MINIMUM:
+        return False
+    shape, axis = table.shape.numpy(), node.attributes.get_int("axis", 0)
+    return 1 < len(shape) > axis >= -len(shape) and stored.size > shape[axis]
+
+
+def _is_row_index(value: ir.Value) -> bool:
+    """The index, stored narrow, of a Gather that makes a packed weight."""
+    return _stored_index(value) is not None and any(
+        is_packed(use.node.outputs[0])
+        for use in value.uses()
+        if use.idx == 1 and is_onnx(use.node, "Gather")
+    )
+
+
+def _stored_table(data: ir.Value | None) -> ir.TensorProtocol | None:
+    """A constant of floating point, or what a Cast makes another type of; else None."""
+    cast = data.producer() if data is not None else None
+    if cast is not None and is_onnx(cast, "Cast"):
+        data = cast.inputs[0]
+    tensor = _tensor_of(data) if data is not None and is_constant(data) else None
+    return tensor if tensor is not None and tensor.dtype.is_floating_point() else None
+
+
+def _stored_index(index: ir.Value | None) -> ir.TensorProtocol | None:
+    """The narrow integers that a Cast makes an index of; None for any other index."""
+    cast = index.producer() if index is not None else None
+    if cast is None or not is_onnx(cast, "Cast") or not is_constant(cast.inputs[0]):
+        return None
+    tensor = _tensor_of(cast.inputs[0])  # type: ignore[arg-type]
+    return tensor if tensor is not None and tensor.dtype in _INDICES else None
 
 
 def nodes_behind(value: ir.Value) -> list[ir.Node] | None:

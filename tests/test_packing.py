@@ -106,6 +106,68 @@ def test_codes_are_not_folded_where_it_would_save_bytes() -> None:
     assert [s.reason for s in change.skips] == ["it widens packed weights, which must stay packed"]
 
 
+ROWS = """
+agraph (float[8,16] x, float[4,16] t, uint8[8] q, float[8,1] s) => (float[A,B] y)
+{ i = Cast<to = 6>(q) v = Gather(t, i) w = Mul(v, s) y = Mul(x, w) }
+"""
+
+
+def steps_that_are_packed(text: str = ROWS, **initializers: np.ndarray) -> list[str]:
+    given = {
+        "t": np.ones((4, 16), np.float32),
+        "q": np.arange(8, dtype=np.uint8) % 4,
+        "s": np.ones((8, 1), np.float32),
+        **initializers,
+    }
+    model = parse(text, **given)
+    outputs = (output for node in model.graph for output in node.outputs)
+    return [output.name or "" for output in outputs if is_packed(output)]
+
+
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "uint32"])
+def test_rows_that_a_narrow_index_repeats_are_packed(kind: str) -> None:
+    index = (np.arange(8) % 4).astype(kind)
+
+    assert steps_that_are_packed(ROWS.replace("uint8", kind), q=index) == ["i", "v", "w"]
+
+
+def test_rows_along_another_axis_and_of_halves_are_packed() -> None:
+    across = ROWS.replace("Gather(t", "Gather<axis = -1>(t").replace("[4,16] t", "[16,4] t")
+    table = np.ones((16, 4), np.float32)
+    assert steps_that_are_packed(across.replace("[8,1]", "[1,8]"), t=table, s=table[:1, :1]) == [
+        "i",
+        "v",
+        "w",
+    ]
+    halves = ROWS.replace("float[4,16]", "float16[4,16]").replace("v =", "h = Cast<to = 1>(t) v =")
+    halves = halves.replace("Gather(t", "Gather(h")
+    assert steps_that_are_packed(halves, t=np.ones((4, 16), np.float16)) == ["i", "h", "v", "w"]
+
+
+@pytest.mark.parametrize(
+    ("text", "given"),
+    [
+        (ROWS.replace("uint8", "int32"), {"q": np.zeros(8, np.int32)}),
+        (ROWS.replace("[4,16]", "[8,16]"), {"t": np.ones((8, 16), np.float32)}),
+        (ROWS.replace("[4,16]", "[4,15]"), {"t": np.ones((4, 15), np.float32)}),
+        (ROWS.replace("float[4,16]", "int32[4,16]"), {"t": np.ones((4, 16), np.int32)}),
+        (ROWS.replace("Gather(t", "Gather<axis = 2>(t"), {}),
+        (ROWS.replace("Gather(t", "Gather(x"), {}),
+    ],
+    ids=["wide index", "no fewer rows", "few numbers", "integers", "no such axis", "an input"],
+)
+def test_other_lookups_are_not_packed(text: str, given: dict[str, np.ndarray]) -> None:
+    assert steps_that_are_packed(text, **given) == []
+
+
+def test_repeated_rows_are_not_folded() -> None:
+    given = {"t": np.ones((4, 16), np.float32), "q": np.zeros(8, np.uint8)}
+    model = parse(ROWS, **given, s=np.ones((8, 1), np.float32))
+    change = assert_unchanged(FoldConstants(), model)
+
+    assert [s.reason for s in change.skips] == ["it widens packed weights, which must stay packed"]
+
+
 @pytest.mark.parametrize(("more", "followed"), [(0, True), (1, False)])
 def test_long_chains_are_followed_no_further(more: int, followed: bool) -> None:
     """So that whoever asks about every node of a long graph takes no longer for each."""

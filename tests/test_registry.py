@@ -51,6 +51,7 @@ NOT_PASSES = {
     "misfit.py",
     "narrow_weights.py",
     "narrowing.py",
+    "near_rows.py",
     "no_change.py",
     "normalization.py",
     "number_formats.py",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import onnx_ir as ir
@@ -20,7 +20,7 @@ from graphopt.contract import Change, Context
 from graphopt.encoding import Encoding, Narrow, why_too_large
 from graphopt.observe import Question
 from graphopt.operators import all_graphs, is_onnx
-from graphopt.packing import is_packed
+from graphopt.packing import is_packed, repeats_rows
 from graphopt.rewriting import Names, constant_tensor, input_of, only_reader
 from graphopt_passes.fuse.misfit import Misfit
 from graphopt_passes.quantize.codebooks import Rounded, stored_scales
@@ -85,6 +85,13 @@ class Target:
         return tuple(map(int, tensor.shape.numpy()))
 
     @property
+    def dtype(self) -> ir.DataType:
+        """Of its numbers, as they are stored."""
+        tensor = stored_tensor(self.value)
+        assert tensor is not None
+        return tensor.dtype
+
+    @property
     def size(self) -> int:
         """How many numbers it has."""
         return math.prod(self.shape)
@@ -110,9 +117,12 @@ class Target:
     def _kept(self) -> Axes:
         return tuple(axis for axis in range(len(self.shape)) if axis not in self.shared)
 
-    def matrix(self) -> np.ndarray:
-        """The weight, float32 of shape [rows, inputs]."""
-        array = np.asarray(numbers_of(self.value), np.float32)
+    def matrix(self, dtype: type = np.float32) -> np.ndarray:
+        """The weight, float32 or of another type, of shape [rows, inputs]."""
+        return self.rows_of(np.asarray(numbers_of(self.value), dtype))
+
+    def rows_of(self, array: np.ndarray) -> np.ndarray:
+        """An array in the layout of the weight as a matrix of shape [rows, inputs]."""
         return np.ascontiguousarray(
             array.transpose(*self._kept, *self.shared).reshape(self.rows, self.inputs)
         )
@@ -122,6 +132,18 @@ class Target:
         order = (*self._kept, *self.shared)
         moved = matrix.reshape([self.shape[axis] for axis in order])
         return np.ascontiguousarray(moved.transpose(np.argsort(order)))
+
+    @property
+    def row_axis(self) -> int | None:
+        """Along which its rows lie; None where they lie along several, or where it is one row."""
+        axes = [axis for axis in self._kept if self.shape[axis] > 1]
+        return axes[0] if len(axes) == 1 else None
+
+    def stored_rows(self, rows: np.ndarray) -> np.ndarray:
+        """Rows of shape [N, inputs] in the layout of a weight that has N along `row_axis`."""
+        order = (*self._kept, *self.shared)
+        shape = [len(rows) if axis == self.row_axis else self.shape[axis] for axis in order]
+        return np.ascontiguousarray(rows.reshape(shape).transpose(np.argsort(order)))
 
     def blocks_of(self, inputs: int) -> int:
         """Into how many blocks of so many inputs a row can be cut; 1 where it cannot.
@@ -202,8 +224,9 @@ def _weights_in(graph: ir.Graph) -> Iterator[ir.Value]:
 
 
 def _are_scales(value: ir.Value) -> bool:
-    """Nodes that widen packed weights read it."""
-    return any(is_packed(output) for use in value.uses() for output in use.node.outputs)
+    """Nodes that widen packed weights read it, and not as rows that weights share."""
+    readers = (use.node for use in value.uses() if use.idx != 0 or not repeats_rows(use.node))
+    return any(is_packed(output) for node in readers for output in node.outputs)
 
 
 def _target(value: ir.Value, model: ir.Model) -> Target:
@@ -339,6 +362,17 @@ def write_narrow(target: Target, narrows: Sequence[Narrow], encoding: Encoding) 
         narrows: of its shape.
         encoding: of its graph.
     """
+    put(target, partial(encoding.total, narrows), encoding)
+
+
+def put(target: Target, make: Callable[[ir.DataType, str], ir.Value], encoding: Encoding) -> None:
+    """Put another value in the place of a float weight.
+
+    Args:
+        target: no integer one.
+        make: the value, of a type and a name.
+        encoding: of its graph.
+    """
     value, name, node = target.value, target.name, target.value.producer()
     tensor = stored_tensor(value)
     assert tensor is not None
@@ -346,7 +380,7 @@ def write_narrow(target: Target, narrows: Sequence[Narrow], encoding: Encoding) 
     if node is None:
         del encoding.graph.initializers[name]
     value.name = None
-    value.replace_all_uses_with(encoding.total(narrows, dtype, name))
+    value.replace_all_uses_with(make(dtype, name))
     remove_if_unread(node)
 
 

@@ -85,10 +85,17 @@ class Problem:
         """The same, with what the bias has to make good for."""
         if self.means is None:
             return solution
-        change = self.weight - solution.numbers()
-        return replace(
-            solution, shift=np.einsum("nk,nk->n", change, np.broadcast_to(self.means, change.shape))
-        )
+        return replace(solution, shift=self.shift(solution.numbers()))
+
+    def shift(self, numbers: np.ndarray) -> np.ndarray | None:
+        """What numbers in the place of the weight take from the mean of each row's output.
+
+        None where no bias can make good for it.
+        """
+        if self.means is None:
+            return None
+        change = self.weight - numbers
+        return np.asarray(np.einsum("nk,nk->n", change, np.broadcast_to(self.means, change.shape)))
 
 
 class Form(Protocol):
@@ -219,23 +226,8 @@ class Narrowing:
         return found
 
     def _problem(self, index: int, answers: Answers | None = None, shrinks: bool = True) -> Problem:
-        target, answers = self.targets[index], self._answers if answers is None else answers
-        weight = target.matrix()
-        asked = target.asked if answers else ()
-        grams = [gram for q in asked if _fits(gram := answers[q], weight)]
-        if not grams:
-            return Problem(target, weight, None, None)
-        gram = grams[0]
-        corrects = target.layer is not None and target.layer.can_correct_bias
-        moments = gram.covariance if corrects else np.sum([one.mean for one in grams], axis=0)
-        means = np.repeat(gram.means, len(weight) // len(gram.means), axis=0) if corrects else None
-        known = _for_rows(moments, len(weight))
-        if target.is_looked_up:
-            known = with_diagonal(known, LOOKED_UP)
-        damping = self._dampings.get(index)
-        if shrinks:
-            known = _shrunk(known, gram.rows) if damping is None else with_diagonal(known, damping)
-        return Problem(target, weight, known, means)
+        answers = self._answers if answers is None else answers
+        return problem_of(self.targets[index], answers, self._dampings.get(index), shrinks)
 
     def _solution(self, index: int, form: Form) -> Solution:
         key = index, form.label
@@ -425,6 +417,35 @@ def _drop_unread(model: ir.Model) -> None:
         for name, value in list(graph.initializers.items()):
             if not (value.uses() or value.is_graph_input() or value.is_graph_output()):
                 del graph.initializers[name]
+
+
+def problem_of(
+    target: Target, answers: Answers, damping: float | None = None, shrinks: bool = True
+) -> Problem:
+    """A weight, with what is known of its inputs.
+
+    Args:
+        target: the weight.
+        answers: to what targets ask; empty where there are no samples.
+        damping: share of the mean of the Gram's diagonal that is added to it; None shrinks it by
+            how many rows were seen.
+        shrinks: the Gram is changed at all.
+    """
+    weight = target.matrix()
+    asked = target.asked if answers else ()
+    grams = [gram for q in asked if _fits(gram := answers[q], weight)]
+    if not grams:
+        return Problem(target, weight, None, None)
+    gram = grams[0]
+    corrects = target.layer is not None and target.layer.can_correct_bias
+    moments = gram.covariance if corrects else np.sum([one.mean for one in grams], axis=0)
+    means = np.repeat(gram.means, len(weight) // len(gram.means), axis=0) if corrects else None
+    known = _for_rows(moments, len(weight))
+    if target.is_looked_up:
+        known = with_diagonal(known, LOOKED_UP)
+    if shrinks:
+        known = _shrunk(known, gram.rows) if damping is None else with_diagonal(known, damping)
+    return Problem(target, weight, known, means)
 
 
 def _fits(gram: object, weight: np.ndarray) -> TypeGuard[Gram]:

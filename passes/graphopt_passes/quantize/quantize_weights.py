@@ -18,7 +18,7 @@ from graphopt.content import read_array
 from graphopt.contract import Bounds, Change, Context, Effect, Pass
 from graphopt.observe import Answers
 from graphopt.operators import all_graphs, is_onnx, opset_of
-from graphopt.packing import FOLDED_BYTES_MAXIMUM, is_packed
+from graphopt.packing import FOLDED_BYTES_MAXIMUM, is_packed, repeats_rows
 from graphopt.rewriting import Names, constant_tensor, only_reader
 from graphopt.skeleton import INFERRED
 from graphopt.statistics import Gram
@@ -371,7 +371,8 @@ def _is_candidate(value: ir.Value, min_elements: int) -> bool:
         return False
     if len(tensor.shape) < 2:
         return False
-    return not all(is_packed(use.node.outputs[0]) for use in value.uses())
+    readers = (use.node for use in value.uses())
+    return not all(is_packed(node.outputs[0]) and not repeats_rows(node) for node in readers)
 
 
 def _packed_bytes(value: ir.Value, shared: Axes) -> int:
