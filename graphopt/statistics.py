@@ -334,6 +334,7 @@ class Gram:
         total: sum over rows of the outer product of each with itself, float64 of shape
             [group, inputs, inputs].
         sums: sum over rows, float64 of shape [group, inputs].
+        magnitudes: sum over rows of the magnitudes, the same.
         rows: how many rows there were.
         arrays: how many arrays there were.
     """
@@ -341,6 +342,7 @@ class Gram:
     patches: Patches | None = None
     total: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 0)))
     sums: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+    magnitudes: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
     rows: int = 0
     arrays: int = 0
 
@@ -352,10 +354,13 @@ class Gram:
             return
         outer = _outer(rows).astype(np.float64)
         sums = rows.sum(1, dtype=np.float64)
+        magnitudes = np.abs(rows).sum(1, dtype=np.float64)
         if self.rows:
             outer += self.total
             sums += self.sums
-        self.total, self.sums, self.rows = outer, sums, self.rows + rows.shape[1]
+            magnitudes += self.magnitudes
+        self.total, self.sums, self.magnitudes = outer, sums, magnitudes
+        self.rows += rows.shape[1]
 
     @property
     def mean(self) -> np.ndarray:
@@ -366,6 +371,11 @@ class Gram:
     def means(self) -> np.ndarray:
         """The means, float64 of shape [group, inputs]."""
         return np.asarray(self.sums / max(self.rows, 1))
+
+    @property
+    def mean_magnitudes(self) -> np.ndarray:
+        """The means of the magnitudes, float64 of shape [group, inputs]."""
+        return np.asarray(self.magnitudes / max(self.rows, 1))
 
     @property
     def covariance(self) -> np.ndarray:

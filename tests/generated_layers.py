@@ -181,6 +181,7 @@ FOCUS: dict[str, tuple[Step, ...]] = {
     "flatten-convs": (with_last_only(classifier),),
     "fuse-transpose": (with_last_only(channels_last),),
     "pad-channels": (with_last_only(narrow),),
+    "scale-channels": (with_last_only(scaled),),
     "smooth-activations": (with_last_only(scaled),),
 }
 

@@ -66,6 +66,8 @@ NOT_PASSES = {
     "rescaling.py",
     "retyping.py",
     "rounding.py",
+    "sources.py",
+    "stretches.py",
     "units.py",
     "views.py",
     "weights.py",

@@ -478,6 +478,8 @@ def test_the_gram_is_the_sum_of_outer_products(shape: tuple[int, ...], dtype: ty
         gram.total[0], sum(np.outer(r, r) for r in rows), rtol=1e-5, atol=1e-5
     )
     np.testing.assert_allclose(gram.sums[0], rows.sum(0), rtol=1e-5, atol=1e-5)
+    sizes = np.abs(rows).mean(0)
+    np.testing.assert_allclose(gram.mean_magnitudes[0], sizes, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(gram.mean[0], rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
     if len(rows) > 1:
         expected = np.cov(rows.T, bias=True).reshape(shape[-1], shape[-1])

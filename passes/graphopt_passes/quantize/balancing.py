@@ -14,7 +14,7 @@ rows of the user's data, for each exponent and for leaving everything as it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,67 +24,33 @@ from graphopt.contract import Change, Context
 from graphopt.observe import Answers, Question
 from graphopt.statistics import Rows, Spread
 from graphopt_passes.quantize.affine import affine_of
-from graphopt_passes.quantize.flows import Blocked, Flow, Order, Sink, Stop, flow_of
+from graphopt_passes.quantize.flows import Flow, Sink, Stop
 from graphopt_passes.quantize.layers import products
-from graphopt_passes.quantize.rescaling import Rescaling, Source, by_input, column_maxima
+from graphopt_passes.quantize.rescaling import Rescaling, by_input, column_maxima
 from graphopt_passes.quantize.rounding import HIGH as CODE_MAXIMUM
+from graphopt_passes.quantize.stretches import (
+    FACTOR_MAXIMUM,
+    FACTOR_MINIMUM,
+    Stretch,
+    rescale,
+    why_too_few,
+)
 
 EXPONENTS = (0.3, 0.5, 0.7, 0.85, 1.0)
 
 WORTHWHILE = 0.9
 """Factors are taken where they leave at most so much of the error."""
 
-ROUNDS_MAXIMUM = 20
-
-FACTOR_MINIMUM, FACTOR_MAXIMUM = 1e-2, 1e2
-"""Of one round."""
-
 ROWS_TRIED = 256
-
-ROWS_MINIMUM = 16
-"""With fewer, how their numbers happen to be rounded says more than how large they are."""
 
 LEAST = 1e-9
 """A squared error relative to the squared outputs: far below that of 8 bits."""
-
-
-@dataclass(frozen=True, eq=False)
-class Stretch:
-    """A source of channels, and all that they reach.
-
-    Attributes:
-        source: makes them.
-        flow: what they reach.
-    """
-
-    source: Source
-    flow: Flow
-
-
-def stretches_of(sources: Iterable[Source], order: Order, change: Change) -> list[Stretch]:
-    """Follow the channels of sources.
-
-    Args:
-        sources: in one graph.
-        order: of the graph.
-        change: is told where the channels must stay as they are, and why.
-    """
-    found = []
-    for source in sources:
-        try:
-            found.append(Stretch(source, flow_of(source.value, source.channels, order)))
-        except Blocked as reason:
-            change.skip(source.node, str(reason))
-    return found
 
 
 def balance(
     model: ir.Model, stretches: Sequence[Stretch], what: str, context: Context, change: Change
 ) -> None:
     """Divide the channels of each stretch by the factors that cost least, where that is worth it.
-
-    One changes the ranges and weights that another meets, so that they are tried until nothing is
-    worth it any more.
 
     Args:
         model: rewritten in place; the stretches are in its main graph.
@@ -96,39 +62,9 @@ def balance(
     if not stretches:
         return
     answers = context.observe(model, [q for s in stretches for q in _questions(s)])
-    done, left = Rescaling(), {}
-    changed: set[Source] = set()
-    for _ in range(ROUNDS_MAXIMUM):
-        found_any = False
-        for stretch in stretches:
-            factors = _best_factors(stretch, answers, done)
-            if isinstance(factors, str):
-                left[stretch.source] = factors
-                continue
-            after = done.divided(stretch.source, stretch.flow, factors)
-            if after is None:
-                left[stretch.source] = "float32 would not hold its weights"
-                continue
-            done, found_any = after, True
-            changed.add(stretch.source)
-        if not found_any:
-            break
-    _record(stretches, changed, left, what, change)
-    done.write(model, context)
-
-
-def _record(
-    stretches: Sequence[Stretch],
-    changed: set[Source],
-    left: Mapping[Source, str],
-    what: str,
-    change: Change,
-) -> None:
-    for stretch in stretches:
-        if stretch.source in changed:
-            change.count(f"{stretch.source.node.op_type} {what}")
-        else:
-            change.skip(stretch.source.node, left[stretch.source])
+    rescale(
+        model, stretches, lambda s, done: _best_factors(s, answers, done), what, context, change
+    )
 
 
 # ------------------------------------------------------------------ what is known of the values
@@ -301,9 +237,9 @@ def _what_is_seen(
     for sink in flow.sinks:
         rows = answers[sink.layer.ask("rows")]
         assert isinstance(rows, Rows)
-        count = rows.values.shape[1]
-        if count < ROWS_MINIMUM:
-            return f"the samples hold {count} rows of what it makes; it takes {ROWS_MINIMUM}"
+        too_few = why_too_few(rows.values.shape[1])
+        if too_few is not None:
+            return too_few
         extent = _extent(_input_of(sink), answers, done.of_inputs(sink.layer))
         if extent is not None:
             trials.append(Trial(sink, extent, rows, done))

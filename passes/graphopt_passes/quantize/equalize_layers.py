@@ -12,16 +12,16 @@ import onnx_ir as ir
 from graphopt.contract import Change, Context, Effect, Pass
 from graphopt.operators import is_onnx
 from graphopt.rewriting import why_too_old
-from graphopt_passes.quantize.balancing import (
+from graphopt_passes.quantize.balancing import balance
+from graphopt_passes.quantize.flows import FIRST_OPSET, PRODUCTS, Blocked, Order
+from graphopt_passes.quantize.rescaling import Rescaling, Source, column_maxima, product_source
+from graphopt_passes.quantize.stretches import (
     FACTOR_MAXIMUM,
     FACTOR_MINIMUM,
     ROUNDS_MAXIMUM,
     Stretch,
-    balance,
     stretches_of,
 )
-from graphopt_passes.quantize.flows import FIRST_OPSET, PRODUCTS, Blocked, Order
-from graphopt_passes.quantize.rescaling import Rescaling, Source, column_maxima, product_source
 
 LEVEL = 0.5
 """Factors that are all within so many powers of two of 1 are not worth writing."""
