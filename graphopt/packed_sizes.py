@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from graphopt.kernel_operands import KernelWeight, kernel_weights
 from graphopt.operators import is_onnx
 from graphopt.packing import (
     FOLDED_BYTES_MAXIMUM,
@@ -88,6 +90,7 @@ def find_packed(graphs: Iterable[ir.Graph]) -> Packed:
     A view of a packed weight, as the transposed table of a tied head, is no weight of its own.
     Neither is what has a shape that is not known, nor a bias of int32.
     """
+    graphs = list(graphs)
     ends = dict.fromkeys(value for graph in graphs for value in packed_weights(graph))
     behind = {
         value: [c for c in constants_behind(value) or () if _nbytes(c)]
@@ -99,15 +102,23 @@ def find_packed(graphs: Iterable[ir.Graph]) -> Packed:
         for value, found in behind.items()
         if any(map(is_narrow, found)) or has_shared_rows(value)
     }
-    numbers: dict[ir.Value, int] = {}
+    kernels = {
+        weight: [c for c in weight.constants() if _nbytes(c)] for weight in kernel_weights(graphs)
+    }
+    numbers: Counter[ir.Value] = Counter()
     for value, constants in behind.items():
-        for constant in constants:
-            numbers[constant] = numbers.get(constant, 0) + _elements(value)
+        numbers.update(dict.fromkeys(constants, _elements(value)))
+    for weight, constants in kernels.items():
+        numbers.update(dict.fromkeys(constants, weight.elements))
     bits = {constant: 8 * _nbytes(constant) / count for constant, count in numbers.items()}
-    weights = (
+    weights = [
         _packed_weight(value, {constant: bits[constant] for constant in constants})
         for value, constants in behind.items()
-    )
+    ]
+    weights += [
+        _kernel_weight(weight, {constant: bits[constant] for constant in constants})
+        for weight, constants in kernels.items()
+    ]
     return Packed(tuple(weights), frozenset(numbers))
 
 
@@ -138,6 +149,25 @@ def _packed_weight(value: ir.Value, bits: Mapping[ir.Value, float]) -> PackedWei
         levels=_levels(value),
         memory_bytes=_memory_bytes(value, widened, stored_bytes),
         widened=widened,
+    )
+
+
+def _kernel_weight(weight: KernelWeight, bits: Mapping[ir.Value, float]) -> PackedWeight:
+    """As `_packed_weight`, of a weight that operators read in codes.
+
+    Each product keeps a copy of the codes in an order of its own; all lookups share them.
+    """
+    copies = len(weight.products) + bool(weight.lookups)
+    return PackedWeight(
+        name=weight.codes.name or "",
+        dtype=weight.dtype.name.lower(),
+        shape=weight.shape,
+        stored_bytes=round(weight.elements * math.fsum(bits.values()) / 8),
+        bits_per_weight=math.fsum(bits.values()),
+        code_bits=bits[weight.codes],
+        levels=None,
+        memory_bytes=copies * _nbytes(weight.codes),
+        widened=BY_THE_KERNEL,
     )
 
 

@@ -21,7 +21,8 @@ from graphopt_passes.quantize.integer_weights import (
     searched_scales,
     stored_scales,
 )
-from graphopt_passes.quantize.kernel_weights import KernelIntegers, packed_blocks, why_no_kernel
+from graphopt_passes.quantize.kernel_nodes import packed_blocks
+from graphopt_passes.quantize.kernel_weights import KernelIntegers, why_no_kernel
 from graphopt_passes.quantize.narrow_weights import Target, targets_of
 from graphopt_passes.quantize.narrowing import Problem
 

@@ -22,10 +22,18 @@ from graphopt.contract import Context
 from graphopt.encoding import Encoding
 from graphopt.operators import is_onnx
 from graphopt.packing import is_constant
-from graphopt.rewriting import add_initializer, input_of, replace_value
+from graphopt.rewriting import add_initializer, input_of
 from graphopt.skeleton import INFERRED
 from graphopt_passes.quantize.codebooks import Rounded
 from graphopt_passes.quantize.integer_weights import Integers
+from graphopt_passes.quantize.kernel_nodes import (
+    DOMAIN,
+    VERSION,
+    packed_blocks,
+    product_node,
+    put_in_place,
+)
+from graphopt_passes.quantize.kernel_tables import why_no_lookup, write_table
 from graphopt_passes.quantize.layers import Layer, is_scaled
 from graphopt_passes.quantize.narrow_weights import Solution, Target, shift_bias
 from graphopt_passes.quantize.narrowing import Problem
@@ -35,8 +43,6 @@ FIRST_OPSETS = {2: 25, 4: 21, 8: 21}
 """By bits: from it on DequantizeLinear has blocks, and the type."""
 
 BLOCK_MINIMUM = 16
-
-DOMAIN, VERSION = "com.microsoft", 1
 
 _TYPES = {2: ir.DataType.INT2, 4: ir.DataType.INT4, 8: ir.DataType.INT8}
 _NUMPY = {2: ml_dtypes.int2, 4: ml_dtypes.int4, 8: np.int8}
@@ -48,22 +54,36 @@ class KernelIntegers(Integers):
 
     Attributes:
         accuracy_level: of MatMulNBits, written as such; 0 leaves standard operators.
+        looks_up: tables of Gather are for GatherBlockQuantized, beside an accuracy level. It was
+            tried on the CPU provider alone.
     """
 
     accuracy_level: int = 0
+    looks_up: bool = True
 
     def why_folded(self, target: Target) -> str | None:
         """Why a weight is widened at load; None where the kernel reads it."""
+        if target.is_looked_up:
+            return self._why_not_looked_up(target)
         reason = why_no_kernel(target)
         if reason is None and not self.accuracy_level and _comes_before_clip(target):
             return "Relu or Clip comes next: only accuracy-level=4 (or 1) gives it the kernel"
         return reason
+
+    def _why_not_looked_up(self, target: Target) -> str | None:
+        if not self.accuracy_level:
+            return "no standard operator looks codes up: only accuracy-level=4 (or 1) does"
+        if not self.looks_up:
+            return "codes are looked up on the CPU provider only"
+        return why_no_lookup(target, self.bits, self.block)
 
     def stored_bytes(self, target: Target) -> int:
         """Of codes and scales."""
         if self.why_folded(target) is not None:
             return super().stored_bytes(target)
         blocks = -(-target.inputs // self.block)
+        if target.is_looked_up:
+            return target.size * self.bits // 8 + 2 * target.rows * blocks
         inputs = self.block * blocks if self.accuracy_level else target.inputs
         return -(-target.rows * inputs * self.bits // 8) + 4 * target.rows * blocks
 
@@ -71,13 +91,15 @@ class KernelIntegers(Integers):
         """The weight in this form."""
         if self.why_folded(problem.target) is not None:
             return super().solve(problem)
-        form = Integers(self.bits, self.block, self.method, np.float32, pads=True)
+        # Those of tables are widened to the type of the table.
+        kind = np.float16 if problem.target.is_looked_up else np.float32
+        form = Integers(self.bits, self.block, self.method, kind, pads=True)
         return Solution((form.rounded(problem),), writer=self.write)
 
     def write(
         self, target: Target, solution: Solution, encoding: Encoding, context: Context
     ) -> None:
-        """Let the product read codes.
+        """Let the product, or all that reads a table, read codes.
 
         Args:
             target: that `why_folded` finds nothing against.
@@ -86,6 +108,10 @@ class KernelIntegers(Integers):
             context: keeps what is large.
         """
         (part,), layer, maker = solution.parts, target.layer, target.value.producer()
+        if target.is_looked_up:
+            level = self.accuracy_level
+            write_table(target, part, self.bits, self.block, level, encoding, context)
+            return
         assert layer is not None
         if solution.shift is not None and solution.shift.any():
             shift_bias(layer, solution.shift, encoding.names, context)
@@ -119,36 +145,16 @@ class KernelIntegers(Integers):
     def _write_kernel(
         self, layer: Layer, part: Rounded, encoding: Encoding, context: Context
     ) -> None:
-        """com.microsoft.MatMulNBits: bytes of [N, blocks, bytes of a block], low bits first."""
         node, names, graph = layer.node, encoding.names, encoding.graph
         name, (rows, inputs) = layer.weight.name or "weight", part.codes.shape
         packed = packed_blocks(part.codes, self.bits, self.block)
-        made = [
+        codes, scales = (
             context.initializer(graph, array, names.new(f"{name}_{what}"))
             for what, array in (("codes", packed), ("scales", part.scales))
-        ]
-        source, bias = node.inputs[0], input_of(node, 2)
-        ending = [] if bias is None else [None, None, bias]
-        kernel = ir.node(
-            "MatMulNBits",
-            [source, *made, *ending],
-            {
-                "K": inputs,
-                "N": rows,
-                "bits": self.bits,
-                "block_size": self.block,
-                "accuracy_level": self.accuracy_level,
-            },
-            domain=DOMAIN,
-            name=node.name,
         )
-        graph.insert_before(node, kernel)
-        old, (new,) = node.outputs[0], kernel.outputs
-        new.type, new.shape = old.type, old.shape
-        if not old.is_graph_output():
-            new.name, old.name = old.name, None
-        replace_value(old, new)
-        graph.remove(node, safe=True)
+        shape, level = (rows, inputs), self.accuracy_level
+        kernel = product_node(node, codes, scales, shape, self.bits, self.block, level)
+        put_in_place(node, kernel)
         graph.opset_imports.setdefault(DOMAIN, VERSION)
 
 
@@ -173,22 +179,3 @@ def _comes_before_clip(target: Target) -> bool:
     sums = [node for node in readers if is_onnx(node, "Add") and any(map(is_constant, node.inputs))]
     readers += [use.node for node in sums for use in node.outputs[0].uses()]
     return any(is_onnx(node, "Relu", "Clip") and node.outputs[0].uses() for node in readers)
-
-
-def packed_blocks(codes: np.ndarray, bits: int, block: int) -> np.ndarray:
-    """Codes as MatMulNBits reads them.
-
-    Args:
-        codes: uint8 of shape [N, K]; what stands for 0 is 2^(bits - 1).
-        bits: 2, 4 or 8.
-        block: of inputs.
-
-    Returns:
-        uint8 of shape [N, blocks, block * bits / 8].
-    """
-    rows, inputs = codes.shape
-    padded = np.pad(codes, ((0, 0), (0, -inputs % block)), constant_values=1 << (bits - 1))
-    together = 8 // bits
-    digits = padded.reshape(rows, -1, block // together, together)
-    shifts = np.arange(together, dtype=np.uint8) * np.uint8(bits)
-    return np.asarray((digits << shifts).sum(axis=-1), np.uint8)

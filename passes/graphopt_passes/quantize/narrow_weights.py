@@ -57,6 +57,7 @@ class Target:
         others: of a weight that more than one node reads, the products among these whose inputs
             are rows of its matrix and can be looked at.
         is_looked_up: a Gather reads it.
+        in_body: its graph is the body of an If, Loop or Scan.
     """
 
     value: ir.Value
@@ -66,6 +67,7 @@ class Target:
     is_integer: bool
     others: tuple[Question, ...] = ()
     is_looked_up: bool = False
+    in_body: bool = False
 
     @property
     def asked(self) -> tuple[Question, ...]:
@@ -259,7 +261,8 @@ def _target(value: ir.Value, model: ir.Model) -> Target:
     layer = _layer_of(value, reader, model)
     others = _others(value, shared, model) if layer is None and len(tensor.shape) == 2 else ()
     looked_up = any(is_onnx(use.node, "Gather") for use in value.uses())
-    return Target(value, role.operator, shared, layer, is_integer, others, looked_up)
+    in_body = graph_of(value) is not model.graph
+    return Target(value, role.operator, shared, layer, is_integer, others, looked_up, in_body)
 
 
 def _is_on_codes(node: ir.Node, weight: ir.Value) -> bool:

@@ -81,7 +81,7 @@ class QuantizeWeights(Pass):
 
     Fewer bits are packed, and also widened at load, unless `form=kernel` leaves the weights of
     MatMul and Gemm to MatMulNBits of onnxruntime's CPU provider, which keeps them narrow in memory
-    too. In 4 bits it takes a fifth of the time of float for one row (a token at a time), and more
+    too, and with an accuracy level tables of Gather to its GatherBlockQuantized. In 4 bits it takes a fifth of the time of float for one row (a token at a time), and more
     than float for a hundred. Its accuracy level is 4 by default: it rounds activations to int8, a
     scale for each block, which changes outputs by 3e-3 to 6e-3 of their size. At level 1 it
     computes in float32; for few rows that takes four times as long in 4 bits, and in 8 bits, for
@@ -107,10 +107,16 @@ class QuantizeWeights(Pass):
             for weights whose inputs the samples show, else "hqq".
         scales: how scales are stored that are folded at load. In float8 (e4m3) they take half as
             much: blocks of 16 then are better than blocks of 32 with float16, and no larger.
-        form: "load" widens when the model is loaded; "kernel" does so for weights that MatMulNBits
-            cannot read: tables of Gather, and whatever more than one node reads.
+        form: "load" widens when the model is loaded; "kernel" does so for weights that the kernels
+            cannot read: tables of Gather, unless there is an accuracy level, and what more than one
+            node reads.
         accuracy_level: of com.microsoft.MatMulNBits, which then is written itself: 4, or 1. 0
-            writes DequantizeLinear, of which onnxruntime makes it at load, at level 4.
+            writes DequantizeLinear, of which onnxruntime makes it at load, at level 4. With a level
+            tables of Gather are looked up in codes, by com.microsoft.GatherBlockQuantized of the
+            CPU provider. They take a fifth of the memory; 100 rows or more take 3 to 8 times as
+            long as those of floats, and an index out of bounds gives zeros, and is no error. A
+            table that is the head of a language model too is stored once, and multiplied with as it
+            is.
     """
 
     name: ClassVar[str] = "quantize-weights"
@@ -181,8 +187,10 @@ class QuantizeWeights(Pass):
                 targets.append(target)
         if not targets:
             return change
-        forms = [self._form(bits) for bits in self._choices(opset_of(model))]
-        probe = replace(self._form(8), bits=PROBED_BITS)
+        looks_up = context.provider == "cpu"
+        forms = [self._form(bits, looks_up) for bits in self._choices(opset_of(model))]
+        # No kernel has its bits.
+        probe = Integers(PROBED_BITS, self.block, self.method, self._scale_type)
         if isinstance(forms[0], KernelIntegers):
             reasons = Counter(filter(None, map(forms[0].why_folded, targets)))
             for reason, count in reasons.items():
@@ -199,11 +207,20 @@ class QuantizeWeights(Pass):
             return CHOSEN_BITS
         return tuple(b for b in KERNEL_BITS if self.accuracy_level or opset >= FIRST_OPSETS[b])
 
-    def _form(self, bits: int) -> Integers:
+    def _form(self, bits: int, looks_up: bool) -> Integers:
         if self.form == "kernel":
-            return KernelIntegers(bits, self.block, self.method, accuracy_level=self.accuracy_level)
-        kind = np.float16 if self.scales == "float16" else ml_dtypes.float8_e4m3fn
-        return Integers(bits, self.block, self.method, kind)
+            return KernelIntegers(
+                bits,
+                self.block,
+                self.method,
+                accuracy_level=self.accuracy_level,
+                looks_up=looks_up,
+            )
+        return Integers(bits, self.block, self.method, self._scale_type)
+
+    @property
+    def _scale_type(self) -> type:
+        return np.float16 if self.scales == "float16" else ml_dtypes.float8_e4m3fn
 
     # -------------------------------------------------------------- 8 bits
 

@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import onnx_ir as ir
 
+from graphopt.content import read_array
 from graphopt.contract import Change, Context, Effect, Pass
 from graphopt.errors import GraphoptError, did_you_mean
+from graphopt.kernel_operands import KernelWeight, kernel_weights
 from graphopt.operators import all_graphs
 from graphopt.packing import (
     coded_values,
@@ -19,8 +22,9 @@ from graphopt.packing import (
     nodes_behind,
     packed_weights,
 )
-from graphopt.rewriting import Names, become_initializer
+from graphopt.rewriting import Names, become_initializer, constant_tensor
 from graphopt.runtime import evaluate
+from graphopt_passes.quantize.plain_operands import why_codes_stay, write_plain
 from graphopt_passes.simplify.chains import remove_if_unread
 
 
@@ -38,6 +42,9 @@ class UnpackWeights(Pass):
     stay so: where a weight meets an activation that is quantized, its codes become an initializer
     of the integers that DequantizeLinear reads.
 
+    GatherBlockQuantized becomes a Gather of a table, bit for bit, and MatMulNBits a MatMul. Where
+    no lookup shares its weight, that of accuracy level 4 stays: it rounds activations, too.
+
     Attributes:
         only: names of the weights to unpack, as `graphopt inspect` tells them; none stands for all.
     """
@@ -52,6 +59,7 @@ class UnpackWeights(Pass):
         if not self.only:
             return None
         known = {name for value in _weights(model) for name in _names(value)}
+        known |= {w.codes.name for w in kernel_weights(all_graphs(model)) if w.codes.name}
         unknown = next((name for name in self.only if name not in known), None)
         if unknown is None:
             return None
@@ -60,6 +68,9 @@ class UnpackWeights(Pass):
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Unpack one weight after the other, so that no more than one is held in memory."""
         unpacking = _Unpacking(model, context)
+        for weight in kernel_weights(all_graphs(model)):
+            if not self.only or weight.codes.name in self.only:
+                unpacking.unpack_operand(weight)
         for value in list(_weights(model)):
             if not self.only or not _names(value).isdisjoint(self.only):
                 for end in _ends(value):
@@ -115,3 +126,22 @@ class _Unpacking:
             # A Split with another output that is read: onnxruntime crashes where one has no name.
             value.name = self._names.new(f"{name}_packed")
         self.change.count(f"weight unpacked to {tensor.dtype.name.lower()}")
+
+    def unpack_operand(self, weight: KernelWeight) -> None:
+        """Let standard operators take the place of those that read a weight in codes."""
+        reason = why_codes_stay(weight)
+        if reason is not None:
+            self.change.skip(weight.codes, reason)
+            return
+        scales = self._computed(weight.scales)
+        write_plain(weight, weight.numbers(scales), self._context, self._names)
+        self.change.count(f"weight unpacked to {ir.DataType.from_numpy(scales.dtype).name.lower()}")
+
+    def _computed(self, value: ir.Value) -> np.ndarray:
+        """A constant, or what nodes make of constants."""
+        tensor = constant_tensor(value)
+        if tensor is not None:
+            return read_array(tensor)
+        nodes = sorted(nodes_behind(value) or (), key=self._order.__getitem__)
+        (array,) = evaluate(nodes, [value], self._opsets)
+        return array

@@ -1,0 +1,174 @@
+"""Tables that onnxruntime's CPU provider looks up as they are stored, in 8, 4 or 2 bits.
+
+Its GatherBlockQuantized widens the rows that are asked for, and no others. A table that is the head
+of a language model too is stored once: MatMulNBits reads the bytes in another shape, of a Reshape
+that onnxruntime computes at load. In memory there are two of it then, both narrow, as MatMulNBits
+has an order of its own.
+
+Of rows that are looked up one by one it takes about the time of Gather, and of a hundred or more 3
+to 8 times as long. For an index out of bounds it gives zeros, where Gather is an error.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.contract import Context
+from graphopt.encoding import Encoding
+from graphopt.operators import is_onnx
+from graphopt.rewriting import add_initializer, input_of
+from graphopt.skeleton import INFERRED
+from graphopt_passes.quantize.codebooks import Rounded
+from graphopt_passes.quantize.kernel_nodes import (
+    DOMAIN,
+    VERSION,
+    lookup_node,
+    packed_rows,
+    product_node,
+    put_in_place,
+)
+from graphopt_passes.quantize.layers import is_scaled, stored_tensor
+from graphopt_passes.quantize.narrow_weights import Target, graph_of
+from graphopt_passes.simplify.chains import rank_of, remove_if_unread
+
+TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+"""Of tables that the kernel widens to."""
+
+
+def why_no_lookup(target: Target, bits: int, block: int) -> str | None:
+    """Why GatherBlockQuantized, with MatMulNBits, cannot read a table; None where they can.
+
+    Args:
+        target: that a Gather reads.
+        bits: of a code.
+        block: of inputs.
+    """
+    value = target.value
+    if target.in_body:
+        return "it is of the body of an If, Loop or Scan"
+    if len(target.shape) != 2:
+        return "the table that is looked up has not two dimensions"
+    if _dtype_of(value) not in TYPES:
+        return "tables that are looked up in codes are float or float16"
+    reasons = (_why_no_reader(use.node, use.idx, value) for use in value.uses())
+    reason = next(filter(None, reasons), None)
+    if reason is not None:
+        return reason
+    if target.inputs % block and _products_of(value):
+        return f"its head shares the codes, and {target.inputs} inputs are no blocks of {block}"
+    if target.inputs * bits % 8:
+        return f"a row of {target.inputs} codes of {bits} bits is no whole number of bytes"
+    return None
+
+
+def write_table(
+    target: Target,
+    part: Rounded,
+    bits: int,
+    block: int,
+    accuracy_level: int,
+    encoding: Encoding,
+    context: Context,
+) -> None:
+    """Let all that reads a table read codes, which get its name.
+
+    Args:
+        target: that `why_no_lookup` finds nothing against.
+        part: codes and scales of float16.
+        bits: of a code.
+        block: of inputs.
+        accuracy_level: of products with the table.
+        encoding: of the graph of the table.
+        context: keeps what is large.
+    """
+    value, name, graph = target.value, target.name, encoding.graph
+    maker, dtype, shape = value.producer(), _dtype_of(value), (target.rows, target.inputs)
+    lookups = [use.node for use in value.uses() if is_onnx(use.node, "Gather")]
+    products = _products_of(value)
+    if maker is None:
+        del graph.initializers[name]
+    value.name = None
+    codes = context.initializer(graph, packed_rows(part.codes, bits), name)
+    if dtype == ir.DataType.FLOAT:
+        scales = encoding.floats(part.scales)
+    else:
+        scales = context.initializer(graph, part.scales, encoding.names.new(f"{name}_scales"))
+    for node in lookups:
+        put_in_place(node, lookup_node(node, codes, scales, bits, block))
+    blocks = _in_blocks(codes, shape, bits, block, encoding) if products else codes
+    for node in products:
+        head = node.inputs[1]
+        kernel = product_node(node, blocks, scales, shape, bits, block, accuracy_level)
+        put_in_place(node, kernel)
+        # It may be the table transposed.
+        remove_if_unread(None if head is None else head.producer())
+    remove_if_unread(maker)
+    graph.opset_imports.setdefault(DOMAIN, VERSION)
+
+
+def _dtype_of(value: ir.Value) -> ir.DataType | None:
+    tensor = stored_tensor(value)
+    return value.dtype if value.dtype is not None or tensor is None else tensor.dtype
+
+
+# ------------------------------------------------------------------ what reads a table
+
+
+def _why_no_reader(node: ir.Node, index: int, table: ir.Value) -> str | None:
+    """Why a reader of the table cannot read codes; None where it can."""
+    if is_onnx(node, "Gather") and index == 0:
+        columns = node.attributes.get_int("axis", 0) % 2
+        return "a Gather looks up columns of it" if columns else None
+    if _turns(node):
+        uses = list(node.outputs[0].uses())
+        is_head = uses and not node.outputs[0].is_graph_output()
+        if is_head and all(is_onnx(use.node, "MatMul") and use.idx == 1 for use in uses):
+            reasons = (_why_no_product(use.node, table) for use in uses)
+            return next(filter(None, reasons), None)
+    if is_onnx(node, "Gemm") and index == 1 and node.attributes.get_int("transB", 0) != 0:
+        return _why_no_product(node, table)
+    return f"{node.op_type} reads it too"
+
+
+def _turns(node: ir.Node) -> bool:
+    """The node exchanges rows and columns of a matrix."""
+    return is_onnx(node, "Transpose") and node.attributes.get_ints("perm", (1, 0)) == (1, 0)
+
+
+def _why_no_product(node: ir.Node, table: ir.Value) -> str | None:
+    """Why MatMulNBits is none for a product with the rows of the table; None where it is."""
+    data, bias = node.inputs[0], input_of(node, 2)
+    if node.graph is not graph_of(table):
+        return "its head is in the body of an If, Loop or Scan"
+    if is_scaled(node) or node.attributes.get_int("transA", 0) != 0:
+        return "the Gemm of its head has transA, alpha or beta"
+    if bias is not None and rank_of(bias) != 1:
+        return "the bias of its head has more than one dimension"
+    if (rank_of(data) or 0) < 2:
+        return "its head multiplies a vector, or what has a rank that is not known"
+    return None
+
+
+def _products_of(table: ir.Value) -> list[ir.Node]:
+    """The products with the rows of the table, each once."""
+    found = dict.fromkeys(use.node for use in table.uses() if is_onnx(use.node, "Gemm"))
+    for turned in (use.node.outputs[0] for use in table.uses() if _turns(use.node)):
+        found.update(dict.fromkeys(use.node for use in turned.uses()))
+    return list(found)
+
+
+def _in_blocks(
+    codes: ir.Value, shape: tuple[int, int], bits: int, block: int, encoding: Encoding
+) -> ir.Value:
+    """The same bytes as MatMulNBits reads them, made at the head of the graph."""
+    graph, names = encoding.graph, encoding.names
+    name = names.new(f"{codes.name}_blocks")
+    dims = np.array([shape[0], shape[1] // block, block * bits // 8], np.int64)
+    to = add_initializer(graph, dims, names.new(f"{name}_shape"))
+    made = ir.node("Reshape", [codes, to], name=name)
+    (output,) = made.outputs
+    output.name, output.type = name, ir.TensorType(ir.DataType.UINT8)
+    output.meta[INFERRED] = True
+    graph.insert_before(graph[0], made)
+    return output
