@@ -81,11 +81,12 @@ class QuantizeWeights(Pass):
 
     Fewer bits are packed, and also widened at load, unless `form=kernel` leaves the weights of
     MatMul and Gemm to MatMulNBits of onnxruntime's CPU provider, which keeps them narrow in memory
-    too, and with an accuracy level tables of Gather to its GatherBlockQuantized. In 4 bits it takes a fifth of the time of float for one row (a token at a time), and more
+    too. In 4 bits it takes a fifth of the time of float for one row (a token at a time), and more
     than float for a hundred. Its accuracy level is 4 by default: it rounds activations to int8, a
     scale for each block, which changes outputs by 3e-3 to 6e-3 of their size. At level 1 it
     computes in float32; for few rows that takes four times as long in 4 bits, and in 8 bits, for
-    which there is no fast way, 3 to 20 times as long as float.
+    which there is no fast way, 3 to 20 times as long as float. Where a level is stated, tables of
+    Gather stay narrow in memory as well.
 
     Attributes:
         min_elements: smaller weights are not worth the nodes.
