@@ -1,11 +1,12 @@
 """Weights that onnxruntime's own operators read as they are stored: no node widens them.
 
-MatMulNBits multiplies with blocks of rows, and GatherBlockQuantized looks rows up. A weight that is
-both multiplied with and looked up is one constant, which a Reshape shows to MatMulNBits.
+MatMulNBits multiplies with rows in blocks, and GatherBlockQuantized looks rows up, in blocks or
+not. A weight that is both multiplied with and looked up is one constant, in blocks.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -13,7 +14,8 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.content import read_array
-from graphopt.packing import coded_operand, constants_behind, is_constant, nodes_behind
+from graphopt.operators import is_onnx
+from graphopt.packing import coded_operand, constants_behind, is_constant
 from graphopt.rewriting import constant_tensor, input_of
 
 _BYTES = ir.DataType.UINT8
@@ -27,8 +29,8 @@ class KernelWeight:
 
     Attributes:
         codes: the constant that holds them.
-        scales: what the nodes read, of shape [rows, blocks].
-        zero_points: what the nodes read; None where there are none.
+        scales: what the nodes read, or what that shows in another shape: [rows, blocks].
+        zero_points: likewise; None where there are none.
         shape: rows, and inputs of a row.
         dtype: of a code: uint2, uint4, uint8, or that of the constant, which counts from 0.
         block: inputs that share a scale.
@@ -80,7 +82,7 @@ class KernelWeight:
             digits = stored.reshape(rows, -1, 1) >> each & np.uint8((1 << self.bits) - 1)
             codes = digits.reshape(rows, -1)[:, :inputs].astype(np.int16) - (1 << (self.bits - 1))
         else:
-            codes = stored.astype(np.int16)
+            codes = stored.reshape(rows, -1).astype(np.int16)
         blocks = scales.reshape(rows, -1).astype(np.float32)
         wide = np.repeat(blocks, self.block, axis=1)[:, :inputs]
         return np.asarray((codes * wide).astype(scales.dtype))
@@ -105,8 +107,7 @@ def kernel_weights(graphs: Iterable[ir.Graph]) -> list[KernelWeight]:
 
 
 def _weight_of(node: ir.Node) -> Iterator[KernelWeight]:
-    codes, scales, zero_points = _operands(node)
-    stored = None if codes is None else _stored(codes)
+    stored, scales, zero_points = map(_reshaped, _operands(node))
     tensor, stated = constant_tensor(stored), node.attributes
     if stored is None or scales is None or tensor is None:
         return
@@ -119,9 +120,11 @@ def _weight_of(node: ir.Node) -> Iterator[KernelWeight]:
         return
     together = tensor.dtype.bitwidth // dtype.bitwidth
     dims = tuple(map(int, tensor.shape.numpy()))
-    last = stated.get_int("quantize_axis", 1) % len(dims) == len(dims) - 1
-    if len(dims) == 2 and last and stated.get_int("gather_axis", 0) % 2 == 0:
-        shape = dims[0], dims[1] * together
+    last, rank = dims[-1] * together, len(dims)
+    in_rows = stated.get_int("gather_axis", 0) % rank == 0
+    in_rows = in_rows and stated.get_int("quantize_axis", 1) % rank == rank - 1
+    if in_rows and (rank == 2 or (rank == 3 and last == block)):
+        shape = dims[0], math.prod(dims[1:]) * together
         yield KernelWeight(stored, scales, zero_points, shape, dtype, block, (node,), ())
 
 
@@ -130,9 +133,10 @@ def _operands(node: ir.Node) -> tuple[ir.Value | None, ir.Value | None, ir.Value
     return coded_operand(node), input_of(node, 2), input_of(node, 3)
 
 
-def _stored(codes: ir.Value) -> ir.Value | None:
-    """The constant that a value shows in this shape or another; None where there is none."""
-    for node in nodes_behind(codes) or ():
-        if node.inputs[0] is not None and is_constant(node.inputs[0]):
-            return node.inputs[0]
-    return codes if is_constant(codes) else None
+def _reshaped(value: ir.Value | None) -> ir.Value | None:
+    """What a value shows, in this shape or another."""
+    node = value.producer() if value is not None else None
+    while node is not None and is_onnx(node, "Reshape"):
+        value = node.inputs[0]
+        node = value.producer() if value is not None else None
+    return value

@@ -212,7 +212,9 @@ def coded_operand(node: ir.Node) -> ir.Value | None:
 
 
 def _is_operand(value: ir.Value) -> bool:
-    return any(coded_operand(use.node) is value for use in value.uses())
+    """Codes, or their scales."""
+    readers = (use.node for use in value.uses() if coded_operand(use.node) is not None)
+    return any(value in (coded_operand(node), node.inputs[2]) for node in readers)
 
 
 def is_beside_codes(value: ir.Value) -> bool:

@@ -3,7 +3,7 @@
 MatMulNBits multiplies with a weight, and GatherBlockQuantized looks rows of it up:
 
     y = x W^T      codes are uint8 of shape [N, blocks, block * bits / 8]
-    y = W[index]   codes are uint8 of shape [N, K * bits / 8]
+    y = W[index]   codes are uint8 of shape [N, K * bits / 8], or in blocks, as y then is
 
 Both have W = (code - 2^(bits - 1)) * scale, with a scale for each block of a row, and codes that
 begin in the low bits of a byte. Where blocks divide a row, they read the same bytes.
@@ -62,15 +62,16 @@ def lookup_node(node: ir.Node, codes: ir.Value, scales: ir.Value, bits: int, blo
 
     Args:
         node: of a table of two dimensions.
-        codes: see `packed_rows`.
-        scales: of shape [N, blocks], and the type of the table.
+        codes: see `packed_rows`; or `packed_blocks`, which gives rows in blocks.
+        scales: of shape [N, blocks], for blocks [N, blocks, 1], and the type of the table.
         bits: of a code.
         block: of inputs.
     """
+    last = 1 if codes.shape is None else len(codes.shape) - 1
     return ir.node(
         "GatherBlockQuantized",
         [codes, node.inputs[1], scales],
-        {"bits": bits, "block_size": block, "gather_axis": 0, "quantize_axis": 1},
+        {"bits": bits, "block_size": block, "gather_axis": 0, "quantize_axis": last},
         domain=DOMAIN,
         name=node.name,
     )

@@ -1,9 +1,10 @@
 """Tables that onnxruntime's CPU provider looks up as they are stored, in 8, 4 or 2 bits.
 
 Its GatherBlockQuantized widens the rows that are asked for, and no others. A table that is the head
-of a language model too is stored once: MatMulNBits reads the bytes in another shape, of a Reshape
-that onnxruntime computes at load. In memory there are two of it then, both narrow, as MatMulNBits
-has an order of its own.
+of a language model too is stored once, in the blocks in which MatMulNBits reads it. The rows then
+come in blocks, and get their shape by a Reshape. (A Reshape of the table would take its size once
+more, as onnxruntime keeps what it reads and what it makes.) In memory there are two of it, both
+narrow, as MatMulNBits has an order of its own.
 
 Of rows that are looked up one by one it takes about the time of Gather, and of a hundred or more 3
 to 8 times as long. For an index out of bounds it gives zeros, where Gather is an error.
@@ -24,6 +25,7 @@ from graphopt_passes.quantize.kernel_nodes import (
     DOMAIN,
     VERSION,
     lookup_node,
+    packed_blocks,
     packed_rows,
     product_node,
     put_in_place,
@@ -55,11 +57,24 @@ def why_no_lookup(target: Target, bits: int, block: int) -> str | None:
     reason = next(filter(None, reasons), None)
     if reason is not None:
         return reason
-    if target.inputs % block and _products_of(value):
+    products = _products_of(value)
+    if products and any(rank_of(node.inputs[1]) is None for node in _lookups_of(value)):
+        return "its head shares the codes, and the rank of what looks them up is not known"
+    if products and target.inputs % block:
         return f"its head shares the codes, and {target.inputs} inputs are no blocks of {block}"
     if target.inputs * bits % 8:
         return f"a row of {target.inputs} codes of {bits} bits is no whole number of bytes"
     return None
+
+
+def scale_type_of(target: Target) -> type[np.floating]:
+    """Of scales in the file.
+
+    Those of a product are constants of its type: beside others, which nodes make and onnxruntime
+    was told not to fold, MatMulNBits (1.32) gives wrong numbers at accuracy level 4.
+    """
+    is_wide = _dtype_of(target.value) == ir.DataType.FLOAT and _products_of(target.value)
+    return np.float32 if is_wide else np.float16
 
 
 def write_table(
@@ -75,7 +90,7 @@ def write_table(
 
     Args:
         target: that `why_no_lookup` finds nothing against.
-        part: codes and scales of float16.
+        part: with scales of `scale_type_of`.
         bits: of a code.
         block: of inputs.
         accuracy_level: of products with the table.
@@ -84,22 +99,27 @@ def write_table(
     """
     value, name, graph = target.value, target.name, encoding.graph
     maker, dtype, shape = value.producer(), _dtype_of(value), (target.rows, target.inputs)
-    lookups = [use.node for use in value.uses() if is_onnx(use.node, "Gather")]
-    products = _products_of(value)
+    lookups, products = _lookups_of(value), _products_of(value)
     if maker is None:
         del graph.initializers[name]
     value.name = None
-    codes = context.initializer(graph, packed_rows(part.codes, bits), name)
+    packed = packed_blocks(part.codes, bits, block) if products else packed_rows(part.codes, bits)
+    codes = context.initializer(graph, packed, name)
     if dtype == ir.DataType.FLOAT:
         scales = encoding.floats(part.scales)
     else:
         scales = context.initializer(graph, part.scales, encoding.names.new(f"{name}_scales"))
-    for node in lookups:
-        put_in_place(node, lookup_node(node, codes, scales, bits, block))
-    blocks = _in_blocks(codes, shape, bits, block, encoding) if products else codes
+    if products:
+        of_blocks = _scales_of_blocks(scales, part.scales.shape, encoding)
+        for node in lookups:
+            kernel = lookup_node(node, codes, of_blocks, bits, block)
+            _put_blocks_in_place(node, kernel, shape, block, encoding)
+    else:
+        for node in lookups:
+            put_in_place(node, lookup_node(node, codes, scales, bits, block))
     for node in products:
         head = node.inputs[1]
-        kernel = product_node(node, blocks, scales, shape, bits, block, accuracy_level)
+        kernel = product_node(node, codes, scales, shape, bits, block, accuracy_level)
         put_in_place(node, kernel)
         # It may be the table transposed.
         remove_if_unread(None if head is None else head.producer())
@@ -158,17 +178,43 @@ def _products_of(table: ir.Value) -> list[ir.Node]:
     return list(found)
 
 
-def _in_blocks(
-    codes: ir.Value, shape: tuple[int, int], bits: int, block: int, encoding: Encoding
-) -> ir.Value:
-    """The same bytes as MatMulNBits reads them, made at the head of the graph."""
-    graph, names = encoding.graph, encoding.names
-    name = names.new(f"{codes.name}_blocks")
-    dims = np.array([shape[0], shape[1] // block, block * bits // 8], np.int64)
-    to = add_initializer(graph, dims, names.new(f"{name}_shape"))
-    made = ir.node("Reshape", [codes, to], name=name)
+def _lookups_of(table: ir.Value) -> list[ir.Node]:
+    return [use.node for use in table.uses() if is_onnx(use.node, "Gather")]
+
+
+# ------------------------------------------------------------------ rows in blocks
+
+
+def _scales_of_blocks(scales: ir.Value, shape: tuple[int, ...], encoding: Encoding) -> ir.Value:
+    """Scales as rows in blocks have them, of shape [rows, blocks, 1]."""
+    made = _reshaped(scales, (*shape, 1), encoding)
+    encoding.graph.insert_before(encoding.graph[0], made)
+    return made.outputs[0]
+
+
+def _put_blocks_in_place(
+    node: ir.Node, kernel: ir.Node, shape: tuple[int, int], block: int, encoding: Encoding
+) -> None:
+    """Let rows in blocks, put together, take the place of a lookup."""
+    assert isinstance(node.graph, ir.Graph)
+    node.graph.insert_before(node, kernel)
+    (rows,), before = kernel.outputs, rank_of(node.inputs[1]) or 0
+    rows.name = encoding.names.new(f"{node.outputs[0].name}_blocks")
+    rows.type = node.outputs[0].type
+    known = node.outputs[0].shape
+    if known is not None:
+        rows.shape = ir.Shape([*known.dims[:-1], shape[1] // block, block])
+    # Each dimension of the index is taken over.
+    put_in_place(node, _reshaped(rows, (0,) * before + (shape[1],), encoding))
+
+
+def _reshaped(value: ir.Value, shape: tuple[int, ...], encoding: Encoding) -> ir.Node:
+    """A Reshape, in no graph yet."""
+    name = encoding.names.new(f"{value.name}_shaped")
+    dims = np.array(shape, np.int64)
+    to = add_initializer(encoding.graph, dims, encoding.names.new(f"{name}_shape"))
+    made = ir.node("Reshape", [value, to], name=name)
     (output,) = made.outputs
-    output.name, output.type = name, ir.TensorType(ir.DataType.UINT8)
+    output.name, output.type = name, value.type
     output.meta[INFERRED] = True
-    graph.insert_before(graph[0], made)
-    return output
+    return made

@@ -33,7 +33,7 @@ from graphopt_passes.quantize.kernel_nodes import (
     product_node,
     put_in_place,
 )
-from graphopt_passes.quantize.kernel_tables import why_no_lookup, write_table
+from graphopt_passes.quantize.kernel_tables import scale_type_of, why_no_lookup, write_table
 from graphopt_passes.quantize.layers import Layer, is_scaled
 from graphopt_passes.quantize.narrow_weights import Solution, Target, shift_bias
 from graphopt_passes.quantize.narrowing import Problem
@@ -83,7 +83,8 @@ class KernelIntegers(Integers):
             return super().stored_bytes(target)
         blocks = -(-target.inputs // self.block)
         if target.is_looked_up:
-            return target.size * self.bits // 8 + 2 * target.rows * blocks
+            scales = target.rows * blocks * np.dtype(scale_type_of(target)).itemsize
+            return target.size * self.bits // 8 + scales
         inputs = self.block * blocks if self.accuracy_level else target.inputs
         return -(-target.rows * inputs * self.bits // 8) + 4 * target.rows * blocks
 
@@ -91,8 +92,8 @@ class KernelIntegers(Integers):
         """The weight in this form."""
         if self.why_folded(problem.target) is not None:
             return super().solve(problem)
-        # Those of tables are widened to the type of the table.
-        kind = np.float16 if problem.target.is_looked_up else np.float32
+        target = problem.target
+        kind = scale_type_of(target) if target.is_looked_up else np.float32
         form = Integers(self.bits, self.block, self.method, kind, pads=True)
         return Solution((form.rounded(problem),), writer=self.write)
 

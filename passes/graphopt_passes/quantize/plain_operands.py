@@ -11,7 +11,7 @@ from graphopt.packing import is_constant, nodes_behind
 from graphopt.rewriting import Names, input_of
 from graphopt.skeleton import INFERRED
 from graphopt_passes.quantize.kernel_nodes import put_in_place
-from graphopt_passes.simplify.chains import remove_if_unread
+from graphopt_passes.simplify.chains import rank_of, remove_if_unread
 
 ROUNDS_ACTIVATIONS = 4
 """The accuracy level of MatMulNBits at which it does."""
@@ -30,10 +30,12 @@ def why_codes_stay(weight: KernelWeight) -> str | None:
         return "its scales are computed in every run"
     if weight.codes.producer() is not None:
         return "its codes are no initializer"
+    if any(_is_in_blocks(node) and rank_of(node.inputs[1]) is None for node in weight.lookups):
+        return "the rank of what looks it up is not known"
     if any(input_of(node, GROUPS) is not None for node in weight.products):
         return "its inputs are in groups of an order of their own"
     levels = {node.attributes.get_int("accuracy_level", 0) for node in weight.products}
-    if ROUNDS_ACTIVATIONS in levels and not weight.lookups:
+    if ROUNDS_ACTIVATIONS in levels:
         return f"accuracy level {ROUNDS_ACTIVATIONS} rounds activations, which MatMul does not"
     return None
 
@@ -54,7 +56,7 @@ def write_plain(weight: KernelWeight, numbers: np.ndarray, context: Context, nam
     plain = context.initializer(graph, stored, names.new(f"{name}_plain"))
     operands = [value for node in weight.nodes for value in node.inputs if value is not None]
     for node in weight.lookups:
-        put_in_place(node, ir.node("Gather", [plain, node.inputs[1]], name=node.name))
+        _put_lookup(node, plain, weight, context, names)
     if weight.products:
         factor = _transposed(plain, graph, names) if weight.lookups else plain
     for node in weight.products:
@@ -75,6 +77,30 @@ def _transposed(table: ir.Value, graph: ir.Graph, names: Names) -> ir.Value:
     output.meta[INFERRED] = True
     graph.insert_before(graph[0], made)
     return output
+
+
+def _is_in_blocks(node: ir.Node) -> bool:
+    """Rows come in blocks, as codes are stored."""
+    return rank_of(node.inputs[0]) == 3
+
+
+def _put_lookup(
+    node: ir.Node, table: ir.Value, weight: KernelWeight, context: Context, names: Names
+) -> None:
+    """Gather, and Reshape where rows are in blocks."""
+    gather = ir.node("Gather", [table, node.inputs[1]], name=node.name)
+    if not _is_in_blocks(node):
+        put_in_place(node, gather)
+        return
+    assert isinstance(node.graph, ir.Graph) and isinstance(table.graph, ir.Graph)
+    (rows,), before = gather.outputs, rank_of(node.inputs[1]) or 0
+    rows.name, rows.type = names.new(f"{node.outputs[0].name}_rows"), table.type
+    rows.meta[INFERRED] = True
+    node.graph.insert_before(node, gather)
+    # Each dimension of the index is taken over.
+    dims = np.array([*(0,) * before, weight.shape[1] // weight.block, weight.block], np.int64)
+    to = context.initializer(table.graph, dims, names.new(f"{rows.name}_shape"))
+    put_in_place(node, ir.node("Reshape", [rows, to], name=names.new(f"{rows.name}_blocks")))
 
 
 def _put_product(node: ir.Node, factor: ir.Value, names: Names) -> None:

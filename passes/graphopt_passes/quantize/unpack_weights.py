@@ -42,8 +42,8 @@ class UnpackWeights(Pass):
     stay so: where a weight meets an activation that is quantized, its codes become an initializer
     of the integers that DequantizeLinear reads.
 
-    GatherBlockQuantized becomes a Gather of a table, bit for bit, and MatMulNBits a MatMul. Where
-    no lookup shares its weight, that of accuracy level 4 stays: it rounds activations, too.
+    GatherBlockQuantized becomes a Gather of a table, bit for bit, and MatMulNBits a MatMul. A
+    weight that is multiplied with at accuracy level 4 stays: that rounds activations, too.
 
     Attributes:
         only: names of the weights to unpack, as `graphopt inspect` tells them; none stands for all.
