@@ -89,7 +89,7 @@ class KernelWeight:
 
 
 def kernel_weights(graphs: Iterable[ir.Graph]) -> list[KernelWeight]:
-    """The weights of all graphs, in the order in which they are read first.
+    """The weights of all graphs, in the order in which they are read first; none that are empty.
 
     The same codes with other scales are another weight.
     """
@@ -103,7 +103,12 @@ def kernel_weights(graphs: Iterable[ir.Graph]) -> list[KernelWeight]:
                 products=found[key].products + weight.products,
             )
         found[key] = weight
-    return list(found.values())
+    return [w for w in found.values() if w.elements and _size(w.codes)]
+
+
+def _size(value: ir.Value) -> int:
+    tensor = constant_tensor(value)
+    return 0 if tensor is None else tensor.size
 
 
 def _weight_of(node: ir.Node) -> Iterator[KernelWeight]:
@@ -118,12 +123,13 @@ def _weight_of(node: ir.Node) -> Iterator[KernelWeight]:
         shape = stated.get_int("N", 0), stated.get_int("K", 0)
         yield KernelWeight(stored, scales, zero_points, shape, dtype, block, (), (node,))
         return
-    together = tensor.dtype.bitwidth // dtype.bitwidth
     dims = tuple(map(int, tensor.shape.numpy()))
-    last, rank = dims[-1] * together, len(dims)
-    in_rows = stated.get_int("gather_axis", 0) % rank == 0
-    in_rows = in_rows and stated.get_int("quantize_axis", 1) % rank == rank - 1
-    if in_rows and (rank == 2 or (rank == 3 and last == block)):
+    if len(dims) not in (2, 3):
+        return
+    together, last = tensor.dtype.bitwidth // dtype.bitwidth, len(dims) - 1
+    in_rows = stated.get_int("gather_axis", 0) % len(dims) == 0
+    in_rows = in_rows and stated.get_int("quantize_axis", 1) % len(dims) == last
+    if in_rows and (last == 1 or dims[last] * together == block):
         shape = dims[0], math.prod(dims[1:]) * together
         yield KernelWeight(stored, scales, zero_points, shape, dtype, block, (node,), ())
 

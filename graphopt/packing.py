@@ -208,13 +208,15 @@ def coded_values(value: ir.Value) -> list[ir.Value]:
 def coded_operand(node: ir.Node) -> ir.Value | None:
     """What an operator of onnxruntime's own reads in codes; None for other nodes."""
     index = _OPERANDS.get(node.op_type)
-    return None if index is None or node.domain != "com.microsoft" else node.inputs[index]
+    if index is None or node.domain != "com.microsoft" or index >= len(node.inputs):
+        return None
+    return node.inputs[index]
 
 
 def _is_operand(value: ir.Value) -> bool:
     """Codes, or their scales."""
     readers = (use.node for use in value.uses() if coded_operand(use.node) is not None)
-    return any(value in (coded_operand(node), node.inputs[2]) for node in readers)
+    return any(value in (coded_operand(node), *node.inputs[2:3]) for node in readers)
 
 
 def is_beside_codes(value: ir.Value) -> bool:

@@ -581,6 +581,33 @@ def test_tables_that_others_wrote(name: str) -> None:
     assert np.array_equal(run(model, Reference.AS_DEPLOYED, ids=IDS)["y"], before)
 
 
+@pytest.mark.parametrize(
+    "node",
+    [
+        "com.microsoft.GatherBlockQuantized(codes, ids, scales)",
+        "com.microsoft.GatherBlockQuantized<bits = 8, quantize_axis = 0>(codes, ids, scales)",
+        "com.microsoft.MatMulNBits<K = 0, N = 0>(ids, codes, scales)",
+        "com.microsoft.MatMulNBits(ids)",
+        "com.microsoft.MatMulNBits(ids, codes)",
+        "com.microsoft.GatherBlockQuantized(scales, ids, codes)",
+    ],
+)
+@pytest.mark.parametrize("shape", [(), (4,), (0, 16), (4, 16), (4, 2, 3), (2, 2, 2, 2)])
+def test_nodes_that_make_no_sense_stop_nobody_from_looking(
+    node: str, shape: tuple[int, ...]
+) -> None:
+    model = parse(
+        '<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>'
+        " agraph (int64[A] ids, uint8[4] codes, float[4] scales, float[8,8] w)"
+        f" => (float y, float z) {{ y = {node} z = Relu(w) }}",
+        codes=np.zeros(shape, np.uint8),
+        scales=numbers(4),
+        w=numbers(8, 8),
+    )
+    assert inspect_model(model).parameters >= 64
+    apply_pass(UNPACK, model)
+
+
 # ------------------------------------------------------------------ bytes
 
 

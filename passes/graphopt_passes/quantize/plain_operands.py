@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import onnx_ir as ir
 
 from graphopt.contract import Context
 from graphopt.kernel_operands import KernelWeight
 from graphopt.packing import is_constant, nodes_behind
-from graphopt.rewriting import Names, input_of
+from graphopt.rewriting import Names, input_of, static_shape
 from graphopt.skeleton import INFERRED
 from graphopt_passes.quantize.kernel_nodes import put_in_place
 from graphopt_passes.simplify.chains import rank_of, remove_if_unread
@@ -28,6 +30,10 @@ def why_codes_stay(weight: KernelWeight) -> str | None:
         return "it has zero points"
     if not is_constant(weight.scales) and nodes_behind(weight.scales) is None:
         return "its scales are computed in every run"
+    rows, inputs = weight.shape
+    shape = static_shape(weight.scales)
+    if not weight.block or shape is None or math.prod(shape) != rows * -(-inputs // weight.block):
+        return "it has not one scale for each block"
     if weight.codes.producer() is not None:
         return "its codes are no initializer"
     if any(_is_in_blocks(node) and rank_of(node.inputs[1]) is None for node in weight.lookups):
