@@ -13,11 +13,13 @@ from observed import observer
 from optimized import kernels
 
 import graphopt
-from graphopt.contract import Change, Context
+from graphopt.contract import Change, Context, Effect
 from graphopt.inspection import inspect_model
 from graphopt.kernel_operands import KernelWeight, kernel_weights
 from graphopt.operators import all_graphs
+from graphopt.registry import parse_passes, pass_class, pass_names
 from graphopt.runtime import Reference, Session
+from graphopt.skeleton import infer_shapes
 from graphopt.testing import apply_pass, assert_unchanged, canonical, parse
 from graphopt_passes.quantize.kernel_nodes import packed_blocks, packed_rows
 from graphopt_passes.quantize.quantize_weights import QuantizeWeights
@@ -25,6 +27,11 @@ from graphopt_passes.quantize.unpack_weights import UnpackWeights
 
 KERNEL = QuantizeWeights(bits=4, block=32, form="kernel", accuracy_level=4)
 UNPACK = UnpackWeights()
+LOSSLESS = [
+    name
+    for name in pass_names()
+    if pass_class(name).effect is not Effect.LOSSY and name != "unpack-weights"
+]
 IDS = np.array([[0, 3, -1], [159, -160, 3]], np.int64)
 
 
@@ -191,7 +198,8 @@ def test_what_the_ledger_expects_is_what_is_stored() -> None:
 def test_an_index_out_of_bounds_is_no_error_any_more() -> None:
     """As the docs of the option say; if this fails, they may say less."""
     model, _ = written(looked_up(160, 64))
-    assert not run(model, Reference.AS_DEPLOYED, ids=np.array([[160]]))["y"].any()
+    for index in (160, -161, 1 << 40, -(1 << 40)):
+        assert not run(model, Reference.AS_DEPLOYED, ids=np.array([[index]]))["y"].any()
 
 
 def test_several_lookups_also_in_a_body_share_a_table(tmp_path: Path) -> None:
@@ -411,6 +419,24 @@ def test_lossless_passes_leave_the_codes_alone(head: str | None, tmp_path: Path)
     loaded = graphopt.load(tmp_path / "saved.onnx")
     first, second = (run(m, Reference.AS_DEPLOYED, ids=IDS) for m in (model, loaded))
     assert all(np.array_equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("name", LOSSLESS)
+def test_every_lossless_pass_leaves_the_codes_alone(name: str) -> None:
+    for before in (looked_up(1000, 96), tied(), tied("Gemm", kind="float16")):
+        model, _ = written(before)
+        found, wanted = model.clone(), run(model, Reference.AS_DEPLOYED, ids=IDS)
+        infer_shapes(found)
+        (one,) = parse_passes(name)
+        context = Context(lambda given=model: given)  # type: ignore[misc]
+        if one.refuse(found, context) is None:
+            one.apply(found, context)
+
+        assert only(found).elements == only(model).elements
+        assert array_of(only(found).codes).tobytes() == array_of(only(model).codes).tobytes()
+        assert np.array_equal(array_of(only(found).scales), array_of(only(model).scales))
+        for key, array in run(found, Reference.AS_DEPLOYED, ids=IDS).items():
+            assert np.array_equal(array, wanted[key])
 
 
 def test_float16_throughout_leaves_the_codes_alone() -> None:

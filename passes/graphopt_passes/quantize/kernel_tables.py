@@ -6,8 +6,8 @@ come in blocks, and get their shape by a Reshape. (A Reshape of the table would 
 more, as onnxruntime keeps what it reads and what it makes.) In memory there are two of it, both
 narrow, as MatMulNBits has an order of its own.
 
-Of rows that are looked up one by one it takes about the time of Gather, and of a hundred or more 3
-to 8 times as long. For an index out of bounds it gives zeros, where Gather is an error.
+One row of 512 numbers takes it as long as Gather, and a hundred or a thousand 3 times as long in 4
+bits and 2 times in 8. For an index out of bounds it gives zeros, where Gather is an error.
 """
 
 from __future__ import annotations
