@@ -15,8 +15,11 @@ import onnx_ir as ir
 
 from graphopt.content import read_array
 from graphopt.operators import is_onnx
-from graphopt.packing import coded_operand, constants_behind, is_constant
+from graphopt.packing import constants_behind, is_constant
 from graphopt.rewriting import constant_tensor, input_of
+
+_CODES = {"GatherBlockQuantized": 0, "MatMulNBits": 1}
+"""Operators of com.microsoft, and the index of the codes that they read."""
 
 _BYTES = ir.DataType.UINT8
 _DTYPES = {2: ir.DataType.UINT2, 4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
@@ -135,8 +138,11 @@ def _weight_of(node: ir.Node) -> Iterator[KernelWeight]:
 
 
 def _operands(node: ir.Node) -> tuple[ir.Value | None, ir.Value | None, ir.Value | None]:
-    """Codes, scales and zero points, which have the same places in both operators but for codes."""
-    return coded_operand(node), input_of(node, 2), input_of(node, 3)
+    """Codes, scales and zero points; None of an operator that has none."""
+    index = _CODES.get(node.op_type)
+    if index is None or node.domain != "com.microsoft":
+        return None, None, None
+    return input_of(node, index), input_of(node, 2), input_of(node, 3)
 
 
 def _reshaped(value: ir.Value | None) -> ir.Value | None:

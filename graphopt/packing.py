@@ -9,8 +9,7 @@ constant, by an index that is stored narrow.
 
 Floats of 16 bits are packed where a Cast widens them, and numbers like others elsewhere.
 
-Operators of onnxruntime's own read codes as they are stored (`coded_operand`), and nodes that bring
-these into another shape stay too.
+Operators of onnxruntime's own read codes as they are stored; see `graphopt.kernel_operands`.
 """
 
 from __future__ import annotations
@@ -69,9 +68,6 @@ _DECODES = (
     "Where",
 )
 
-_OPERANDS = {"GatherBlockQuantized": 0, "MatMulNBits": 1}
-"""Operators of com.microsoft, and the index of the codes that they read."""
-
 FOLDED_BYTES_MAXIMUM = 1 << 30
 """onnxruntime computes no larger result at load (unless told to, by an option of the session)."""
 
@@ -110,8 +106,7 @@ def is_packed(value: ir.Value | None) -> bool:
         return True
     if is_onnx(node, *_MOVES) and is_constant(node.inputs[0]):
         # What nothing widens is a constant in another shape.
-        readers = [use.node for use in value.uses() if use.idx == 0]
-        return any(is_packed(reader.outputs[0]) for reader in readers) or _is_operand(value)
+        return any(is_packed(use.node.outputs[0]) for use in value.uses() if use.idx == 0)
     leaves = constants_behind(value)
     if leaves is None:
         return False
@@ -205,20 +200,6 @@ def coded_values(value: ir.Value) -> list[ir.Value]:
     return [v for v in read if v is not None]
 
 
-def coded_operand(node: ir.Node) -> ir.Value | None:
-    """What an operator of onnxruntime's own reads in codes; None for other nodes."""
-    index = _OPERANDS.get(node.op_type)
-    if index is None or node.domain != "com.microsoft" or index >= len(node.inputs):
-        return None
-    return node.inputs[index]
-
-
-def _is_operand(value: ir.Value) -> bool:
-    """Codes, or their scales."""
-    readers = (use.node for use in value.uses() if coded_operand(use.node) is not None)
-    return any(value in (coded_operand(node), *node.inputs[2:3]) for node in readers)
-
-
 def is_beside_codes(value: ir.Value) -> bool:
     """A node reads the value beside an activation that is quantized, as integer kernels do."""
     others = (v for use in value.uses() for v in use.node.inputs if v is not value)
@@ -285,7 +266,7 @@ def packed_weights(graph: ir.Graph) -> Iterator[ir.Value]:
     """
     for node in graph:
         for output in node.outputs:
-            if is_packed(output) and not _is_step(output) and not _is_operand(output):
+            if is_packed(output) and not _is_step(output):
                 yield output
 
 

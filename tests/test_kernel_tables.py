@@ -607,6 +607,33 @@ def test_tables_that_others_wrote(name: str) -> None:
     assert np.array_equal(run(model, Reference.AS_DEPLOYED, ids=IDS)["y"], before)
 
 
+def test_a_head_that_others_tied_by_a_reshape_of_the_codes() -> None:
+    rng = np.random.default_rng(0)
+    model = parse(
+        '<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>'
+        " agraph (int64[A,B] ids, uint8[160,32] codes, float[160,2] scales, int64[3] shape)"
+        " => (float[A,B,160] y) { e = com.microsoft.GatherBlockQuantized"
+        " <bits = 4, block_size = 32, gather_axis = 0, quantize_axis = 1> (codes, ids, scales)"
+        " b = Reshape(codes, shape) y = com.microsoft.MatMulNBits"
+        " <K = 64, N = 160, bits = 4, block_size = 32, accuracy_level = 1> (e, b, scales) }",
+        codes=rng.integers(0, 256, (160, 32)).astype(np.uint8),
+        scales=numbers(160, 2),
+        shape=np.array([160, 2, 16]),
+    )
+    (weight,) = inspect_model(model).packed
+    assert (weight.stored_bytes, weight.code_bits) == (160 * 32 + 4 * 160 * 2 + 24, 4.0)
+    before = run(model, Reference.AS_DEPLOYED, ids=IDS)["y"]
+
+    result = graphopt.optimize(model, recipe="basic", benchmark=False)
+    assert bytes_of(result.model)["codes"] == 160 * 32
+    unpacked = graphopt.optimize(result.model, passes=[UNPACK], benchmark=False)
+
+    assert [step.verdict for step in unpacked.steps] == ["kept"]
+    found = run(unpacked.model, Reference.AS_DEPLOYED, ids=IDS)["y"]
+    assert np.abs(found - before).max() <= 2e-6 * np.abs(before).max()
+    assert all(node.domain == "" for node in unpacked.model.graph)
+
+
 @pytest.mark.parametrize(
     "node",
     [
