@@ -319,6 +319,7 @@ class Encoding:
 
     def repeated(self, rows: Rows, dtype: ir.DataType, name: str) -> ir.Value:
         """A value that is a weight of shared rows; see `weight`."""
+        self.names.keep(name)
         table, kind = self._constant(rows.table, "rows"), ir.DataType.from_numpy(rows.table.dtype)
         stored = self._constant(rows.stored_index, "which")
         index = self._node("Cast", [stored], ir.DataType.INT32, to=ir.DataType.INT32)
@@ -328,7 +329,7 @@ class Encoding:
         along = {"axis": rows.axis} if rows.axis else {}
         value = self._node("Gather", [table, index], kind, **along)
         if rows.scales is not None:
-            scales = self._constant(rows.scales.reshape(rows.scales_shape), "scales")
+            scales = self._constant(rows.scales.reshape(rows.scales_shape), _SCALES)
             value = self._node("Mul", [value, scales], kind)
         return self._last(value, dtype, rows.shape, name)
 

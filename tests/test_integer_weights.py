@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from graphopt.contract import Change
+from graphopt.encoding import SCALES_BYTES
 from graphopt.skeleton import infer_shapes
 from graphopt.testing import parse
 from graphopt_passes.quantize.codebooks import nearest, squared_error
@@ -208,10 +209,13 @@ def test_more_bits_are_estimated_to_be_closer() -> None:
 @pytest.mark.parametrize(
     ("form", "stored_bytes"),
     [
-        (Integers(4, 32), 64 * 128 // 2 + 64 + 64 * 4 * 2),
-        (Integers(3, 32), 64 * 128 * 3 // 8 + 32 + 64 * 4 * 2),
-        (Integers(2, 0), 64 * 128 // 4 + 16 + 64 * 2),
-        (Integers(4, 16, scale_type=ml_dtypes.float8_e4m3fn), 64 * 128 // 2 + 64 + 64 * 8),
+        (Integers(4, 32), 64 * 128 // 2 + 64 + 64 * 4 * 2 + SCALES_BYTES),
+        (Integers(3, 32), 64 * 128 * 3 // 8 + 32 + 64 * 4 * 2 + SCALES_BYTES),
+        (Integers(2, 0), 64 * 128 // 4 + 16 + 64 * 2 + SCALES_BYTES),
+        (
+            Integers(4, 16, scale_type=ml_dtypes.float8_e4m3fn),
+            64 * 128 // 2 + 64 + 64 * 8 + SCALES_BYTES,
+        ),
         (KernelIntegers(4, 32), 64 * 128 // 2 + 64 * 4 * 4),
         (KernelIntegers(2, 128), 64 * 128 // 4 + 64 * 4),
     ],

@@ -68,7 +68,7 @@ INT8_CODEBOOK = Recipe(
             _READY,
             "quantize-static,quantize-dynamic",
             _TIDY,
-            "drop-metadata,cluster-weights{size=0.165,min-elements=512}",
+            "drop-metadata,shorten-names,cluster-weights{size=0.165,min-elements=512}",
         )
     ),
     repeat=True,
