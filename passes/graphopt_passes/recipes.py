@@ -79,7 +79,7 @@ SMALL = Recipe(
         "basic, then weights that share few values, as few as the error allows: the smallest file, "
         "at the speed and in the memory of the float model"
     ),
-    passes=f"{BASIC.passes},drop-metadata,cluster-weights{{error=0.1}}",
+    passes=f"{BASIC.passes},drop-metadata,shorten-names,cluster-weights{{error=0.1}}",
     repeat=True,
 )
 
