@@ -152,7 +152,9 @@ class Context:
             return self.index
         return NodeIndex(model)
 
-    def observe(self, model: ir.Model, questions: Iterable[Question]) -> Answers:
+    def observe(
+        self, model: ir.Model, questions: Iterable[Question], remembers: bool = True
+    ) -> Answers:
         """Statistics of named values of a model over all calibration samples.
 
         Memory does not grow with the number of samples, and what was asked before is remembered.
@@ -160,13 +162,14 @@ class Context:
         Args:
             model: the one given to `apply`, `original`, or any other of the same inputs.
             questions: see `graphopt.observe.Question`.
+            remembers: False for a model of which nothing will be asked again.
 
         Raises:
             SampleError: there are no samples, or the model does not run on one.
         """
         if self.observer is None:
             raise SampleError("there are no samples to observe the model on")
-        return self.observer(model, questions)
+        return self.observer(model, questions, remembers)
 
     def compare(
         self, first: ir.Model, second: ir.Model, samples_maximum: int

@@ -94,19 +94,22 @@ class Observer:
     _recordings: dict[str, Recording] = field(default_factory=dict)
     _apart: tuple[Observer, Observer] | None = None
 
-    def __call__(self, model: ir.Model, questions: Iterable[Question]) -> Answers:
+    def __call__(
+        self, model: ir.Model, questions: Iterable[Question], remembers: bool = True
+    ) -> Answers:
         """The statistics asked for, over all samples.
 
         Args:
             model: not modified. Its nodes and values may be named as the caller likes.
             questions: on values of the main graph: outputs of nodes, or inputs.
+            remembers: the answers, until the run ends; else the model is looked at anew.
 
         Raises:
             GraphoptError: the main graph has no such value, or it is no tensor; or onnxruntime does
                 not run the model.
         """
         asked = list(dict.fromkeys(questions))
-        known = self._known.setdefault(content_key(model), {})
+        known = self._known.setdefault(content_key(model), {}) if remembers else {}
         open_questions = [q for q in asked if q not in known]
         for wave in self._waves(model, open_questions):
             known.update(self._observe(model, wave))

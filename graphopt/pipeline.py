@@ -24,6 +24,9 @@ from graphopt.operators import (
 from graphopt.recipes import Plan
 from graphopt.skeleton import infer_shapes, known_shape
 
+MESSAGE_MAXIMUM = 300
+"""Characters of the message of a pass that raised an error."""
+
 logger = logging.getLogger("graphopt")
 
 _GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
@@ -138,9 +141,14 @@ class Pipeline:
         self.context.progress(one.name)
         before, self._latency_ratio = self.size, None
         change, verdict, reason = attempt(one)
+        tried = list[str]()
         while verdict == "rolled back" and (narrower := one.narrow()) is not None:
-            one = narrower
-            change, verdict, reason = attempt(one)
+            narrowed = attempt(narrower)
+            if narrowed[1] == "unchanged":
+                # So narrow that nothing is left to do: what is to be told is why more was not done.
+                break
+            tried.append(f"{one} was rolled back: {reason}")
+            one, (change, verdict, reason) = narrower, narrowed
         if verdict == "rolled back":
             logger.warning("%s was rolled back: %s", one, reason)
         if verdict == "rolled back" and self.strict:
@@ -160,7 +168,7 @@ class Pipeline:
             round=round_number,
             max_error=self.gate.budget_text(one) if one.effect is Effect.LOSSY else None,
             latency_ratio=self._latency_ratio,
-            notes=tuple(change.notes),
+            notes=(*tried, *change.notes),
         )
 
     def _apply(self, one: Pass) -> Outcome:
@@ -233,7 +241,7 @@ class Pipeline:
             reason = str(error)
         except Exception as error:  # a pass may be anyone's code: its faults belong in the ledger
             logger.debug("%s raised", one, exc_info=True)
-            reason = f"it raised {type(error).__name__}: {error}"
+            reason = f"it raised {type(error).__name__}: {_first_words(str(error))}"
         if reason is not None:
             self._spare = None
             return change, "rolled back", reason
@@ -244,6 +252,12 @@ class Pipeline:
         self._take(index)
         self._spare = None
         return change, "kept", None
+
+
+def _first_words(message: str) -> str:
+    """The message of an error, but for what goes on and on, as where it holds a whole graph."""
+    first = message.strip().split("\n", 1)[0]
+    return first if len(first) <= MESSAGE_MAXIMUM else f"{first[:MESSAGE_MAXIMUM]}..."
 
 
 def _are_lossy(passes: Sequence[Pass]) -> bool:

@@ -66,6 +66,7 @@ NOT_PASSES = {
     "recipes.py",
     "reductions.py",
     "regions.py",
+    "refitting.py",
     "rescaling.py",
     "retyping.py",
     "rounding.py",

@@ -26,6 +26,7 @@ from graphopt.validation import OutputError, worst
 from graphopt_passes.quantize.allocation import Choice, closest_within, smallest_within
 from graphopt_passes.quantize.codebooks import best_damping, squared_error, with_diagonal
 from graphopt_passes.quantize.narrow_weights import Solution, Target, targets_of, write
+from graphopt_passes.quantize.refitting import refit_layers
 
 COMPARED_SAMPLES, ALONE_SAMPLES = 32, 8
 """On so many samples at most errors are measured: of all weights, and at least of each alone."""
@@ -148,6 +149,7 @@ class Narrowing:
         foretells: what weights do is measured on samples that they are not rounded by, also where
             there is only one form. From these samples it follows too how much is added to a Gram's
             diagonal, for what the others do not show.
+        refits: weights that stay are fitted to what the others have become.
     """
 
     model: ir.Model
@@ -158,6 +160,7 @@ class Narrowing:
     change: Change
     targets: Sequence[Target]
     foretells: bool = False
+    refits: bool = False
     _judge: Context | None = None
     _dampings: dict[int, float] = field(default_factory=dict)
     _solutions: dict[tuple[int, str], Solution] = field(default_factory=dict)
@@ -172,7 +175,11 @@ class Narrowing:
             chosen = measuring._chosen(budget)
         if measuring is not self:
             measuring._foretell(chosen)
+        refits = self.refits and any(chosen) and self.has_samples
+        before = self.model.clone() if refits else self.model
         self._write(self.model, self.targets, chosen, self.context)
+        if refits:
+            refit_layers(self.model, before, self.context, self.change)
         for target, form in zip(self.targets, chosen, strict=True):
             if form is None:
                 self.change.skip(target.value, "it is smaller, or better, as it is")

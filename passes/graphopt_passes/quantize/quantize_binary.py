@@ -56,6 +56,8 @@ class QuantizeBinary(Pass):
             the calibration samples, while weights are rounded by the others. Without samples, of
             the weights.
         min_elements: smaller weights stay.
+        refit: weights that stay are fitted to the samples, so that their layers give what they gave
+            before, as far as what they read now allows.
 
     Raises:
         SpecError: bases are asked for, and ternary too.
@@ -74,6 +76,7 @@ class QuantizeBinary(Pass):
     block: Annotated[int, Bounds(0)] = 0
     error: Annotated[float, Bounds(0.0, None)] = 0.1
     min_elements: Annotated[int, Bounds(1)] = 1024
+    refit: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -98,6 +101,7 @@ class QuantizeBinary(Pass):
                 change,
                 targets,
                 foretells=True,
+                refits=self.refit,
             )
             narrowing.run(Budget(None, self.error) if self.layers == "tolerant" else None)
         return change
