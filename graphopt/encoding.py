@@ -423,6 +423,10 @@ class Encoding:
             return stored
         return self._node("Cast", [stored], _FLOAT, to=_FLOAT)
 
+    def zeros(self, count: int) -> ir.Value:
+        """So many int8 zeros; the same for all that ask for as many."""
+        return self._shared("zeros", np.zeros(count, np.int8))
+
     def _looked_up(self, blocks: np.ndarray) -> ir.Value:
         """Scales of 8 bits by a table of all: the types themselves need the latest opsets."""
         every = np.arange(256, dtype=np.uint8).view(blocks.dtype).astype(np.float32)

@@ -460,7 +460,20 @@ def _write_scales(layer: Layer, scales: np.ndarray, encoding: Encoding) -> None:
     node = layer.weight.producer()
     assert node is not None
     node.replace_input_with(1, encoding.floats(scales))
-    _dequantize_along(node, layer.axis)
+    node.attributes["axis"] = ir.AttrInt64("axis", layer.axis)
+    # Zero points are 0, as where there are none; but a Gemm without runs in float.
+    if is_onnx(layer.node, "Conv"):
+        node.resize_inputs(2)
+    else:
+        _state_zeros(node, len(scales), encoding)
+
+
+def _state_zeros(node: ir.Node, channels: int, encoding: Encoding) -> None:
+    """Let a DequantizeLinear of int8 have as many zero points as scales."""
+    stated = constant_tensor(input_of(node, 2))
+    if stated is None or stated.size != channels:
+        node.resize_inputs(3)
+        node.replace_input_with(2, encoding.zeros(channels))
 
 
 def _write_bias(
@@ -502,16 +515,8 @@ def _write_bias(
     for index, array in ((0, codes), (1, units)):
         stored = context.initializer(graph, array, encoding.names.new("bias_codes"))
         dequantized.replace_input_with(index, stored)
-    _dequantize_along(dequantized, 0)
-
-
-def _dequantize_along(node: ir.Node, axis: int) -> None:
-    """Let a DequantizeLinear have a scale for each index of an axis, also if it had one for all."""
-    node.attributes["axis"] = ir.AttrInt64("axis", axis)
-    scales, zero_point = constant_tensor(node.inputs[1]), constant_tensor(input_of(node, 2))
-    if zero_point is not None and (scales is None or zero_point.size != scales.size):
-        # It is 0, as where there is none.
-        node.resize_inputs(2)
+    dequantized.attributes["axis"] = ir.AttrInt64("axis", 0)
+    dequantized.resize_inputs(2)
 
 
 def shift_bias(layer: Layer, shift: np.ndarray, names: Names, context: Context) -> None:
