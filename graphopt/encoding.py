@@ -44,13 +44,16 @@ _MADE, _CODES, _CODEBOOK, _SCALES = "w", "c", "b", "s"
 """How values are called, with a number: in a small model, names take more bytes than codes. For the
 same reason nodes have none."""
 
-_NUMPY = {
+NUMPY_TYPES = {
     ir.DataType.FLOAT: np.dtype(np.float32),
     ir.DataType.FLOAT16: np.dtype(np.float16),
     ir.DataType.DOUBLE: np.dtype(np.float64),
     ir.DataType.INT8: np.dtype(np.int8),
     ir.DataType.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
+    ir.DataType.INT32: np.dtype(np.int32),
+    ir.DataType.INT64: np.dtype(np.int64),
 }
+"""Of weights that can be written."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,7 +266,7 @@ one with scales, more; for each field after the first; and for each that does no
 
 def why_too_large(count: int, dtype: ir.DataType) -> str | None:
     """Why onnxruntime would not fold a weight of so many numbers; None where it does."""
-    itemsize = max(_NUMPY[dtype].itemsize, 4 if dtype != ir.DataType.INT8 else 1)
+    itemsize = max(NUMPY_TYPES[dtype].itemsize, 4 if dtype != ir.DataType.INT8 else 1)
     if count * itemsize <= FOLDED_BYTES_MAXIMUM:
         return None
     return "over 1 GiB onnxruntime would widen it at every inference"

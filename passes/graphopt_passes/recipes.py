@@ -68,7 +68,8 @@ INT8_CODEBOOK = Recipe(
             _READY,
             "quantize-static,quantize-dynamic",
             _TIDY,
-            "drop-metadata,shorten-names,cluster-weights{size=0.165,min-elements=512}",
+            "drop-metadata,shorten-names,pack-constants{weights=false}",
+            "cluster-weights{size=0.165,min-elements=512}",
         )
     ),
     repeat=True,
@@ -79,7 +80,10 @@ SMALL = Recipe(
         "basic, then weights that share few values, as few as the error allows: the smallest file, "
         "at the speed and in the memory of the float model"
     ),
-    passes=f"{BASIC.passes},drop-metadata,shorten-names,cluster-weights{{error=0.1}}",
+    passes=(
+        f"{BASIC.passes},drop-metadata,shorten-names,pack-constants{{weights=false}},"
+        "cluster-weights{error=0.1},pack-constants"
+    ),
     repeat=True,
 )
 
