@@ -1,4 +1,4 @@
-"""Steps of generated graphs with packed weights, for unpack-weights."""
+"""Steps of generated graphs with what can be packed, or is."""
 
 from __future__ import annotations
 
@@ -48,4 +48,17 @@ def product(b: Builder) -> None:
         b.add("MatMul", [b.add("Relu", [value], b.shapes[value]), weight], (*outer, COLUMNS))
 
 
-FOCUS: dict[str, tuple[Step, ...]] = {"unpack-weights": (product,)}
+def masked(b: Builder) -> None:
+    """Rows of a large table of few numbers, added to a value."""
+    value = b.any(4)
+    if value is None:
+        return
+    *_, width = b.shapes[value]
+    numbers = b.random.standard_normal(int(b.random.integers(2, 17))).astype(np.float32)
+    table = b.random.choice(numbers, (4096 // width, width))
+    row = b.constant(np.int64(b.random.integers(len(table))))
+    found = made(b, "Gather", [b.constant(table), row])
+    b.add("Add", [value, found], b.shapes[value])
+
+
+FOCUS: dict[str, tuple[Step, ...]] = {"unpack-weights": (product,), "pack-constants": (masked,)}

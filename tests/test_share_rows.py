@@ -580,7 +580,11 @@ def test_a_budget_narrows_it() -> None:
 
     assert step.verdict == "kept"
     assert step.spec == "share-rows{similarity=0.9875}"
-    assert step.notes == ("400 rows stored as 300",)
+    *wider, last = step.notes
+    assert last == "400 rows stored as 300"
+    assert [note.split(" was rolled back")[0] for note in wider] == [
+        f"share-rows{{similarity={similarity}}}" for similarity in (0.9, 0.95, 0.975)
+    ]
 
 
 def test_shared_rows_that_do_not_fit() -> None:
