@@ -336,6 +336,36 @@ class Encoding:
             value = self._node("Mul", [value, scales], kind)
         return self._last(value, dtype, rows.shape, name)
 
+    def interleaved(
+        self,
+        narrow: Narrow,
+        kept: np.ndarray,
+        places: np.ndarray,
+        axis: int,
+        dtype: ir.DataType,
+        name: str,
+    ) -> ir.Value:
+        """A value that is a weight of which a part is narrow; see `weight`.
+
+        Args:
+            narrow: the part.
+            kept: the rest, float32 of the same shape but for one axis.
+            places: for each index along that axis of the weight, where it is in both parts one
+                after the other.
+            axis: along which they lie.
+            dtype: as for `weight`.
+            name: as for `weight`.
+        """
+        self.names.keep(name)
+        pair = [self._scaled(narrow), self._constant(kept, "kept")]
+        both = self._node("Concat", pair, _FLOAT, axis=axis)
+        stored = self._constant(places.astype(np.min_scalar_type(len(places) - 1)), "which")
+        index = self._node("Cast", [stored], ir.DataType.INT32, to=ir.DataType.INT32)
+        value = self._node("Gather", [both, index], _FLOAT, **({"axis": axis} if axis else {}))
+        shape = list(kept.shape)
+        shape[axis] = len(places)
+        return self._last(value, dtype, shape, name)
+
     def _last(
         self, value: ir.Value, dtype: ir.DataType, shape: Sequence[int], name: str
     ) -> ir.Value:

@@ -136,6 +136,27 @@ class Target:
         return np.ascontiguousarray(moved.transpose(np.argsort(order)))
 
     @property
+    def channel_axis(self) -> int | None:
+        """Along which the channels of its inputs lie, before the taps of a window."""
+        return self.shared[0] if self.shared else None
+
+    @property
+    def channels(self) -> int:
+        """Of its inputs; 1 where they have none."""
+        return 1 if self.channel_axis is None else self.shape[self.channel_axis]
+
+    def stored_channels(self, matrix: np.ndarray) -> np.ndarray:
+        """A matrix of some channels' inputs in the layout of a weight that has no others."""
+        if self.channel_axis is None:
+            return self.stored(matrix)
+        order = (*self._kept, *self.shared)
+        taps = self.inputs // self.channels
+        sizes = {axis: self.shape[axis] for axis in order}
+        sizes[self.channel_axis] = matrix.shape[1] // taps
+        moved = matrix.reshape([sizes[axis] for axis in order])
+        return np.ascontiguousarray(moved.transpose(np.argsort(order)))
+
+    @property
     def row_axis(self) -> int | None:
         """Along which its rows lie; None where they lie along several, or where it is one row."""
         axes = [axis for axis in self._kept if self.shape[axis] > 1]
@@ -388,18 +409,25 @@ def put(target: Target, make: Callable[[ir.DataType, str], ir.Value], encoding: 
 
 
 def _write_floats(target: Target, solution: Solution, encoding: Encoding, context: Context) -> None:
-    write_narrow(target, [_narrow(target, part) for part in solution.parts], encoding)
+    write_narrow(target, [narrow_of(target, part) for part in solution.parts], encoding)
+    correct_bias(target, solution, encoding, context)
+
+
+def correct_bias(target: Target, solution: Solution, encoding: Encoding, context: Context) -> None:
+    """Let the bias of a layer take back what its weight changes in the means."""
     if target.layer is not None and solution.shift is not None and solution.shift.any():
         shift_bias(target.layer, solution.shift, encoding.names, context)
 
 
-def _narrow(target: Target, part: Rounded) -> Narrow:
+def narrow_of(target: Target, part: Rounded) -> Narrow:
+    """A part of a weight in its layout; of all its inputs, or of some channels."""
+    codes = target.stored_channels(part.codes)
     scales = target.stored_blocks(part.scales)
     levels = part.levels.astype(np.float32)
     if part.scales.shape[1] == 1 and (part.scales == part.scales[0]).all():
         # One number for all of them is the codebook's.
-        return Narrow(target.stored(part.codes), levels * np.float32(part.scales[0, 0]))
-    return Narrow(target.stored(part.codes), levels, scales)
+        return Narrow(codes, levels * np.float32(part.scales[0, 0]))
+    return Narrow(codes, levels, scales)
 
 
 def _write_integers(

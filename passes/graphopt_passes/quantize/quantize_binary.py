@@ -17,12 +17,16 @@ from graphopt_passes.quantize.cluster_weights import Clusters, estimates_of_clus
 from graphopt_passes.quantize.granularity import WEIGHTS
 from graphopt_passes.quantize.narrow_weights import Solution, Target, targets_of
 from graphopt_passes.quantize.narrowing import Budget, Form, Narrowing, Problem
+from graphopt_passes.quantize.partly import Partly
 from graphopt_passes.simplify.chains import why_refused
 
 BASES_MAXIMUM = 3
 
 TWO_BITS = Clusters(4)
 """Four free values and a scale for each row: the bits of two bases."""
+
+SHARES = (0.75, 0.5, 0.25)
+"""Of the inputs of a weight that may be in two bits while the others stay."""
 
 WIDER = (8, 16, 32, 64, 256)
 """Clusters of layers that stand no two bits."""
@@ -36,8 +40,9 @@ class QuantizeBinary(Pass):
     three bases, each of them signs with one scale; or -a, 0 and a. Signs and scales are fitted in
     turn to change the layer's outputs least, by feedback of errors as in GPTQ, coordinate descent
     and joint least squares, and the bias takes back what changed in the means. Four free values
-    take the two bits of two bases, are mostly closer, and are chosen from too. Without samples,
-    numbers go to the nearest level.
+    take the two bits of two bases, are mostly closer, and are chosen from too. Where not all inputs
+    of a weight stand two bits, a quarter, half or three quarters of them get four values, the
+    others stay and take errors back. Without samples, numbers go to the nearest level.
 
     One basis is 1 bit, three numbers are 1.6. Hardly a network that was not trained for it stands
     that everywhere, so that each weight is tried, the estimate of bytes and error is told before
@@ -115,6 +120,7 @@ class QuantizeBinary(Pass):
             narrow = [Signs(self.bases or 1, self.block)]
         else:
             narrow = [Signs(1, self.block), Ternary(self.block), Signs(2, self.block), TWO_BITS]
+            narrow += [Partly(TWO_BITS, share) for share in SHARES]
         if self.layers == "all":
             return narrow
         wider = WIDER if self.others == "clusters" else ()
