@@ -13,6 +13,7 @@ import graphopt
 from graphopt.code_fields import bits_per_code, fields_of
 from graphopt.contract import Change, Context, Sample
 from graphopt.encoding import NODES_BYTES, SCALES_BYTES
+from graphopt.errors import SpecError
 from graphopt.packing import packed_weights
 from graphopt.runtime import Session
 from graphopt.skeleton import infer_shapes
@@ -383,3 +384,30 @@ def test_without_samples_the_error_is_that_of_the_weights() -> None:
     coarse, _ = clustered(two_convs(), error=0.3)
     fine, _ = clustered(two_convs(), error=0.03)
     assert stored_bytes(coarse) < stored_bytes(fine)
+
+
+def test_a_size_that_nothing_fits_is_told() -> None:
+    model = two_convs(channels=32)
+    apply_pass(graphopt_pass("raise-opset"), model)
+    run = graphopt.optimize(
+        model,
+        passes="cluster-weights{size=0.01,min-elements=64}",
+        samples=samples(10),
+        max_error=10.0,
+        benchmark=False,
+    )
+    (note,) = run.steps[-1].notes
+    assert note.startswith("the smallest choice takes ")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"clusters": 1}, "2 clusters or more"),
+        ({"clusters": 16, "bits": 2.0}, "one of clusters, bits and size"),
+        ({"bits": 4.0, "size": 0.2}, "one of clusters, bits and size"),
+    ],
+)
+def test_contradictions_are_refused(options: dict[str, float], words: str) -> None:
+    with pytest.raises(SpecError, match=words):
+        ClusterWeights(**options)  # type: ignore[arg-type]

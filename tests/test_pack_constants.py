@@ -6,6 +6,8 @@ import onnx_ir as ir
 import pytest
 
 import graphopt
+from graphopt.contract import Context
+from graphopt.errors import SpecError
 from graphopt.packing import packed_weights
 from graphopt.runtime import Reference, Session
 from graphopt.skeleton import infer_shapes
@@ -186,3 +188,46 @@ def test_unpacking_gives_it_back() -> None:
 def test_old_opsets_are_refused() -> None:
     model = parse(f'<ir_version: 8, opset_import: ["" : 12]> {ADD}', m=mask())
     assert PASS.refuse(model, None)  # type: ignore[arg-type]
+
+
+def test_empty_constants_and_bounds() -> None:
+    empty = np.zeros(0, np.float32)
+    model = parse("agraph (float[0] x, float[0] m) => (float[0] y) { y = Add(x, m) }", m=empty)
+    assert_unchanged(PackConstants(min_elements=1), model)
+    with pytest.raises(SpecError, match="min-elements"):
+        PackConstants(min_elements=0)
+
+
+def test_every_graph_needs_tables_of_its_own() -> None:
+    """A constant of a body that gains less than a table does not follow one of the main graph."""
+    model = parse(
+        """
+        agraph (bool c, float[64,64] x, float[64,64] m) => (float[64,64] y) {
+            a = Add(x, m)
+            y = If (c) <
+                then_branch = t () => (float[64,64] p) { p = Neg(a) },
+                else_branch = e () => (float[64,64] q) { q = Abs(a) }
+            >
+        }
+        """,
+        m=mask(),
+    )
+    for attribute in model.graph[1].attributes.values():
+        body = attribute.as_graph()
+        value = ir.Value(name=f"small_{body.name}", const_value=ir.tensor(few(2, 18, 18)))
+        value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([18, 18])
+        body.initializers.add(value)
+        unread = ir.node("Exp", [value], outputs=[ir.Value(name=f"made_{body.name}")])
+        body.append(unread)
+
+    change = PASS.apply(model, Context(model.clone))
+    assert change.counts == {"constant packed in codes": 1}
+
+
+def test_masks_before_a_product_are_no_weights() -> None:
+    text = """
+        agraph (float[64,64] x, float[64,64] m, float[64,64] w) => (float[64,64] y)
+        { a = Add(x, m) y = MatMul(a, w) }
+    """
+    change = apply_pass(PackConstants(weights=False), parse(text, m=mask(), w=few(9, 64, 64)))
+    assert change.counts == {"constant packed in codes": 1}

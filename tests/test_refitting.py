@@ -197,3 +197,16 @@ def test_quantize_binary_refits_what_stays() -> None:
         errors.append(error(model, after, held_out))
         assert (change.counts["weight of MatMul refitted"] == 1) is refit, change.counts
     assert errors[1] < 0.9 * errors[0]
+
+
+@pytest.mark.parametrize("count", [1, 12])
+def test_what_never_varies_teaches_nothing(count: int) -> None:
+    """The same rows again and again: their covariance is rounding and nothing else."""
+    model = gemms()
+    infer_shapes(model)
+    row = samples(model, 1)[0]["x"][:1]
+    given = [{"x": np.repeat(row, 64, 0)}] * count
+    rough, change = coarse(model), Change()
+    refit_layers(rough, model, context(model, given), change)
+
+    assert not change

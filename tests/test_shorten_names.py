@@ -134,3 +134,13 @@ def test_bytes_are_those_of_the_names() -> None:
     nodes = 2 * (len("backbone_0") + 2)
     # The length of the graph, once below 128, takes a byte less.
     assert before - stored_bytes(model) == 3 * weight + 2 * hidden + nodes + 1
+
+
+def test_names_of_inputs_take_some_of_the_shortest() -> None:
+    """As many values as there are names of two characters, and some of these are taken."""
+    steps = ["h0 = Add(v, v1)"] + [f"h{i + 1} = Neg(h{i})" for i in range(40)]
+    text = f"agraph (float[2] v, float[2] v1) => (float[2] y) {{ {' '.join(steps)} y = Neg(h40) }}"
+    model = parse(text.replace("h", "a_long_name_"))
+    apply_pass(ShortenNames(), model)
+
+    assert not apply_pass(ShortenNames(), model)

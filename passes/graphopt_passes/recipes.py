@@ -70,6 +70,8 @@ INT8_CODEBOOK = Recipe(
             _TIDY,
             "drop-metadata,shorten-names,pack-constants{weights=false}",
             "cluster-weights{size=0.165,min-elements=512}",
+            # What clusters do not reach, or where they cost too much, takes a quarter.
+            "quantize-weights{min-elements=512}",
         )
     ),
     repeat=True,

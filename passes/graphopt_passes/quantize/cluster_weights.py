@@ -12,6 +12,7 @@ import onnx_ir as ir
 from graphopt.code_fields import fields_of
 from graphopt.contract import Bounds, Change, Context, Effect, Pass
 from graphopt.encoding import CUT_BYTES, FIELD_BYTES, FIRST_OPSET, SCALES_BYTES
+from graphopt.errors import SpecError
 from graphopt.saving import stored_bytes
 from graphopt_passes.quantize.codebooks import Rounded, fit, refit_scales, stored_scales
 from graphopt_passes.quantize.granularity import WEIGHTS
@@ -31,7 +32,7 @@ CLUSTERS = (3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256)
 
 PROBED_CLUSTERS = 8
 
-SIZE_STEP = 0.03
+SIZE_STEP = 0.02
 """A bit more for each number of a float model."""
 
 ESTIMATED_BINS = 2048
@@ -65,6 +66,9 @@ class ClusterWeights(Pass):
             calibration samples. Without samples, of the weights.
         min_elements: smaller weights stay.
         keep_zeros: what is exactly zero stays so, as after pruning.
+
+    Raises:
+        SpecError: one cluster is asked for, or more than one of clusters, bits and size.
     """
 
     name: ClassVar[str] = "cluster-weights"
@@ -79,6 +83,13 @@ class ClusterWeights(Pass):
     error: Annotated[float, Bounds(0.0, None)] = 0.1
     min_elements: Annotated[int, Bounds(1)] = 1024
     keep_zeros: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.clusters == 1:
+            raise SpecError("'cluster-weights' takes 2 clusters or more; 0 lets it choose")
+        if sum(map(bool, (self.clusters, self.bits, self.size))) > 1:
+            raise SpecError("'cluster-weights' takes one of clusters, bits and size")
 
     def refuse(self, model: ir.Model, context: Context) -> str | None:
         """Refuse opsets before that of the nodes that are written."""

@@ -268,6 +268,12 @@ def _target(value: ir.Value, model: ir.Model) -> Target:
         raise Misfit(f"a weight of type {tensor.dtype.name} is not made narrow")
     role = role_of(value, tuple(map(int, tensor.shape.numpy())))
     reader = only_reader(value)
+    if is_integer and value.dtype not in (None, ir.DataType.FLOAT):
+        raise Misfit("it is dequantized to another type than float32")
+    if is_integer and reader is not None and not _has_plain_bias(layer_of(reader)):
+        raise Misfit("the bias beside its codes is no number for each output")
+    if is_integer and role.operator == "MatMul" and len(tensor.shape) != 2:
+        raise Misfit("a stack of matrices on codes has scales of its own kind")
     if is_integer and not (reader is not None and _is_on_codes(reader, value)):
         raise Misfit("it is dequantized for a float operator")
     if is_integer and (node is None or only_reader(node.inputs[0]) is not node):  # type: ignore[arg-type]
@@ -284,6 +290,16 @@ def _target(value: ir.Value, model: ir.Model) -> Target:
     looked_up = any(is_onnx(use.node, "Gather") for use in value.uses())
     in_body = graph_of(value) is not model.graph
     return Target(value, role.operator, shared, layer, is_integer, others, looked_up, in_body)
+
+
+def _has_plain_bias(layer: Layer) -> bool:
+    """Its bias is constant and has a number for each output, or there is none."""
+    old = input_of(layer.node, 2)
+    tensor = None if old is None else stored_tensor(old)
+    outputs = math.prod(layer.dimensions[:2])
+    return old is None or (
+        tensor is not None and tuple(tensor.shape.numpy()) in ((outputs,), (1, outputs))
+    )
 
 
 def _is_on_codes(node: ir.Node, weight: ir.Value) -> bool:
@@ -454,11 +470,18 @@ def _narrow_parameters(target: Target, encoding: Encoding, context: Context) -> 
     """Store the scales of codes that stay, and the bias beside them, in fewer bytes."""
     node = target.value.producer()
     scales = constant_tensor(node.inputs[1]) if target.is_integer and node is not None else None
-    if scales is None:
+    tensor = stored_tensor(target.value)
+    if node is None or scales is None or tensor is None or tensor.dtype != ir.DataType.INT8:
         return
     layer = target.layer or layer_of(_reader_of(target))
     numbers = np.asarray(scales.numpy(), np.float32).reshape(-1)
+    if not (numbers > 0).all():
+        # Of an output whose weights are all 0, the bias could not be told.
+        return
     if numbers.size > 1:
+        if node.attributes.get_int("axis", 1) % len(target.shape) != layer.axis:
+            # Not one for each output.
+            return
         numbers = narrow_scales(numbers)
         _write_scales(layer, numbers, encoding)
     _write_bias(layer, layer.bias(), numbers, encoding, context)
@@ -499,7 +522,7 @@ def _write_scales(layer: Layer, scales: np.ndarray, encoding: Encoding) -> None:
 def _state_zeros(node: ir.Node, channels: int, encoding: Encoding) -> None:
     """Let a DequantizeLinear of int8 have as many zero points as scales."""
     stated = constant_tensor(input_of(node, 2))
-    if stated is None or stated.size != channels:
+    if stated is None or stated.size != channels or stated.dtype != ir.DataType.INT8:
         node.resize_inputs(3)
         node.replace_input_with(2, encoding.zeros(channels))
 
@@ -524,27 +547,35 @@ def _write_bias(
         encoding: of the graph.
         context: keeps what is large.
     """
-    node, graph, old = layer.node, layer.node.graph, input_of(layer.node, 2)
+    node, old = layer.node, input_of(layer.node, 2)
     if bias is None or not bias.any() or not layer.can_have_bias:
         return
-    assert isinstance(graph, ir.Graph)
     dequantized = old.producer() if old is not None else None
     if is_onnx(node, "Conv") or dequantized is None:
         node.resize_inputs(3)
         node.replace_input_with(2, encoding.floats(_narrow_bias(bias)))
         remove_if_unread(dequantized)
-        return
-    source = layer.source.producer()
+    else:
+        _write_integer_bias(layer, bias, scales, encoding.names, context)
+
+
+def _write_integer_bias(
+    layer: Layer, bias: np.ndarray, scales: np.ndarray, names: Names, context: Context
+) -> None:
+    """int32 codes in units of the products, by a DequantizeLinear of the layer's own."""
+    node, graph, source = layer.node, layer.node.graph, layer.source.producer()
     input_scale = constant_tensor(source.inputs[1]) if source is not None else None
-    assert input_scale is not None
+    old = input_of(node, 2)
+    assert isinstance(graph, ir.Graph) and input_scale is not None and old is not None
     units = np.broadcast_to(input_scale.numpy() * scales.astype(np.float32), bias.shape)
     limits = np.iinfo(np.int32)
     codes = np.clip(np.rint(bias / units), limits.min, limits.max).astype(np.int32)
-    for index, array in ((0, codes), (1, units)):
-        stored = context.initializer(graph, array, encoding.names.new("bias_codes"))
-        dequantized.replace_input_with(index, stored)
-    dequantized.attributes["axis"] = ir.AttrInt64("axis", 0)
-    dequantized.resize_inputs(2)
+    stored = [context.initializer(graph, a, names.new("bias_codes")) for a in (codes, units)]
+    made = ir.node("DequantizeLinear", stored, {"axis": 0}, name="")
+    made.outputs[0].name, made.outputs[0].type = names.new("bias"), old.type
+    graph.insert_before(node, [made])
+    node.replace_input_with(2, made.outputs[0])
+    remove_if_unread(old.producer())
 
 
 def shift_bias(layer: Layer, shift: np.ndarray, names: Names, context: Context) -> None:

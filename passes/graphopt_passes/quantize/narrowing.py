@@ -25,7 +25,13 @@ from graphopt.statistics import Gram
 from graphopt.validation import OutputError, worst
 from graphopt_passes.quantize.allocation import Choice, closest_within, smallest_within
 from graphopt_passes.quantize.codebooks import best_damping, squared_error, with_diagonal
-from graphopt_passes.quantize.narrow_weights import Solution, Target, targets_of, write
+from graphopt_passes.quantize.narrow_weights import (
+    Solution,
+    Target,
+    graph_of,
+    targets_of,
+    write,
+)
 from graphopt_passes.quantize.refitting import refit_layers
 
 COMPARED_SAMPLES, ALONE_SAMPLES = 32, 8
@@ -80,7 +86,8 @@ class Problem:
 
     def error(self, solution: Solution) -> float:
         """The squared error of the outputs of the layer."""
-        return squared_error(self.weight, solution.numbers(), self.gram)
+        # A covariance of nothing may come out below zero.
+        return max(squared_error(self.weight, solution.numbers(), self.gram), 0.0)
 
     def with_shift(self, solution: Solution) -> Solution:
         """The same, with what the bias has to make good for."""
@@ -305,8 +312,8 @@ class Narrowing:
     def _filling(self, choices: Sequence[Sequence[Choice]], file_bytes: float) -> list[Form | None]:
         """The closest choice with which the file was seen to take no more than so many bytes."""
         weights = sum(target.stored_bytes for target in self.targets)
-        asked, best, most = file_bytes - (stored_bytes(self.model) - weights), None, 0
-        enough = FILLED * file_bytes
+        asked = file_bytes - (stored_bytes(self.model) - weights)
+        best, most, enough = None, 0, FILLED * file_bytes
         for _ in range(SEEN_ROUNDS):
             chosen = self._named(closest_within(choices, asked))
             candidate, targets, context = self._copy()
@@ -318,7 +325,10 @@ class Narrowing:
             if most >= file_bytes - enough:
                 break
             asked += file_bytes - taken - (enough if taken > file_bytes else 0.0)
-        return chosen if best is None else best
+        if best is None:
+            self.change.note(f"the smallest choice takes {taken:,} bytes, over {file_bytes:,.0f}")
+            return chosen
+        return best
 
     def _write(
         self,
@@ -334,8 +344,8 @@ class Narrowing:
     def _copy(self) -> tuple[ir.Model, list[Target], Context]:
         """Of the model, to try something, with its targets; what is tried goes to no file."""
         candidate = self.model.clone()
-        by_name = {target.name: target for target in targets_of(candidate, 1, Change())}
-        targets = [by_name[target.name] for target in self.targets]
+        found = _by_place(candidate, targets_of(candidate, 1, Change()))
+        targets = [found[place] for place in _by_place(self.model, self.targets)]
         return candidate, targets, replace(self.context, scratch=None)
 
     def _within(self, choices: Sequence[Sequence[Choice]], limit: float) -> list[Form | None]:
@@ -391,7 +401,7 @@ class Narrowing:
                 power = np.einsum("nk,nk->", problem.weight, problem.weight, dtype=np.float64)
                 per_error = 1 / max(float(power) * len(self.targets), 1e-30)
             self.context.progress(f"{target.name}: {per_error * probe:.3g}")
-            found.append([per_error * estimate for estimate in estimates])
+            found.append([per_error * max(estimate, 0.0) for estimate in estimates])
         return found
 
     def _square(self, solutions: Mapping[int, Solution]) -> float:
@@ -401,7 +411,9 @@ class Narrowing:
     def _mean_square(self, solutions: Mapping[int, Solution], samples: int) -> float:
         """What they add on the mean of all outputs: a weight near one of them troubles no other."""
         added = self._added(solutions, samples)
-        return max(math.fsum(added) / max(len(added), 1), 0.0)
+        finite = [square for square in added if math.isfinite(square)]
+        # What cannot be compared says nothing of how much a weight counts.
+        return max(math.fsum(finite) / len(finite), 0.0) if finite else math.inf
 
     def _added(self, solutions: Mapping[int, Solution], samples: int) -> list[float]:
         """What solutions add to the squared relative L2 error of each output."""
@@ -411,7 +423,15 @@ class Narrowing:
             compare = (self._judge or self.context).against(self.context.original, samples)
             self._measures[samples] = compare, _squared(compare(self.model))
         compare, before = self._measures[samples]
-        return [now - was for now, was in zip(_squared(compare(candidate)), before, strict=True)]
+        after = _squared(compare(candidate))
+        # An output that could not be compared before either is no worse.
+        return [b - a if math.isfinite(a) else 0.0 for a, b in zip(before, after, strict=True)]
+
+
+def _by_place(model: ir.Model, targets: Sequence[Target]) -> dict[tuple[int, str], Target]:
+    """Targets by their graph and name: bodies may have values of the same name."""
+    places = {graph: index for index, graph in enumerate(all_graphs(model))}
+    return {(places[graph_of(target.value)], target.name): target for target in targets}
 
 
 def _squared(outputs: Sequence[OutputError]) -> list[float]:

@@ -32,6 +32,10 @@ UNCHANGED = 1e-4
 """A layer whose inputs have changed by no more, relative to them, stays as it is."""
 
 
+VARIES = 1e-5
+"""Of the second moments; a smaller part of them is what float32 makes of sums and means."""
+
+
 @dataclass(frozen=True)
 class Pair:
     """What a layer read and what it reads.
@@ -42,6 +46,7 @@ class Pair:
         change: covariance of what it read less what it reads, with what it reads: the same shape.
         means: of both, what it read first, float64 of shape [inputs].
         share: squared change over the squares of what it read.
+        varies: what it reads is not the same, or all but the same, on all samples.
         rows: that were seen.
     """
 
@@ -49,6 +54,7 @@ class Pair:
     change: np.ndarray
     means: tuple[np.ndarray, np.ndarray]
     share: float
+    varies: bool
     rows: int
 
 
@@ -65,7 +71,7 @@ def refit_layers(model: ir.Model, before: ir.Model, context: Context, change: Ch
     for layer in _float_layers(model):
         context.progress(f"refitting {layer.weight.name}")
         pair = _pair(layer, model, before, context)
-        if pair is not None and pair.share > UNCHANGED**2:
+        if pair is not None and pair.varies and pair.share > UNCHANGED**2:
             _refit(layer, pair, names, context)
             change.count(f"weight of {layer.node.op_type} refitted")
 
@@ -107,6 +113,7 @@ def _pair(layer: Layer, model: ir.Model, before: ir.Model, context: Context) -> 
         change=moments[then, now] - moments[now, now],
         means=(gram.means[0][then], gram.means[0][now]),
         share=float((square + both) / max(square, 1e-300)),
+        varies=bool(np.trace(moments[now, now]) > VARIES * np.trace(gram.mean[0][now, now])),
         rows=gram.rows,
     )
 
@@ -144,10 +151,14 @@ def _twin(model: ir.Model, before: ir.Model, layer: Layer) -> tuple[ir.Model, st
     theirs = {output.name: output for node in other.graph for output in node.outputs}
     source = layer.source.name
     pair = [theirs[source], values[source]]
+    other.graph.inputs.clear()
     for graph in all_graphs(other):
         _rename(graph, names)
     for name, value in list(other.graph.initializers.items()):
         del other.graph.initializers[name]
+        if not value.uses():
+            # An input with a default, for which that of the twin stands.
+            continue
         twin.graph.initializers.add(value)
     nodes = list(other.graph)
     other.graph.remove(nodes)

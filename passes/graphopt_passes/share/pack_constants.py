@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
 from graphopt.code_fields import Field, fields_of
-from graphopt.content import bits_of, read_array
-from graphopt.contract import Change, Context, Effect, Pass
+from graphopt.content import bits_of, chunks
+from graphopt.contract import Bounds, Change, Context, Effect, Pass
 from graphopt.encoding import (
     CUT_BYTES,
     FIELD_BYTES,
@@ -22,16 +23,16 @@ from graphopt.encoding import (
     Narrow,
     why_too_large,
 )
-from graphopt.operators import ONNX_DOMAINS, all_graphs
-from graphopt.packing import is_packed
+from graphopt.operators import ONNX_DOMAINS, all_graphs, is_onnx
+from graphopt.packing import is_constant, is_packed
 from graphopt.rewriting import Names
-from graphopt_passes.quantize.narrow_weights import targets_of
+from graphopt_passes.quantize.granularity import WEIGHTS
 from graphopt_passes.simplify.chains import why_refused
 
 LEVELS_MAXIMUM = 256
 
-FIRST_ELEMENTS, CHUNK_ELEMENTS = 1 << 10, 1 << 20
-"""So many are looked at together: at first, and then."""
+FIRST_ELEMENTS = 1 << 10
+"""So many are looked at first."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class PackConstants(Pass):
     effect: ClassVar[Effect] = Effect.ROUNDING
 
     weights: bool = True
-    min_elements: int = 256
+    min_elements: Annotated[int, Bounds(1)] = 256
 
     def refuse(self, model: ir.Model, context: Context) -> str | None:
         """Refuse opsets before that of the nodes that are written."""
@@ -63,23 +64,23 @@ class PackConstants(Pass):
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Pack what takes fewer bytes packed, the largest gain first."""
         change = Change()
-        left = set() if self.weights else {t.value for t in targets_of(model, 1, Change())}
         found = []
         for value in _constants(model):
-            levels = None if value in left else _levels(value, self.min_elements)
+            left = not self.weights and _may_be_weight(value)
+            levels = None if left else _levels(value, self.min_elements)
             if levels is not None and (gain := _gain_bytes(value, len(levels))) > 0:
                 found.append((gain, value, levels))
         found.sort(key=lambda one: -one[0])
-        names, tables = Names(model), set[Field]()
+        names, tables = Names(model), defaultdict[ir.Graph, set[Field]](set)
         encodings: dict[ir.Graph, Encoding] = {}
         for gain, value, levels in found:
             fields = fields_of(len(levels))
-            # The tables of digits are stored once for all.
-            if gain <= sum(field.table().nbytes for field in {*fields} - tables):
-                continue
-            tables.update(fields)
             graph = value.graph
             assert isinstance(graph, ir.Graph)
+            # The tables of digits are stored once for all of a graph.
+            if gain <= sum(field.table().nbytes for field in {*fields} - tables[graph]):
+                continue
+            tables[graph].update(fields)
             if graph not in encodings:
                 encodings[graph] = Encoding(graph, names, context.tensor)
             context.progress(f"packing {value.name}")
@@ -102,6 +103,14 @@ def _constants(model: ir.Model) -> Iterator[ir.Value]:
                 yield value
 
 
+def _may_be_weight(value: ir.Value) -> bool:
+    """An operator that takes weights reads it, or what another makes of it and constants alone."""
+    readers = [use.node for use in value.uses()]
+    moves = [node for node in readers if all(v is None or is_constant(v) for v in node.inputs)]
+    readers += [use.node for node in moves for output in node.outputs for use in output.uses()]
+    return any(is_onnx(node, *WEIGHTS, "Einsum") for node in readers)
+
+
 def _levels(value: ir.Value, min_elements: int) -> np.ndarray | None:
     """The different numbers of a constant, as bits, increasing; None where there are many."""
     tensor = value.const_value
@@ -109,18 +118,24 @@ def _levels(value: ir.Value, min_elements: int) -> np.ndarray | None:
         return None
     if tensor.dtype.itemsize == 1 or why_too_large(tensor.size, tensor.dtype) is not None:
         return None
-    # Most weights show in their first numbers that they hold too many.
-    known, flat, stop = np.empty(0, bits_of(tensor)), _bits(tensor), FIRST_ELEMENTS
-    while flat.size:
-        known, flat, stop = np.union1d(known, flat[:stop]), flat[stop:], CHUNK_ELEMENTS
-        if len(known) > LEVELS_MAXIMUM:
-            return None
+    known = np.empty(0, bits_of(tensor))
+    for chunk in _parts(tensor):
+        # Most weights show in their first numbers that they hold too many.
+        for part in (chunk[:FIRST_ELEMENTS], chunk[FIRST_ELEMENTS:]):
+            known = np.union1d(known, part)
+            if len(known) > LEVELS_MAXIMUM:
+                return None
     return known
 
 
-def _bits(tensor: ir.TensorProtocol) -> np.ndarray:
-    """The elements as unsigned integers, flat: 0 and -0 are two, as are two kinds of NaN."""
-    return np.ascontiguousarray(read_array(tensor)).reshape(-1).view(bits_of(tensor))
+def _parts(tensor: ir.TensorProtocol) -> Iterator[np.ndarray]:
+    """The elements as unsigned integers: 0 and -0 are two, as are two kinds of NaN."""
+    kind, rest = bits_of(tensor), np.empty(0, np.uint8)
+    for chunk in chunks(tensor):
+        whole = np.concatenate([rest, chunk]) if rest.size else chunk
+        end = whole.size - whole.size % kind.itemsize
+        yield np.ascontiguousarray(whole[:end]).view(kind)
+        rest = whole[end:]
 
 
 def _gain_bytes(value: ir.Value, levels: int) -> int:
@@ -136,13 +151,12 @@ def _gain_bytes(value: ir.Value, levels: int) -> int:
 def _pack(value: ir.Value, levels: np.ndarray, encoding: Encoding) -> None:
     tensor, name = value.const_value, value.name or ""
     assert tensor is not None
-    flat = _bits(tensor)
-    codes = np.empty(flat.size, np.uint8)
-    for start in range(0, flat.size, CHUNK_ELEMENTS):
-        part = slice(start, start + CHUNK_ELEMENTS)
-        codes[part] = np.searchsorted(levels, flat[part])
+    parts = [np.searchsorted(levels, part).astype(np.uint8) for part in _parts(tensor)]
+    codes = np.concatenate(parts)
     codebook = levels.view(NUMPY_TYPES[tensor.dtype])
     narrow = Narrow(codes.reshape(tensor.shape.numpy()), codebook)
     del encoding.graph.initializers[name]
     value.name = None
-    value.replace_all_uses_with(encoding.weight(narrow, tensor.dtype, name))
+    packed = encoding.weight(narrow, tensor.dtype, name)
+    packed.meta.update(value.meta)
+    value.replace_all_uses_with(packed)

@@ -37,7 +37,9 @@ class ShortenNames(Pass):
         """Shorten what is longer than the names of so many values need to be."""
         change = Change()
         inner = list(_inner_values(model))
-        length = len(_name(len(inner)))
+        stated = {*model.graph.inputs, *model.graph.outputs}
+        # So many names may be taken.
+        length = len(_name(len(inner) + len(stated)))
         taken = {value.name for value in _values(model)}
         fresh = (name for name in map(_name, count()) if name not in taken)
         for value in inner:
@@ -72,6 +74,9 @@ def _values(model: ir.Model) -> Iterator[ir.Value]:
 
 
 def _inner_values(model: ir.Model) -> Iterator[ir.Value]:
-    """All but the inputs and outputs of the model, and what is omitted; each once."""
+    """All but the inputs and outputs of the model, and what is omitted; each once.
+
+    Those of bodies and functions go by their place.
+    """
     stated = {*model.graph.inputs, *model.graph.outputs}
     return (v for v in dict.fromkeys(_values(model)) if v.name and v not in stated)
