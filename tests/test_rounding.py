@@ -165,7 +165,7 @@ def test_descent_never_loses_and_ends_where_no_code_alone_gains(
     codes = round_nearest(weight, scale, -high, high)
 
     last = error(codes, weight, scale, gram)
-    for _ in range(200):
+    for _ in range(2000):
         before, codes = codes, descend(weight, scale, gram, codes, 1, 0.0, -high, high)
         now = error(codes, weight, scale, gram)
         assert (now <= last * (1 + 1e-9)).all()
