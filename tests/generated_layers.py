@@ -181,8 +181,9 @@ FOCUS: dict[str, tuple[Step, ...]] = {
     "flatten-convs": (with_last_only(classifier),),
     "fuse-transpose": (with_last_only(channels_last),),
     "pad-channels": (with_last_only(narrow),),
-    "scale-channels": (with_last_only(scaled),),
     "smooth-activations": (with_last_only(scaled),),
 }
 
 MEANS: tuple[Step, ...] = (with_last_only(means),)
+
+SCALED: tuple[Step, ...] = (with_last_only(scaled),)

@@ -54,6 +54,7 @@ OWN_FOCUS: dict[str, tuple[Step, ...]] = {
     **FOCUS,
     **generated_packed.FOCUS,
     "pool-means": generated_layers.MEANS,
+    "scale-channels": generated_layers.SCALED,
 }
 """Also for passes that `basic` does not run."""
 
