@@ -16,6 +16,10 @@ folded initializer is the int8 weight of the integer kernels.
 A weight may also be few rows of numbers, and for each of its rows which of these it is:
 
     weight = Gather<axis>(table, Cast<int32>(index)) * scales
+
+Or some of its inputs are narrow and the others not, side by side and then put into order:
+
+    weight = Gather<axis>(Concat<axis>(narrow, kept), Cast<int32>(places))
 """
 
 from __future__ import annotations
@@ -324,13 +328,10 @@ class Encoding:
         """A value that is a weight of shared rows; see `weight`."""
         self.names.keep(name)
         table, kind = self._constant(rows.table, "rows"), ir.DataType.from_numpy(rows.table.dtype)
-        stored = self._constant(rows.stored_index, "which")
-        index = self._node("Cast", [stored], ir.DataType.INT32, to=ir.DataType.INT32)
         if rows.scales is not None and kind != _FLOAT:
             # onnxruntime's CPU provider has no Mul of float16 that it could compute at load.
             table, kind = self._node("Cast", [table], _FLOAT, to=_FLOAT), _FLOAT
-        along = {"axis": rows.axis} if rows.axis else {}
-        value = self._node("Gather", [table, index], kind, **along)
+        value = self._picked(table, rows.stored_index, rows.axis, kind)
         if rows.scales is not None:
             scales = self._constant(rows.scales.reshape(rows.scales_shape), _SCALES)
             value = self._node("Mul", [value, scales], kind)
@@ -359,12 +360,17 @@ class Encoding:
         self.names.keep(name)
         pair = [self._scaled(narrow), self._constant(kept, "kept")]
         both = self._node("Concat", pair, _FLOAT, axis=axis)
-        stored = self._constant(places.astype(np.min_scalar_type(len(places) - 1)), "which")
-        index = self._node("Cast", [stored], ir.DataType.INT32, to=ir.DataType.INT32)
-        value = self._node("Gather", [both, index], _FLOAT, **({"axis": axis} if axis else {}))
+        stored = places.astype(np.min_scalar_type(len(places) - 1))
+        value = self._picked(both, stored, axis, _FLOAT)
         shape = list(kept.shape)
         shape[axis] = len(places)
         return self._last(value, dtype, shape, name)
+
+    def _picked(self, table: ir.Value, which: np.ndarray, axis: int, kind: ir.DataType) -> ir.Value:
+        """Entries of a table along an axis, by an index that is stored narrow."""
+        stored = self._constant(which, "which")
+        index = self._node("Cast", [stored], ir.DataType.INT32, to=ir.DataType.INT32)
+        return self._node("Gather", [table, index], kind, **({"axis": axis} if axis else {}))
 
     def _last(
         self, value: ir.Value, dtype: ir.DataType, shape: Sequence[int], name: str

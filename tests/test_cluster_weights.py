@@ -165,6 +165,15 @@ def test_pruned_weights_stay_zero() -> None:
     assert (unpacked(after)["w"][weight == 0] == 0).all()
 
 
+def on_codes(model: ir.Model, given: list[Sample]) -> ir.Model:
+    """The same with all that can work on 8-bit codes doing so."""
+    infer_shapes(model)
+    coded = model.clone()
+    code_all(coded, given)
+    infer_shapes(coded)
+    return coded
+
+
 @pytest.mark.parametrize("layer", ["Conv(x, w)", "Gemm", "MatMul"])
 def test_layers_on_codes_stay_on_codes(layer: str, tmp_path: Path) -> None:
     """The int8 weight of an integer kernel comes from codes, and the kernel stays."""
@@ -183,10 +192,7 @@ def test_layers_on_codes_stay_on_codes(layer: str, tmp_path: Path) -> None:
         )
         given = samples_of(4, 48, count=8)
     model.opset_imports[""] = 21
-    infer_shapes(model)
-    coded = model.clone()
-    code_all(coded, given)
-    infer_shapes(coded)
+    coded = on_codes(model, given)
     [(tmp_path / name).mkdir() for name in ("before", "after")]
     before = work(coded, tmp_path / "before")
     # onnxruntime has no integer MatMul whose output is float.
@@ -207,10 +213,7 @@ def test_layers_on_codes_stay_on_codes(layer: str, tmp_path: Path) -> None:
 def test_parameters_of_codes_that_stay_become_narrow(tmp_path: Path) -> None:
     """A layer that stands no clusters keeps its codes; scale and bias take float16."""
     model, given = two_convs(channels=32), samples(8)
-    infer_shapes(model)
-    coded = model.clone()
-    code_all(coded, given)
-    infer_shapes(coded)
+    coded = on_codes(model, given)
     [(tmp_path / name).mkdir() for name in ("before", "after")]
     before = work(coded, tmp_path / "before")
 

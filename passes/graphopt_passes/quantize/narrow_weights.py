@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import numpy as np
@@ -68,6 +68,11 @@ class Target:
     others: tuple[Question, ...] = ()
     is_looked_up: bool = False
     in_body: bool = False
+
+    def copied(self, value: ir.Value) -> Target:
+        """The same in a clone of the model, where the weight is another value."""
+        reader = only_reader(value) if self.layer is not None else None
+        return replace(self, value=value, layer=None if reader is None else layer_of(reader))
 
     @property
     def asked(self) -> tuple[Question, ...]:

@@ -25,13 +25,7 @@ from graphopt.statistics import Gram
 from graphopt.validation import OutputError, worst
 from graphopt_passes.quantize.allocation import Choice, closest_within, smallest_within
 from graphopt_passes.quantize.codebooks import best_damping, squared_error, with_diagonal
-from graphopt_passes.quantize.narrow_weights import (
-    Solution,
-    Target,
-    graph_of,
-    targets_of,
-    write,
-)
+from graphopt_passes.quantize.narrow_weights import Solution, Target, graph_of, write
 from graphopt_passes.quantize.refitting import refit_layers
 
 COMPARED_SAMPLES, ALONE_SAMPLES = 32, 8
@@ -298,7 +292,7 @@ class Narrowing:
             self.change.note(f"estimated {estimate}{measured}")
 
     def _estimate(self, chosen: Sequence[Form | None]) -> str:
-        """What forms are expected to take in the file, and to do to the worst output."""
+        """What forms are expected to take in the file, and to do to the outputs on their mean."""
         taken = [
             of_weight[0 if form is None else 1 + self.forms.index(form)]
             for of_weight, form in zip(self._choices, chosen, strict=True)
@@ -344,8 +338,9 @@ class Narrowing:
     def _copy(self) -> tuple[ir.Model, list[Target], Context]:
         """Of the model, to try something, with its targets; what is tried goes to no file."""
         candidate = self.model.clone()
-        found = _by_place(candidate, targets_of(candidate, 1, Change()))
-        targets = [found[place] for place in _by_place(self.model, self.targets)]
+        pairs = zip(all_graphs(self.model), all_graphs(candidate), strict=True)
+        values = {old: _values_of(new) for old, new in pairs}
+        targets = [t.copied(values[graph_of(t.value)][t.name]) for t in self.targets]
         return candidate, targets, replace(self.context, scratch=None)
 
     def _within(self, choices: Sequence[Sequence[Choice]], limit: float) -> list[Form | None]:
@@ -428,10 +423,10 @@ class Narrowing:
         return [b - a if math.isfinite(a) else 0.0 for a, b in zip(before, after, strict=True)]
 
 
-def _by_place(model: ir.Model, targets: Sequence[Target]) -> dict[tuple[int, str], Target]:
-    """Targets by their graph and name: bodies may have values of the same name."""
-    places = {graph: index for index, graph in enumerate(all_graphs(model))}
-    return {(places[graph_of(target.value)], target.name): target for target in targets}
+def _values_of(graph: ir.Graph) -> dict[str, ir.Value]:
+    """By name, of one graph: bodies may have values of the same name."""
+    made = {output.name or "": output for node in graph for output in node.outputs}
+    return {**graph.initializers, **made}
 
 
 def _squared(outputs: Sequence[OutputError]) -> list[float]:

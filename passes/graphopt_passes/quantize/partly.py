@@ -67,10 +67,11 @@ class Partly:
         return f"{self.form.label} for {self.share:.0%} of its inputs"
 
     def stored_bytes(self, target: Target) -> int:
-        """Of codes, kept numbers and the order of channels; as much as without where that is."""
+        """Of codes, kept numbers and the order of channels."""
         channels = target.channels
         count = _count(channels, self.share)
         if not count:
+            # More than as it is: so that it is never chosen.
             return 2 * target.stored_bytes
         narrow = self.form.stored_bytes(target) * count // channels
         kept = 4 * target.size * (channels - count) // channels

@@ -21,7 +21,7 @@ from scipy.linalg import cho_factor, cho_solve
 
 from graphopt.contract import Change, Context
 from graphopt.observe import Question
-from graphopt.operators import all_graphs, is_onnx
+from graphopt.operators import all_graphs, is_onnx, nodes_within
 from graphopt.rewriting import Names
 from graphopt.statistics import Gram
 from graphopt_passes.quantize.codebooks import DAMPING
@@ -30,7 +30,6 @@ from graphopt_passes.quantize.narrow_weights import shift_bias, targets_of
 
 UNCHANGED = 1e-4
 """A layer whose inputs have changed by no more, relative to them, stays as it is."""
-
 
 VARIES = 1e-5
 """Of the second moments; a smaller part of them is what float32 makes of sums and means."""
@@ -67,13 +66,31 @@ def refit_layers(model: ir.Model, before: ir.Model, context: Context, change: Ch
         context: with samples.
         change: told what is done.
     """
-    names = Names(model)
+    names, changed = Names(model), _changed(model, before)
     for layer in _float_layers(model):
+        if layer.source not in changed:
+            continue
         context.progress(f"refitting {layer.weight.name}")
         pair = _pair(layer, model, before, context)
         if pair is not None and pair.varies and pair.share > UNCHANGED**2:
             _refit(layer, pair, names, context)
             change.count(f"weight of {layer.node.op_type} refitted")
+
+
+def _changed(model: ir.Model, before: ir.Model) -> set[ir.Value]:
+    """What hangs on constants that are others than before; nothing else can have changed."""
+    known = {name: value.const_value for name, value in before.graph.initializers.items()}
+    found = {
+        value
+        for graph in all_graphs(model)
+        for name, value in graph.initializers.items()
+        if known.get(name) is not value.const_value
+    }
+    for node in model.graph:
+        read = (value for inner in nodes_within(node) for value in inner.inputs)
+        if not found.isdisjoint(read):
+            found.update(node.outputs)
+    return found
 
 
 def _float_layers(model: ir.Model) -> list[Layer]:

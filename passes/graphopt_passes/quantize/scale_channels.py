@@ -12,10 +12,8 @@ import onnx_ir as ir
 from graphopt.contract import Bounds, Change, Context, Effect, Pass
 from graphopt.observe import Answers
 from graphopt.operators import is_onnx
-from graphopt.rewriting import why_too_old
 from graphopt.statistics import Gram
 from graphopt_passes.quantize.flows import (
-    FIRST_OPSET,
     PRODUCTS,
     Order,
     Sink,
@@ -34,6 +32,7 @@ from graphopt_passes.quantize.stretches import (
     Stretch,
     rescale,
     stretches_of,
+    why_no_factors,
     why_too_few,
 )
 
@@ -85,9 +84,7 @@ class ScaleChannels(Pass):
 
     def refuse(self, model: ir.Model, context: Context) -> str | None:
         """Without samples there is nothing to choose by."""
-        if context.observer is None:
-            return "there are no samples to choose factors by"
-        return why_too_old(model, FIRST_OPSET)
+        return why_no_factors(model, context)
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """In the main graph, which can be observed."""

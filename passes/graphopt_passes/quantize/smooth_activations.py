@@ -8,11 +8,10 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from graphopt.contract import Change, Context, Effect, Pass
-from graphopt.rewriting import why_too_old
 from graphopt_passes.quantize.balancing import balance
-from graphopt_passes.quantize.flows import FIRST_OPSET, Order
+from graphopt_passes.quantize.flows import Order
 from graphopt_passes.quantize.sources import products_of, scales_of
-from graphopt_passes.quantize.stretches import stretches_of
+from graphopt_passes.quantize.stretches import stretches_of, why_no_factors
 
 
 @dataclass(frozen=True)
@@ -33,9 +32,7 @@ class SmoothActivations(Pass):
 
     def refuse(self, model: ir.Model, context: Context) -> str | None:
         """Without samples there is nothing to choose by."""
-        if context.observer is None:
-            return "there are no samples to choose factors by"
-        return why_too_old(model, FIRST_OPSET)
+        return why_no_factors(model, context)
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """In the main graph, which can be observed."""

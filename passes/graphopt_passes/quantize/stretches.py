@@ -11,7 +11,8 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.contract import Change, Context
-from graphopt_passes.quantize.flows import Blocked, Flow, Order, flow_of
+from graphopt.rewriting import why_too_old
+from graphopt_passes.quantize.flows import FIRST_OPSET, Blocked, Flow, Order, flow_of
 from graphopt_passes.quantize.rescaling import Rescaling, Source
 
 ROUNDS_MAXIMUM = 20
@@ -39,6 +40,13 @@ class Stretch:
     def reached(self) -> list[ir.Node]:
         """The products at the end."""
         return [sink.layer.node for sink in self.flow.sinks]
+
+
+def why_no_factors(model: ir.Model, context: Context) -> str | None:
+    """Why none can be chosen by what samples show; None where they can."""
+    if context.observer is None:
+        return "there are no samples to choose factors by"
+    return why_too_old(model, FIRST_OPSET)
 
 
 def stretches_of(sources: Iterable[Source], order: Order, change: Change) -> list[Stretch]:

@@ -19,8 +19,8 @@ from graphopt_passes.quantize.granularity import WEIGHTS
 from graphopt_passes.quantize.narrow_weights import (
     Solution,
     Target,
+    correct_bias,
     put,
-    shift_bias,
     targets_of,
     write,
 )
@@ -171,7 +171,6 @@ def _solution(problem: Problem, rows: Rows) -> Solution:
 
     def put_rows(target: Target, solution: Solution, encoding: Encoding, context: Context) -> None:
         put(target, partial(encoding.repeated, rows), encoding)
-        if target.layer is not None and solution.shift is not None and solution.shift.any():
-            shift_bias(target.layer, solution.shift, encoding.names, context)
+        correct_bias(target, solution, encoding, context)
 
     return Solution((), problem.shift(problem.target.rows_of(rows.numbers())), put_rows)
