@@ -79,7 +79,7 @@ class QuantizeBinary(Pass):
     layers: Literal["tolerant", "all"] = "tolerant"
     others: Literal["float", "clusters"] = "float"
     block: Annotated[int, Bounds(0)] = 0
-    error: Annotated[float, Bounds(0.0, None)] = 0.1
+    error: Annotated[float, Bounds(0.0, None)] = 0.05
     min_elements: Annotated[int, Bounds(1)] = 1024
     refit: bool = True
 
