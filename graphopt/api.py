@@ -19,6 +19,7 @@ from graphopt.errors import ModelError, SampleError, SpecError, did_you_mean
 from graphopt.explain import Explanation, explain_model
 from graphopt.gate import CONVERTED, Gate, interface_of
 from graphopt.inspection import Inspection, inspect_model
+from graphopt.layer_costs import sizes_of_sample
 from graphopt.ledger import Run, Step, size_as_given, size_of, stamp
 from graphopt.loading import ModelLike
 from graphopt.observe import Observer
@@ -28,6 +29,7 @@ from graphopt.recipes import Plan, plan
 from graphopt.recording import Feed, compare, record
 from graphopt.requirements import Requirement, parse_requirements
 from graphopt.runtime import Reference, Session
+from graphopt.samples import read_samples
 from graphopt.scratch import Scratch
 from graphopt.signature import signature
 from graphopt.subject import (
@@ -334,14 +336,30 @@ def explain(
     )
 
 
-def inspect(model: ModelLike, *, progress: Progress = _quiet) -> tuple[Inspection, Run]:
+def inspect(
+    model: ModelLike,
+    *,
+    sizes: Mapping[str, int] | None = None,
+    samples: SamplesLike | None = None,
+    progress: Progress = _quiet,
+) -> tuple[Inspection, Run]:
     """What is in a model, and what the recipe `basic` would do to it.
 
+    Args:
+        model: see `optimize`.
+        sizes: of dimensions of inputs that the file leaves open, to count multiply-accumulates at:
+            by name (`batch`), or by input and axis (`image[0]`). Others count 1.
+        samples: see `optimize`; the first one has the sizes that `sizes` does not give.
+        progress: see `optimize`.
+
     Raises:
-        GraphoptError: the model cannot be read.
+        SpecError: a size is of no such dimension, or below 0.
+        GraphoptError: the model cannot be read, or a sample does not fit.
     """
     progress("looking at the model")
-    found = inspect_model(loading.load(model, drop_training_info=True))
+    loaded = loading.load(model, drop_training_info=True)
+    first = {} if samples is None else next(iter(read_samples(samples, signature(loaded))))
+    found = inspect_model(loaded, {**sizes_of_sample(loaded, first), **(sizes or {})})
     progress("trying basic")
     tried = optimize(
         model, recipe="basic", validate=False, benchmark=False, drop_training_info=True

@@ -244,11 +244,27 @@ def share(
 
 
 @app.command()
-def inspect(model: Model, json: Json = None) -> None:
-    """Show what is in MODEL, and what the recipe basic would do."""
-    _check_json(json, [model])
+def inspect(
+    model: Model,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=N",
+            help="Size of a dimension of the inputs, for MACs: by name (batch), or by input and "
+            "axis (image[0]). Repeatable.",
+        ),
+    ] = None,
+    samples: SamplesPath = None,
+    json: Json = None,
+) -> None:
+    """Show what is in MODEL, what each layer costs, and what the recipe basic would do.
+
+    Of layers the terminal shows those with the most multiply-accumulates, and JSON all.
+    """
+    _check_json(json, [model], [samples])
+    sizes = _sizes(size)
     with _progress() as progress:
-        found, tried = graphopt.inspect(model, progress=progress)
+        found, tried = graphopt.inspect(model, sizes=sizes, samples=samples, progress=progress)
     shown = report.render_inspection(found, tried)
     _show(shown, json, lambda: json_report.inspection_to_json(found, tried))
 
@@ -325,6 +341,16 @@ def _states(texts: list[str] | None) -> list[tuple[str, str]]:
             raise SpecError(f"--state {text!r} is not of the form OUTPUT=INPUT")
         pairs.append((output, name))
     return pairs
+
+
+def _sizes(texts: list[str] | None) -> dict[str, int]:
+    sizes = {}
+    for text in texts or []:
+        name, _, number = text.rpartition("=")
+        if not (name and number.isdecimal()):
+            raise SpecError(f"--size {text!r} is not of the form NAME=N")
+        sizes[name] = int(number)
+    return sizes
 
 
 @contextmanager

@@ -59,7 +59,8 @@ def _file_chunks(tensor: ir.ExternalTensor) -> Iterator[np.ndarray]:
                     f"{missing_bytes} bytes are missing"
                 )
             start = position - position % mmap.ALLOCATIONGRANULARITY
-            size = min(CHUNK_BYTES, end - start)
+            # Chunks are of whole elements, wherever in a page the tensor begins.
+            size = min(position - start + CHUNK_BYTES, end - start)
             # A window goes, with its pages, when the last array over it does. Mapping takes half
             # the time of reading into a buffer.
             window = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ, offset=start)

@@ -7,14 +7,14 @@ whatever the size of the model.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 
-from graphopt.content import chunks, equal_groups
+from graphopt.content import equal_groups
+from graphopt.layer_costs import NO_SIZES, LayerCost, free_sizes, layers_of_model
 from graphopt.operators import (
     ONNX_DOMAINS,
     all_graphs,
@@ -27,21 +27,9 @@ from graphopt.packed_sizes import PackedWeight, find_packed
 from graphopt.packing import packed_weights
 from graphopt.skeleton import infer_shapes, type_text
 from graphopt.state import guess_state
+from graphopt.zeros import FLOATS, ZeroCounts
 
 LARGEST_COUNT = 10
-
-_FLOATS = frozenset(
-    {
-        ir.DataType.FLOAT,
-        ir.DataType.FLOAT16,
-        ir.DataType.BFLOAT16,
-        ir.DataType.DOUBLE,
-        ir.DataType.FLOAT8E4M3FN,
-        ir.DataType.FLOAT8E4M3FNUZ,
-        ir.DataType.FLOAT8E5M2,
-        ir.DataType.FLOAT8E5M2FNUZ,
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -133,6 +121,11 @@ class Inspection:
         duplicates: groups of equal weights, largest saving first.
         zero_share: exact zeros (of either sign) among the floating-point weights of 8 bits or
             more; None when there are none.
+        layers: what each node that multiplies and accumulates, or holds numbers, costs in a run.
+        macs: multiply-accumulates of all layers of which they are known. A FLOP count is twice as
+            much.
+        sizes: of the dimensions of inputs that the file leaves open, as `layers` counts them.
+        assumed: of these, the names of those that nobody gave a size, which count 1.
         random_operators: how many nodes of each that gives other results at every run.
         state: pairs of output and input that look like carried state.
     """
@@ -153,16 +146,28 @@ class Inspection:
     bits_per_weight: float | None
     duplicates: tuple[Duplicates, ...]
     zero_share: float | None
+    layers: tuple[LayerCost, ...]
+    macs: int
+    sizes: dict[str, int]
+    assumed: tuple[str, ...]
     random_operators: dict[str, int]
     state: tuple[tuple[str, str], ...]
 
 
-def inspect_model(model: ir.Model) -> Inspection:
-    """Look into a model. Nothing is run, and nothing is changed.
+def inspect_model(model: ir.Model, sizes: Mapping[str, int] = NO_SIZES) -> Inspection:
+    """Look into a model. It is not run, and nothing is changed.
+
+    Args:
+        model: not modified.
+        sizes: of dimensions of inputs; see `graphopt.layer_costs.free_sizes`.
 
     Raises:
+        SpecError: a size is of no such dimension, or below 0.
         ModelError: the external data of a weight cannot be read.
     """
+    free = free_sizes(model, sizes)
+    counts = ZeroCounts()
+    layers = layers_of_model(model, sizes, counts)
     graphs = list(graphs_and_functions(model))
     nodes = [node for graph in graphs for node in graph]
     tensors = [
@@ -186,7 +191,11 @@ def inspect_model(model: ir.Model) -> Inspection:
         parameters=parameters,
         bits_per_weight=8 * number_bytes / parameters if parameters else None,
         duplicates=find_duplicates(tensors),
-        zero_share=_zero_share([t for _, t in tensors]),
+        zero_share=_zero_share([t for _, t in tensors], counts),
+        layers=layers,
+        macs=sum(layer.macs or 0 for layer in layers),
+        sizes=free,
+        assumed=tuple(name for name in free if name not in sizes),
         random_operators=_counted(filter(is_random, nodes)),
         state=guess_state(model),
     )
@@ -294,15 +303,8 @@ def _place(tensor: ir.TensorProtocol) -> tuple[object, ...]:
     return (id(tensor),)
 
 
-def _zero_share(tensors: Iterable[ir.TensorProtocol]) -> float | None:
+def _zero_share(tensors: Iterable[ir.TensorProtocol], counts: ZeroCounts) -> float | None:
     """The share of exact zeros in the floating-point tensors."""
-    elements = zeros = 0
-    for tensor in tensors:
-        if tensor.dtype in _FLOATS:
-            dtype = tensor.dtype.numpy()
-            elements += tensor.size
-            zeros += sum(
-                chunk.size // dtype.itemsize - int(np.count_nonzero(chunk.view(dtype)))
-                for chunk in chunks(tensor)
-            )
-    return zeros / elements if elements else None
+    floats = [tensor for tensor in tensors if tensor.dtype in FLOATS]
+    elements = sum(tensor.size for tensor in floats)
+    return sum(counts.equal(t, 0) for t in floats) / elements if elements else None

@@ -133,10 +133,17 @@ def sharing_to_json(found: Sharing) -> dict[str, Any]:
 
 
 def inspection_to_json(found: Inspection, tried: Run) -> dict[str, Any]:
-    """What is in a model, and what `basic` would do, as plain data."""
+    """What is in a model, and what `basic` would do, as plain data.
+
+    Of each layer also its share of all multiply-accumulates, `macs_share`.
+    """
+    layers = [
+        {**asdict(layer), "macs_share": share_of(layer.macs, found.macs)} for layer in found.layers
+    ]
     return {
         "schema_version": SCHEMA_VERSION,
         **plain(asdict(found)),
+        "layers": layers,
         "basic": {
             "optimized": asdict(tried.optimized),
             "steps": [_step_to_json(s) for s in tried.steps if s.kept],
@@ -185,6 +192,11 @@ def demo_to_json(shown: Demonstration) -> dict[str, Any]:
     """The demonstration as plain data."""
     accuracy = {"original": shown.accuracy_before, "optimized": shown.accuracy_after}
     return {**run_to_json(shown.run), "accuracy": accuracy, "path": str(shown.path)}
+
+
+def share_of(part: int | None, whole: int) -> float | None:
+    """A part of a whole; None where the part is not known, or the whole is nothing."""
+    return part / whole if part is not None and whole else None
 
 
 def plain(content: Any) -> Any:

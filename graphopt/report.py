@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Console, Group, RenderableType
@@ -15,7 +16,8 @@ from graphopt.contract import Effect, Pass
 from graphopt.demo import Demonstration
 from graphopt.explain import Explanation, Row
 from graphopt.inspection import Inspection, Port, Weight
-from graphopt.json_report import summary
+from graphopt.json_report import share_of, summary
+from graphopt.layer_costs import LayerCost, zero_share_of
 from graphopt.ledger import Run, Size, Step
 from graphopt.packed_sizes import PackedWeight
 from graphopt.recipes import Recipe
@@ -26,6 +28,7 @@ from graphopt.validation import OutputError
 SHOWN_DUPLICATES = 8
 SHOWN_NAMES = 3
 SHOWN_PACKED = 10
+SHOWN_LAYERS = 10
 SHOWN_OPERATORS = 4
 SHOWN_SHARE = 0.005
 """Of the time; what takes less, and for no reason that is known, is shown together."""
@@ -221,6 +224,8 @@ def render_inspection(found: Inspection, tried: Run) -> RenderableType:
         facts.add_row("random", ", ".join(found.random_operators))
     kept = [s for s in tried.steps if s.kept]
     parts: list[RenderableType] = [facts, ""]
+    if found.macs or any(layer.macs is None for layer in found.layers):
+        parts += [*_layers(found), ""]
     if kept:
         parts += [Text("basic would:", style="bold"), _ledger(kept)]
         parts += [_sizes(tried.original, tried.optimized)]
@@ -251,6 +256,57 @@ def _weight_rows(found: Inspection) -> Iterator[tuple[str, str]]:
         yield "", f"and {len(found.duplicates) - SHOWN_DUPLICATES} groups more (--json)"
     if found.zero_share is not None:
         yield "zeros", f"{found.zero_share:.1%} of the floating-point weights"
+
+
+def _layers(found: Inspection) -> Iterator[RenderableType]:
+    """The layers with the most multiply-accumulates, and what the numbers stand for."""
+    table = _table("layer", "operator", ">MACs", ">share", ">parameters", ">zeros")
+    order = sorted(found.layers, key=_layer_rank, reverse=True)
+    for layer in order[:SHOWN_LAYERS]:
+        table.add_row(*_layer_row(layer, found.macs))
+    rest = order[SHOWN_LAYERS:]
+    if rest:
+        macs, parameters = sum(r.macs or 0 for r in rest), sum(r.parameters for r in rest)
+        label = f"{len(rest)} more (--json)"
+        share = _share_text(share_of(macs, found.macs))
+        table.add_row(label, "", f"{macs:,}", share, f"{parameters:,}", "")
+    zeros = _share_text(zero_share_of(found.layers))
+    table.add_row("all", "", f"{found.macs:,}", "", f"{found.parameters:,}", zeros, style="bold")
+    yield table
+    for note in _layer_notes(found):
+        yield Text(f"note: {note}", style="dim")
+
+
+def _layer_rank(layer: LayerCost) -> tuple[int, int]:
+    return -1 if layer.macs is None else layer.macs, layer.parameters
+
+
+def _layer_row(layer: LayerCost, whole: int) -> list[str]:
+    return [
+        layer.name if layer.body_of is None else f"{layer.name} (in {layer.body_of})",
+        layer.op_type.removeprefix("com.microsoft."),
+        "?" if layer.macs is None else f"{layer.macs:,}",
+        _share_text(share_of(layer.macs, whole)),
+        f"{layer.parameters:,}",
+        _share_text(layer.zero_share),
+    ]
+
+
+def _share_text(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
+
+
+def _layer_notes(found: Inspection) -> Iterator[str]:
+    if found.sizes:
+        sizes = ", ".join(f"{name} = {size}" for name, size in found.sizes.items())
+        given = ", ".join(found.assumed)
+        yield f"MACs at {sizes}" + (f"; --size NAME=N says another {given}" if given else "")
+    unknown = Counter(layer.op_type for layer in found.layers if layer.macs is None)
+    if unknown:
+        operators = ", ".join(f"{count} {op_type}" for op_type, count in unknown.items())
+        yield f"not in the sum, for want of a shape or of what the operator does: {operators}"
+    if any(layer.body_of is not None for layer in found.layers):
+        yield "bodies of Loop and Scan count for one iteration, and both branches of an If"
 
 
 def _packed_text(packed: PackedWeight) -> str:

@@ -11,9 +11,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from graphopt.content import CHUNK_BYTES
+from graphopt.content import CHUNK_BYTES, chunks
 from graphopt.errors import ModelError
-from graphopt.inspection import Duplicates, Port, Weight, Weights, chunks, inspect_model
+from graphopt.inspection import Duplicates, Port, Weight, Weights, inspect_model
 from graphopt.state import guess_state
 from graphopt.testing import parse
 
