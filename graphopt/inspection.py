@@ -25,7 +25,7 @@ from graphopt.operators import (
 )
 from graphopt.packed_sizes import PackedWeight, find_packed
 from graphopt.packing import packed_weights
-from graphopt.skeleton import infer_shapes, type_text
+from graphopt.skeleton import has_long_vectors, infer_shapes, type_text
 from graphopt.state import guess_state
 from graphopt.zeros import FLOATS, ZeroCounts
 
@@ -166,14 +166,16 @@ def inspect_model(model: ir.Model, sizes: Mapping[str, int] = NO_SIZES) -> Inspe
         ModelError: the external data of a weight cannot be read.
     """
     free = free_sizes(model, sizes)
-    counts = ZeroCounts()
-    layers = layers_of_model(model, sizes, counts)
     graphs = list(graphs_and_functions(model))
     nodes = [node for graph in graphs for node in graph]
     tensors = [
         (value.name or "", tensor) for graph in graphs for value, tensor in _weights_of(graph)
     ]
     packed, parameters, number_bytes = _numbers(model)
+    # What reads weights in chunks comes first, and finds data files that are damaged.
+    duplicates, counts = find_duplicates(tensors), ZeroCounts()
+    zero_share = _zero_share([t for _, t in tensors], counts)
+    layers = layers_of_model(model, sizes, counts)
     largest = sorted(tensors, key=lambda pair: -pair[1].nbytes)[:LARGEST_COUNT]
     return Inspection(
         inputs=tuple(map(_port, model.graph.inputs)),
@@ -190,8 +192,8 @@ def inspect_model(model: ir.Model, sizes: Mapping[str, int] = NO_SIZES) -> Inspe
         packed=packed,
         parameters=parameters,
         bits_per_weight=8 * number_bytes / parameters if parameters else None,
-        duplicates=find_duplicates(tensors),
-        zero_share=_zero_share([t for _, t in tensors], counts),
+        duplicates=duplicates,
+        zero_share=zero_share,
         layers=layers,
         macs=sum(layer.macs or 0 for layer in layers),
         sizes=free,
@@ -241,7 +243,7 @@ def _numbers(model: ir.Model) -> tuple[tuple[PackedWeight, ...], int, int]:
     if any(True for graph in graphs_and_functions(model) for _ in packed_weights(graph)):
         # What nodes make has a size only once shapes are inferred.
         model = model.clone()
-        infer_shapes(model)
+        infer_shapes(model, follows_elements=not has_long_vectors(model))
     graphs = list(graphs_and_functions(model))
     packed = find_packed(graphs)
     plain = [

@@ -24,7 +24,7 @@ from graphopt.operators import ONNX_DOMAINS, all_graphs, subgraphs
 from graphopt.packing import constants_behind, is_constant, is_packed, nodes_behind
 from graphopt.rewriting import constant_tensor, static_shape
 from graphopt.shape_facts import ShapeFacts
-from graphopt.skeleton import infer_shapes
+from graphopt.skeleton import has_long_vectors, infer_shapes
 from graphopt.zeros import ZeroCounts, Zeros
 
 FREE_SIZE = 1
@@ -165,7 +165,7 @@ def layers_of_model(
     _bind(model, sizes)
     if model.functions:
         InlinePass()(model)
-    infer_shapes(model)
+    infer_shapes(model, follows_elements=not has_long_vectors(model))
     return tuple(_Layers(model, counts or ZeroCounts()))
 
 
@@ -241,7 +241,8 @@ class _Layers:
         if is_packed(value) and shape is not None:
             return math.prod(shape)
         tensors = [constant_tensor(constant) for constant in constants]
-        return sum(t.size for t in tensors if t is not None and _is_number(t.dtype))
+        stored = sum(t.size for t in tensors if t is not None and _is_number(t.dtype))
+        return stored if shape is None else min(stored, math.prod(shape))
 
     def _zeros_of(self, values: Iterable[ir.Value | None]) -> int | None:
         counts = [self._zeros.of_value(value) for value in values if value is not None]

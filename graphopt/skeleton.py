@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import onnx
 import onnx_ir as ir
 
-from graphopt.operators import ONNX_DOMAINS
+from graphopt.operators import ONNX_DOMAINS, all_graphs
 from graphopt.protos import is_map, nested_graphs
 from graphopt.serializing import LARGE_BYTES, MAPS, UNANNOTATED, Tell, everything, nothing, stubbed
 
@@ -135,7 +135,21 @@ def why_invalid(model: ir.Model | onnx.ModelProto) -> str | None:
     return None
 
 
-def infer_shapes(model: ir.Model) -> bool:
+LONG_VECTOR = 1 << 18
+"""onnx follows the elements of vectors one by one, floats too, and each takes 250 bytes."""
+
+
+def has_long_vectors(model: ir.Model) -> bool:
+    """A constant has one dimension and so many elements that following them takes much memory."""
+    return any(
+        value.shape is not None and len(value.shape) == 1 and tensor.size > LONG_VECTOR
+        for graph in all_graphs(model)
+        for value in graph.initializers.values()
+        if (tensor := value.const_value) is not None
+    )
+
+
+def infer_shapes(model: ir.Model, follows_elements: bool = True) -> bool:
     """Set types and shapes of the values that nodes make, as far as onnx infers them.
 
     What the file states of such values is not believed: exporters leave the shapes of one traced
@@ -146,6 +160,10 @@ def infer_shapes(model: ir.Model) -> bool:
     Outputs of the model, and inputs and outputs of bodies, keep what the file states, as callers
     see it; what is inferred for them, and is all that a rewrite may rely on, `known_shape` tells.
 
+    Args:
+        model: gets the shapes.
+        follows_elements: follow shapes that nodes compute; see `has_long_vectors` for the price.
+
     Returns:
         Whether a shape is another than it was.
     """
@@ -153,7 +171,7 @@ def infer_shapes(model: ir.Model) -> bool:
     _forget_shapes(light.graph)
     _forget_claims(light.graph.output)
     try:
-        inferred = onnx.shape_inference.infer_shapes(light, data_prop=True)
+        inferred = onnx.shape_inference.infer_shapes(light, data_prop=follows_elements)
     except onnx.shape_inference.InferenceError as error:
         # Damaged models that onnxruntime may load all the same; passes leave alone what has no
         # shape.

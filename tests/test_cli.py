@@ -399,6 +399,64 @@ def test_inspect_tells_the_same_as_json(graphopt: Graphopt, tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
+def test_inspect_shows_what_layers_cost_and_at_which_sizes(graphopt: Graphopt) -> None:
+    done = graphopt("inspect", DIGITS)
+    sized = graphopt("inspect", DIGITS, "--size", "batch=3")
+    told = graphopt("inspect", DIGITS, "--size", "batch=3", "--json", "-").json
+
+    assert re.search(r"^layer +operator +MACs +share +parameters +zeros$", done.out, re.MULTILINE)
+    assert "note: MACs at batch = 1; --size NAME=N says another batch" in done.out
+    assert "note: MACs at batch = 3\n" in sized.out
+    (whole,) = re.findall(r"^all +([\d,]+) ", done.out, re.MULTILINE)
+    assert told["macs"] == 3 * int(whole.replace(",", ""))
+    assert (told["sizes"], told["assumed"]) == ({"batch": 3}, [])
+    assert sum(layer["macs"] for layer in told["layers"]) == told["macs"]
+    assert sum(layer["macs_share"] for layer in told["layers"]) == pytest.approx(1)
+    assert set(told["layers"][0]) == {
+        "name", "op_type", "macs", "macs_share", "parameters", "weights", "zero_share", "body_of"
+    }  # fmt: skip
+
+
+def test_inspect_counts_at_the_sizes_of_samples(graphopt: Graphopt, few_samples: str) -> None:
+    told = graphopt("inspect", DIGITS, "--samples", few_samples, "--json", "-").json
+
+    assert (told["sizes"], told["assumed"]) == ({"batch": 1}, [])
+
+
+@pytest.mark.parametrize(
+    ("size", "why"),
+    [
+        ("batch", "--size 'batch' is not of the form NAME=N"),
+        ("batch=-1", "--size 'batch=-1' is not of the form NAME=N"),
+        ("=3", "--size '=3' is not of the form NAME=N"),
+        ("bach=3", "no dimension is called 'bach'; did you mean 'batch'?"),
+    ],
+)
+def test_sizes_that_say_nothing_are_refused(graphopt: Graphopt, size: str, why: str) -> None:
+    done = graphopt("inspect", DIGITS, "--size", size)
+
+    assert (done.code, done.out) == (2, "")
+    assert why in done.err
+
+
+def test_inspect_shows_the_largest_layers_and_what_it_could_not_count(
+    graphopt: Graphopt, tmp_path: Path
+) -> None:
+    steps = " ".join(f"h{n + 1} = MatMul(h{n}, w)" for n in range(12))
+    proto = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 18, "com.microsoft" : 1]>'
+        " agraph (float[2, 4, 8] q, float[8, 8] h0, float[8, 8] w) => (float[8, 8] y, float[A] z)"
+        f"{{ {steps} y = Relu(h12) z = com.microsoft.GroupQueryAttention(q, q, q) }}"
+    )
+    (tmp_path / "m.onnx").write_bytes(proto.SerializeToString())
+
+    done = graphopt("inspect", "m.onnx")
+
+    assert len(re.findall(r"^h\d+ +MatMul +512 +8.3% +0$", done.out, re.MULTILINE)) == 10
+    assert re.search(r"^3 more \(--json\) +1,024 +16.7% +0$", done.out, re.MULTILINE)
+    assert "operator does: 1 com.microsoft.GroupQueryAttention" in done.out
+
+
 def test_explain_shows_kernels_and_what_they_take(graphopt: Graphopt, few_samples: str) -> None:
     done = graphopt("explain", DIGITS, "--samples", few_samples)
 

@@ -1,0 +1,435 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import pytest
+from packed_models import FORMS, Form
+
+import graphopt
+from graphopt.content import CHUNK_BYTES
+from graphopt.encoding import Encoding
+from graphopt.errors import SpecError
+from graphopt.layer_costs import (
+    LayerCost,
+    free_sizes,
+    layers_of_model,
+    sizes_of_sample,
+    zero_share_of,
+)
+from graphopt.rewriting import Names, tensor_of
+from graphopt.testing import parse
+from graphopt.zeros import COMPUTED_MAXIMUM, count_equal
+
+HALF_ZERO = np.float32([[0, 1, 2], [-0.0, 0, 3]])
+
+
+def test_a_layer_tells_its_name_macs_parameters_and_zeros() -> None:
+    model = parse(
+        """
+        agraph (float[4, 2] x, float[2, 3] w, float[3] b, float[3] g) => (float[4, 3] y)
+        {
+            [fc] h = Gemm(x, w, b)
+            s = Mul(h, g)
+            y = Relu(s)
+        }
+        """,
+        w=HALF_ZERO,
+        b=np.zeros(3, np.float32),
+        g=np.zeros(3, np.float32),
+    )
+
+    assert layers_of_model(model) == (
+        # The zeros of the bias are none of the weight.
+        LayerCost("fc", "Gemm", 4 * 2 * 3, 9, 6, 0.5, None),
+        LayerCost("s", "Mul", 0, 3, 0, None, None),
+    )
+
+
+def test_the_zeros_of_all_layers_count_by_their_weights() -> None:
+    def layer(weights: int, zero_share: float | None) -> LayerCost:
+        return LayerCost("l", "MatMul", 1, weights, weights, zero_share, None)
+
+    assert zero_share_of([layer(6, 0.5), layer(2, 1.0), layer(100, None)]) == 5 / 8
+    assert zero_share_of([layer(5, None)]) is None
+    assert zero_share_of([]) is None
+
+
+def test_single_numbers_bounds_scales_and_indices_are_no_parameters() -> None:
+    model = parse(
+        """
+        agraph (float[2, 3] x) => (float[2, 6] y)
+        <float half = {0.5}, float[2] s = {1.0, 2.0}, int64[2] i = {0, 1}, float[2] v = {0.0, 1.0}>
+        {
+            a = Mul(x, half)
+            r = Resize(a, , s)
+            y = Gather(r, i)
+        }
+        """
+    )
+
+    assert layers_of_model(model) == ()
+
+
+def test_the_weight_of_a_table_and_of_a_batch_normalization_are_parameters() -> None:
+    model = parse(
+        """
+        agraph (int64[2] i, float[2, 3] t, float[3] p) => (float[2, 3] y)
+        { h = Gather(t, i) y = BatchNormalization(h, p, p, p, p) }
+        """,
+        t=HALF_ZERO,
+        p=np.ones(3, np.float32),
+    )
+
+    assert [(n.op_type, n.macs, n.parameters, n.weights) for n in layers_of_model(model)] == [
+        ("Gather", 0, 6, 0),
+        ("BatchNormalization", 0, 12, 0),
+    ]
+
+
+def test_nothing_is_changed() -> None:
+    model = parse(
+        "agraph (float[N, 2] x, float[2, 3] w) => (float[M, 3] y) { y = MatMul(x, w) }", w=HALF_ZERO
+    )
+    before = ir.to_proto(model).SerializeToString()
+
+    layers_of_model(model, {"N": 3})
+
+    assert ir.to_proto(model).SerializeToString() == before
+
+
+# ------------------------------------------------------------------ sizes
+
+FREE = """
+agraph (float[N, 2] x, float[N, ?] z, float[2, 3] w) => (float[A, 3] y, float[B, C] u)
+{ y = MatMul(x, w) t = Transpose(z) u = MatMul(z, t) }
+"""
+
+
+def _free() -> ir.Model:
+    model = parse(FREE.replace("?", "Z"), w=HALF_ZERO)
+    model.graph.inputs[1].shape = ir.Shape(["N", None])
+    return model
+
+
+@pytest.mark.parametrize(
+    ("sizes", "counted", "macs"),
+    [
+        ({}, {"N": 1, "z[1]": 1}, [6, 1]),
+        ({"N": 4}, {"N": 4, "z[1]": 1}, [4 * 6, 4 * 4]),
+        ({"N": 4, "z[1]": 5}, {"N": 4, "z[1]": 5}, [4 * 6, 4 * 5 * 4]),
+        # Two dimensions of one name are two dimensions.
+        ({"N": 4, "z[0]": 3}, {"N": 4, "z[0]": 3, "z[1]": 1}, [4 * 6, 3 * 3]),
+        ({"N": 0}, {"N": 0, "z[1]": 1}, [0, 0]),
+    ],
+)
+def test_open_dimensions_count_as_they_are_told_or_1(
+    sizes: dict[str, int], counted: dict[str, int], macs: list[int]
+) -> None:
+    assert free_sizes(_free(), sizes) == counted
+    layers = {layer.name: layer.macs for layer in layers_of_model(_free(), sizes)}
+    assert [layers.get("y", 0), layers.get("u", 0)] == macs
+
+
+@pytest.mark.parametrize(
+    ("sizes", "why"),
+    [
+        ({"M": 2}, "no dimension is called 'M'"),
+        ({"x[1]": 2}, r"no dimension is called 'x\[1\]'"),
+        ({"N": -1}, "dimension N has size -1"),
+        ({"N": 1.5}, "dimension N has size 1.5"),
+    ],
+)
+def test_sizes_of_no_open_dimension_are_refused(sizes: dict[str, int], why: str) -> None:
+    with pytest.raises(SpecError, match=why):
+        free_sizes(_free(), sizes)
+
+
+def test_a_sample_has_the_sizes() -> None:
+    def sample(rows: int) -> dict[str, np.ndarray]:
+        return {"x": np.ones((4, 2), np.float32), "z": np.ones((rows, 5), np.float32)}
+
+    assert sizes_of_sample(_free(), sample(4)) == {"N": 4, "z[1]": 5}
+    assert sizes_of_sample(_free(), sample(3)) == {"N": 4, "z[0]": 3, "z[1]": 5}
+    assert sizes_of_sample(_free(), {}) == {}
+
+
+def test_inspect_takes_sizes_and_samples(tmp_path: Path) -> None:
+    sample = {"x": np.ones((4, 2), np.float32), "z": np.ones((4, 5), np.float32)}
+    np.savez(tmp_path / "0.npz", **sample)  # type: ignore[arg-type]
+
+    assumed, _ = graphopt.inspect(_free())
+    given, _ = graphopt.inspect(_free(), sizes={"N": 2})
+    sampled, _ = graphopt.inspect(_free(), samples=tmp_path)
+    both, _ = graphopt.inspect(_free(), sizes={"N": 2}, samples=tmp_path)
+
+    assert (assumed.macs, assumed.assumed) == (6 + 1, ("N", "z[1]"))
+    assert (given.macs, given.assumed) == (2 * 6 + 2 * 2, ("z[1]",))
+    assert (sampled.macs, sampled.assumed) == (4 * 6 + 4 * 5 * 4, ())
+    assert both.sizes == {"N": 2, "z[1]": 5}
+
+
+def test_shape_arithmetic_is_followed() -> None:
+    """onnx's inference loses a size that a Slice takes from a shape."""
+    model = parse(
+        """
+        agraph (float[N, 8, 6] x, float[512, 6] m) => (float[A, B, C] y)
+        <int64[1] one = {1}, int64[1] two = {2}, int64[1] zero = {0}>
+        {
+            s = Shape(x)
+            n = Slice(s, one, two)
+            r = Slice(m, zero, n, zero)
+            t = Transpose<perm = [1, 0]>(r)
+            y = MatMul(x, t)
+        }
+        """,
+        m=np.ones((512, 6), np.float32),
+    )
+
+    (_, product) = layers_of_model(model, {"N": 3})
+
+    assert product.macs == 3 * 8 * 6 * 8
+
+
+# ------------------------------------------------------------------ bodies and functions
+
+
+def test_bodies_count_once_and_say_so() -> None:
+    model = parse(
+        """
+        agraph (float[4, 2] x, bool c, int64 n, float[2, 2] w) => (float[4, 2] y, float[4, 2] z)
+        {
+            [branch] y = If(c) <
+                then_branch = then () => (float[4, 2] a) { a = MatMul(x, w) },
+                else_branch = other () => (float[4, 2] b) { b = Relu(x) }
+            >
+            [loop] z = Loop(n, , x) <
+                body = body (int64 i, bool d, float[4, 2] s) => (bool e, float[4, 2] t)
+                { e = Identity(d) t = MatMul(s, w) }
+            >
+        }
+        """,
+        w=np.eye(2, dtype=np.float32),
+    )
+
+    assert layers_of_model(model) == (
+        LayerCost("a", "MatMul", 16, 4, 4, 0.5, "branch"),
+        LayerCost("t", "MatMul", None, 4, 4, 0.5, "loop"),
+    )
+
+
+def test_calls_of_functions_are_their_nodes() -> None:
+    model = parse(
+        """
+        <ir_version: 10, opset_import: ["" : 21, "own" : 1]>
+        agraph (float[N, 2] x, float[2, 2] w) => (float[N, 2] y)
+        { h = own.Layer(x, w) y = own.Layer(h, w) }
+        <domain: "own", opset_import: ["" : 21]>
+        Layer (p, q) => (o) { o = MatMul(p, q) }
+        """,
+        w=np.eye(2, dtype=np.float32),
+    )
+
+    layers = layers_of_model(model, {"N": 3})
+
+    assert [(n.op_type, n.macs, n.parameters, n.zero_share) for n in layers] == [
+        ("MatMul", 12, 4, 0.5)
+    ] * 2
+
+
+def test_what_is_not_known_is_said() -> None:
+    model = parse(
+        """
+        <ir_version: 10, opset_import: ["" : 21, "own" : 1, "com.microsoft" : 1]>
+        agraph (float[2, 2] x, float[2, 2] w) => (float[2, 2] y)
+        { h = own.Mix(x, w) y = MatMul(h, w) }
+        """,
+        w=np.eye(2, dtype=np.float32),
+    )
+
+    assert layers_of_model(model) == (
+        LayerCost("h", "own.Mix", None, 4, 0, None, None),
+        LayerCost("y", "MatMul", None, 4, 4, 0.5, None),
+    )
+
+
+# ------------------------------------------------------------------ packed weights
+
+
+def _only(model: ir.Model) -> LayerCost:
+    (layer,) = [layer for layer in layers_of_model(model) if layer.op_type == "MatMul"]
+    return layer
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_packed_weight_counts_as_the_plain_one(name: str) -> None:
+    form: Form = FORMS[name]
+    narrow = form.narrow((64, 96), seed=1)
+    book = np.where(np.arange(narrow.levels) == 1, 0, narrow.codebook)
+    narrow = type(narrow)(narrow.codes, np.float32(book), narrow.scales, narrow.offsets)
+    text = "agraph (float[4, 64] x, float[64, 96] w) => (float[4, 96] y) { y = MatMul(x, w) }"
+    plain = parse(text, w=np.asarray(narrow.numbers(), np.float32))
+    packed = parse(text)
+    (weight,) = (v for v in packed.graph.inputs if v.name == "w")
+    packed.graph.inputs.remove(weight)
+    encoding = Encoding(packed.graph, Names(packed), tensor_of)
+    weight.replace_all_uses_with(encoding.weight(narrow, ir.DataType.FLOAT, "w"))
+    encoding.close()
+
+    assert len(packed.graph) > 1
+    assert layers_of_model(packed) == (_only(plain),)
+    assert _only(plain).parameters == 64 * 96
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int4", "uint4", "int2"])
+@pytest.mark.parametrize("zero_point", ["none", "one", "channels"])
+def test_codes_count_through_dequantize_linear(dtype: str, zero_point: str) -> None:
+    kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    random = np.random.default_rng(3)
+    codes = random.integers(0, 2, (5, 7)).astype(kind)
+    points = {"none": [0] * 7, "one": [1] * 7, "channels": [0, 1] * 3 + [0]}[zero_point]
+    last = "" if zero_point == "none" else ", z"
+    model = parse(
+        f"""
+        <ir_version: 13, opset_import: ["" : 25]>
+        agraph (float[4, 7] x, {dtype}[5, 7] c, float[7] s, {dtype}[7] z) => (float[4, 5] y)
+        {{
+            w = DequantizeLinear<axis = 1>(c, s{last})
+            t = Transpose(w)
+            y = MatMul(x, t)
+        }}
+        """,
+        c=codes,
+        s=np.ones(7, np.float32),
+        z=np.array(points).astype(kind),
+    )
+
+    (layer,) = layers_of_model(model)
+
+    expected = np.mean(codes.astype(int) == np.array(points))
+    assert (layer.macs, layer.parameters) == (4 * 5 * 7, 35)
+    assert layer.zero_share == pytest.approx(float(expected), abs=1e-12)
+
+
+def test_a_scale_of_zero_makes_zeros() -> None:
+    model = parse(
+        """
+        agraph (float[4, 5] x, int8[5, 2] c, float[2] s) => (float[4, 2] y)
+        { w = DequantizeLinear<axis = 1>(c, s) y = MatMul(x, w) }
+        """,
+        c=np.ones((5, 2), np.int8),
+        s=np.float32([0, 1]),
+    )
+
+    assert _only(model).zero_share == 0.5
+
+
+@pytest.mark.parametrize(("inputs", "share"), [(64, 1 / 16), (48, None)])
+def test_codes_that_a_kernel_reads(inputs: int, share: float | None) -> None:
+    blocks = -(-inputs // 32)
+    every = np.arange(256, dtype=np.uint8)
+    model = parse(
+        f"""
+        <ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>
+        agraph (float[3, {inputs}] x, uint8[16, {blocks}, 16] w, float[{16 * blocks}] s)
+            => (float[3, 16] y)
+        {{
+            y = com.microsoft.MatMulNBits
+                <K = {inputs}, N = 16, bits = 4, block_size = 32>(x, w, s)
+        }}
+        """,
+        w=np.resize(every, (16, blocks, 16)),
+        s=np.ones(16 * blocks, np.float32),
+    )
+
+    assert layers_of_model(model) == (
+        LayerCost(
+            "y",
+            "com.microsoft.MatMulNBits",
+            3 * inputs * 16,
+            inputs * 16,
+            inputs * 16,
+            share,
+            None,
+        ),
+    )
+
+
+def test_large_packed_weights_are_not_computed() -> None:
+    rows = COMPUTED_MAXIMUM // 64 + 1
+    model = parse(
+        f"""
+        agraph (float[1, {rows}] x, uint8[{rows}, 64] c, float[256] b) => (float[1, 64] y)
+        {{ i = Cast<to = 6>(c) w = Gather(b, i) y = MatMul(x, w) }}
+        """,
+        c=np.zeros((rows, 64), np.uint8),
+        b=np.zeros(256, np.float32),
+    )
+
+    assert (_only(model).parameters, _only(model).zero_share) == (rows * 64, None)
+
+
+# ------------------------------------------------------------------ zeros
+
+
+@pytest.mark.parametrize("shift", [0, 2, 4100])
+def test_zeros_in_external_data_that_begins_anywhere(tmp_path: Path, shift: int) -> None:
+    array = np.zeros(CHUNK_BYTES // 8 + 1000)
+    array[::3] = 1
+    (tmp_path / "w.data").write_bytes(b"\1" * shift + array.tobytes())
+    tensor = ir.ExternalTensor(
+        "w.data", shift, array.nbytes, ir.DataType.DOUBLE,
+        shape=ir.Shape(array.shape), name="w", base_dir=tmp_path,
+    )  # fmt: skip
+
+    assert count_equal(tensor, 0) == np.count_nonzero(array == 0)
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+@pytest.mark.parametrize("dtype", [ml_dtypes.int4, ml_dtypes.uint4, ml_dtypes.int2])
+def test_codes_behind_the_last_one_do_not_count(count: int, dtype: type) -> None:
+    array = np.array([0, 1] * 4)[:count].astype(dtype)
+
+    assert count_equal(ir.tensor(array), 0) == -(-count // 2)
+    assert count_equal(ir.tensor(array), 1) == count // 2
+
+
+# ------------------------------------------------------------------ hostile
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        # A kernel larger than the image.
+        "agraph (float[1, 1, 2, 2] x, float[1, 1, 9, 9] w) => (float[A, B, C, D] y)"
+        " { y = Conv(x, w) }",
+        # Sizes that do not fit each other.
+        "agraph (float[2, 3] x, float[5, 7] w) => (float[A, B] y) { y = MatMul(x, w) }",
+        "agraph (float[2, 3] x, float[5] w) => (float[A, B] y)"
+        ' { y = Einsum<equation = "i,j,k">(x, w) }',
+        # A rank that no weight has.
+        "agraph (float[1, 1, 2] x, float w) => (float[A, B, C] y) { y = Conv(x, w) }",
+        "agraph (float x) => (float y) { y = MatMul(x, x) }",
+        "agraph (seq(float[N]) x, string[2] s) => (string[2] y) { y = Identity(s) }",
+    ],
+)
+def test_damaged_models_are_counted_as_far_as_they_go(text: str) -> None:
+    for layer in layers_of_model(parse(text)):
+        assert layer.macs is None or layer.macs >= 0
+
+
+def test_many_nodes_and_long_chains_of_constants_take_no_time() -> None:
+    chain = " ".join(f"k{n + 1} = Add(k{n}, k{n})" for n in range(300))
+    steps = " ".join(f"x{n + 1} = Add(x{n}, k0)" for n in range(300))
+    model = parse(
+        f"agraph (float[2] x0, float[2] k0) => (float[2] y) {{ {chain} {steps}"
+        " y = Add(x300, k300) }",
+        k0=np.ones(2, np.float32),
+    )
+
+    layers = layers_of_model(model)
+
+    assert [layer.name for layer in layers if layer.name.startswith("x")][-1] == "x300"
+    assert all(layer.macs == 0 for layer in layers)
