@@ -260,18 +260,17 @@ def _weight_rows(found: Inspection) -> Iterator[tuple[str, str]]:
 
 def _layers(found: Inspection) -> Iterator[RenderableType]:
     """The layers with the most multiply-accumulates, and what the numbers stand for."""
-    table = _table("layer", "operator", ">MACs", ">share", ">parameters", ">zeros")
+    table = _table(">MACs", ">share", ">parameters", ">zeros", "operator", "layer")
     order = sorted(found.layers, key=_layer_rank, reverse=True)
     for layer in order[:SHOWN_LAYERS]:
         table.add_row(*_layer_row(layer, found.macs))
     rest = order[SHOWN_LAYERS:]
     if rest:
         macs, parameters = sum(r.macs or 0 for r in rest), sum(r.parameters for r in rest)
-        label = f"{len(rest)} more (--json)"
-        share = _share_text(share_of(macs, found.macs))
-        table.add_row(label, "", f"{macs:,}", share, f"{parameters:,}", "")
+        share, label = _share_text(share_of(macs, found.macs)), f"{len(rest)} more (--json)"
+        table.add_row(f"{macs:,}", share, f"{parameters:,}", "", "", label)
     zeros = _share_text(zero_share_of(found.layers))
-    table.add_row("all", "", f"{found.macs:,}", "", f"{found.parameters:,}", zeros, style="bold")
+    table.add_row(f"{found.macs:,}", "", f"{found.parameters:,}", zeros, "", "all", style="bold")
     yield table
     for note in _layer_notes(found):
         yield Text(f"note: {note}", style="dim")
@@ -283,12 +282,12 @@ def _layer_rank(layer: LayerCost) -> tuple[int, int]:
 
 def _layer_row(layer: LayerCost, whole: int) -> list[str]:
     return [
-        layer.name if layer.body_of is None else f"{layer.name} (in {layer.body_of})",
-        layer.op_type.removeprefix("com.microsoft."),
         "?" if layer.macs is None else f"{layer.macs:,}",
         _share_text(share_of(layer.macs, whole)),
         f"{layer.parameters:,}",
         _share_text(layer.zero_share),
+        layer.op_type.removeprefix("com.microsoft."),
+        layer.name if layer.body_of is None else f"{layer.name} (in {layer.body_of})",
     ]
 
 
