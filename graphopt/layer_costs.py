@@ -16,6 +16,7 @@ from types import MappingProxyType
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
+from graphopt import microsoft_shapes
 from graphopt.contract import Sample, describe
 from graphopt.errors import SpecError, did_you_mean
 from graphopt.kernel_operands import kernel_weights
@@ -173,7 +174,11 @@ class _Layers:
     """The layers of a model whose sizes are bound and whose shapes were inferred."""
 
     def __init__(self, model: ir.Model, counts: ZeroCounts) -> None:
-        self._model, self._facts, self._zeros = model, ShapeFacts(model), Zeros(model, counts)
+        self._model, self._facts, self._zeros = (
+            model,
+            ShapeFacts(model, microsoft_shapes.RULES),
+            Zeros(model, counts),
+        )
         self._coded = {
             node: weight for weight in kernel_weights(all_graphs(model)) for node in weight.nodes
         }

@@ -12,6 +12,9 @@ one must be the other or 1, are they taken to be one.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
 import onnx_ir as ir
 
 from graphopt import shape_arithmetic, shape_rules
@@ -21,13 +24,25 @@ from graphopt.shape_rules import FOLLOWED, LARGEST_CONTENT, Fact, Shape, part
 from graphopt.sizes import Algebra, Polynomial, Size, may_overflow
 from graphopt.skeleton import known_shape
 
+OtherRule = Callable[["ShapeFacts", ir.Node, int], Fact | None]
+"""What is known of the output of a node at an index; None where nothing is."""
+
+_NO_OTHERS: Mapping[tuple[str, str], OtherRule] = MappingProxyType({})
 _RULES = {**shape_rules.RULES, **shape_arithmetic.RULES}
 
 
 class ShapeFacts:
-    """The facts about all values of a model, its subgraphs included."""
+    """The facts about all values of a model, its subgraphs included.
 
-    def __init__(self, model: ir.Model) -> None:
+    Args:
+        model: its shapes were inferred.
+        others: rules for operators that ONNX does not define, by domain and name.
+    """
+
+    def __init__(
+        self, model: ir.Model, others: Mapping[tuple[str, str], OtherRule] = _NO_OTHERS
+    ) -> None:
+        self._others = others
         self.algebra = Algebra()
         self._facts: dict[ir.Value, Fact] = {}
         self._names: dict[Polynomial, str] = {}
@@ -61,6 +76,11 @@ class ShapeFacts:
             if is_onnx(node, "Split"):
                 for index, value in enumerate(node.outputs):
                     self._facts[value] = self._completed(value, part(self, node, index))
+                continue
+            other = self._others.get((node.domain, node.op_type))
+            if other is not None:
+                for index, value in enumerate(node.outputs):
+                    self._facts[value] = self._completed(value, other(self, node, index))
                 continue
             rule = _RULES.get(node.op_type) if node.domain in ONNX_DOMAINS else None
             found = rule(self, node) if rule is not None else None

@@ -86,8 +86,9 @@ def _broadcast_size(facts: ShapeFacts, sizes: Sequence[Size]) -> Size:
     return facts.algebra.atom(("broadcast", frozenset(others)), is_dimension=True)
 
 
-def _matmul(facts: ShapeFacts, node: ir.Node) -> Fact | None:
-    first, second = (facts.shape(value) for value in node.inputs)
+def matmul(facts: ShapeFacts, node: ir.Node) -> Fact | None:
+    """A product of matrices, batches broadcast."""
+    first, second = (facts.shape(input_of(node, index)) for index in range(2))
     if first is None or second is None or min(len(first), len(second)) < 2:
         return None
     batch = _broadcast_shape(facts, [first[:-2], second[:-2]])
@@ -435,8 +436,8 @@ RULES: dict[str, Rule] = {
     "GatherElements": _gather_elements,
     "Gemm": _gemm,
     "Identity": _passed_on,
-    "MatMul": _matmul,
-    "MatMulInteger": _matmul,
+    "MatMul": matmul,
+    "MatMulInteger": matmul,
     "Range": _range,
     "Reshape": _reshape,
     "Slice": _slice,

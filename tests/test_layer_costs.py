@@ -255,6 +255,44 @@ def test_what_is_not_known_is_said() -> None:
     )
 
 
+def test_shapes_are_followed_through_operators_of_onnxruntime() -> None:
+    model = parse(
+        """
+        <ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>
+        agraph (int64[1, T] i, float[40, 32] t, float[32] g, uint8[64, 1, 16] c, float[64] s,
+                uint8[32, 2, 16] d, float[64] u, float[64, 40] h) => (float[1, T, 40] y)
+        {
+            e = Gather(t, i)
+            n = com.microsoft.SimplifiedLayerNormalization(e, g)
+            a = com.microsoft.MatMulNBits<K = 32, N = 64, block_size = 32>(n, c, s)
+            o = com.microsoft.MultiHeadAttention<num_heads = 2>(a, a, a)
+            b = com.microsoft.MatMulNBits<K = 64, N = 32, block_size = 32>(o, d, u)
+            m, , , r = com.microsoft.SkipSimplifiedLayerNormalization(b, e, g)
+            q = com.microsoft.QuickGelu(r)
+            w = com.microsoft.MatMulNBits<K = 32, N = 64, block_size = 32>(q, c, s)
+            y = MatMul(w, h)
+        }
+        """,
+        t=np.ones((40, 32), np.float32),
+        g=np.ones(32, np.float32),
+        c=np.ones((64, 1, 16), np.uint8),
+        s=np.ones(64, np.float32),
+        d=np.ones((32, 2, 16), np.uint8),
+        u=np.ones(64, np.float32),
+        h=np.ones((64, 40), np.float32),
+    )
+
+    layers = layers_of_model(model, {"T": 5})
+
+    assert {layer.name: layer.macs for layer in layers if layer.macs != 0} == {
+        "a": 5 * 32 * 64,
+        "o": 5 * 5 * (64 + 64),
+        "b": 5 * 64 * 32,
+        "w": 5 * 32 * 64,
+        "y": 5 * 64 * 40,
+    }
+
+
 # ------------------------------------------------------------------ packed weights
 
 
