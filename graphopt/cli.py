@@ -259,7 +259,8 @@ def inspect(
 ) -> None:
     """Show what is in MODEL, what each layer costs, and what the recipe basic would do.
 
-    Of layers the terminal shows those with the most multiply-accumulates, and JSON all.
+    Of layers the terminal shows those with the most multiply-accumulates (MACs; each is two
+    FLOPs), and JSON all.
     """
     _check_json(json, [model], [samples])
     sizes = _sizes(size)

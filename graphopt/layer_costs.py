@@ -20,6 +20,7 @@ from graphopt import microsoft_shapes
 from graphopt.contract import Sample, describe
 from graphopt.errors import SpecError, did_you_mean
 from graphopt.kernel_operands import kernel_weights
+from graphopt.loading import freeze_overridable_inputs
 from graphopt.multiply_accumulates import holds_numbers, node_macs, operands_of
 from graphopt.operators import ONNX_DOMAINS, all_graphs, subgraphs
 from graphopt.packing import constants_behind, is_constant, is_packed, nodes_behind
@@ -115,10 +116,10 @@ def sizes_of_sample(model: ir.Model, sample: Sample) -> dict[str, int]:
 
 
 def _free_axes(model: ir.Model) -> Iterator[tuple[ir.Value, int, str | None]]:
-    """Inputs with an axis of no stated size, and the name of that."""
+    """Inputs without a default that have an axis of no stated size, and the name of that."""
     for value in model.graph.inputs:
         for axis, dim in enumerate(value.shape or ()):
-            if not isinstance(dim, int):
+            if not isinstance(dim, int) and not value.is_initializer():
                 yield value, axis, dim.value or None
 
 
@@ -163,6 +164,8 @@ def layers_of_model(
         ModelError: the external data of a weight cannot be read.
     """
     model = model.clone()
+    # Inputs with a default count as what they are unless a caller gives another.
+    freeze_overridable_inputs(model)
     _bind(model, sizes)
     if model.functions:
         InlinePass()(model)

@@ -30,6 +30,7 @@ SHOWN_NAMES = 3
 SHOWN_PACKED = 10
 SHOWN_LAYERS = 10
 SHOWN_OPERATORS = 4
+SHOWN_SIZES = 6
 SHOWN_SHARE = 0.005
 """Of the time; what takes less, and for no reason that is known, is shown together."""
 
@@ -297,15 +298,20 @@ def _share_text(share: float | None) -> str:
 
 def _layer_notes(found: Inspection) -> Iterator[str]:
     if found.sizes:
-        sizes = ", ".join(f"{name} = {size}" for name, size in found.sizes.items())
-        given = ", ".join(found.assumed)
-        yield f"MACs at {sizes}" + (f"; --size NAME=N says another {given}" if given else "")
+        sizes = _first([f"{name} = {size}" for name, size in found.sizes.items()])
+        other = f"; --size NAME=N says another {_first(found.assumed)}" if found.assumed else ""
+        yield f"MACs at {sizes}{other}"
     unknown = Counter(layer.op_type for layer in found.layers if layer.macs is None)
     if unknown:
         operators = ", ".join(f"{count} {op_type}" for op_type, count in unknown.items())
         yield f"not in the sum, for want of a shape or of what the operator does: {operators}"
     if any(layer.body_of is not None for layer in found.layers):
         yield "bodies of Loop and Scan count for one iteration, and both branches of an If"
+
+
+def _first(texts: Sequence[str]) -> str:
+    more = f" and {len(texts) - SHOWN_SIZES} more" if len(texts) > SHOWN_SIZES else ""
+    return ", ".join(texts[:SHOWN_SIZES]) + more
 
 
 def _packed_text(packed: PackedWeight) -> str:

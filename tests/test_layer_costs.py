@@ -89,6 +89,16 @@ def test_the_weight_of_a_table_and_of_a_batch_normalization_are_parameters() -> 
     ]
 
 
+def test_weights_that_callers_may_replace_count_too() -> None:
+    model = parse(
+        "agraph (float[4, 2] x, float[2, 3] w) => (float[4, 3] y) { y = MatMul(x, w) }", w=HALF_ZERO
+    )
+    model.graph.inputs.append(model.graph.initializers["w"])
+
+    assert layers_of_model(model) == (LayerCost("y", "MatMul", 24, 6, 6, 0.5, None),)
+    assert len(model.graph.inputs) == 2
+
+
 def test_nothing_is_changed() -> None:
     model = parse(
         "agraph (float[N, 2] x, float[2, 3] w) => (float[M, 3] y) { y = MatMul(x, w) }", w=HALF_ZERO
