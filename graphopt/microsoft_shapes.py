@@ -11,6 +11,7 @@ from functools import partial
 
 import onnx_ir as ir
 
+from graphopt.multiply_accumulates import states_types
 from graphopt.rewriting import input_of
 from graphopt.shape_facts import OtherRule, ShapeFacts
 from graphopt.shape_rules import Fact
@@ -23,8 +24,10 @@ def _as_input(facts: ShapeFacts, node: ir.Node, index: int, outputs: tuple[int, 
 
 
 def _coded_product(facts: ShapeFacts, node: ir.Node, index: int) -> Fact:
-    shape, columns = facts.shape(input_of(node, 0)), node.attributes.get_int("N", 0)
-    return Fact((*shape[:-1], columns) if shape and index == 0 else None)
+    shape = facts.shape(input_of(node, 0))
+    if index or not shape or not states_types(node):
+        return Fact()
+    return Fact((*shape[:-1], node.attributes.get_int("N", 0)))
 
 
 def _product(facts: ShapeFacts, node: ir.Node, index: int) -> Fact | None:

@@ -19,7 +19,7 @@ from itertools import zip_longest
 
 import onnx_ir as ir
 
-from graphopt.operators import ONNX_DOMAINS, STANDARD_DOMAINS
+from graphopt.operators import ONNX_DOMAINS, STANDARD_DOMAINS, attributes_of
 from graphopt.rewriting import input_of, static_shape
 
 Shape = tuple[int, ...]
@@ -61,7 +61,7 @@ def node_macs(node: ir.Node, shape_of: ShapeOf = static_shape) -> int | None:
     """
     product = _product(node)
     if product is not None:
-        return product.rule(node, shape_of)
+        return product.rule(node, shape_of) if states_types(node) else None
     if node.domain in STANDARD_DOMAINS:
         return None if node.op_type in _NOT_COUNTED else 0
     if node.domain != _MICROSOFT:
@@ -80,6 +80,14 @@ def holds_numbers(node: ir.Node, index: int) -> bool:
     product = _product(node)
     numbers = _NUMBERS.get(node.op_type) if product is None else product.numbers
     return numbers is None or index in numbers
+
+
+def states_types(node: ir.Node) -> bool:
+    """The attributes that sizes depend on are of their types: onnx checks only its own operators."""
+    return all(
+        attribute.type == _TYPES.get(attribute.name, attribute.type) and not attribute.is_ref()
+        for attribute in attributes_of(node)
+    )
 
 
 def _product(node: ir.Node) -> _Product | None:
@@ -314,6 +322,19 @@ _OF_MICROSOFT: Mapping[str, _Product] = {
     "QGemm": _Product(partial(_matmul, second=3), (0, 3), (0, 3, 6)),
     "QLinearConv": _Product(partial(_convolution, weight=3), (0, 3), (0, 3, 8)),
     "TransposeMatMul": _Product(_matmul),
+}
+
+_TYPES: Mapping[str, ir.AttributeType] = {
+    "N": ir.AttributeType.INT,
+    "coefficients": ir.AttributeType.FLOATS,
+    "equation": ir.AttributeType.STRING,
+    "kv_num_heads": ir.AttributeType.INT,
+    "q_num_heads": ir.AttributeType.INT,
+    "qkv_hidden_sizes": ir.AttributeType.INTS,
+    "transA": ir.AttributeType.INT,
+    "transB": ir.AttributeType.INT,
+    "transBatchA": ir.AttributeType.INT,
+    "transBatchB": ir.AttributeType.INT,
 }
 
 _NOT_COUNTED = frozenset({"FlexAttention", "LinearAttention", "SVMClassifier", "SVMRegressor"})

@@ -70,10 +70,11 @@ def test_what_is_packed_or_has_no_rank_is_not_told() -> None:
         f"{HEADER} agraph (float[2, 3, 64] x, float z) => (float[A] y, float[B] n)"
         "{ y = com.microsoft.GroupQueryAttention<num_heads = 4, kv_num_heads = 2>(x)"
         " h = com.microsoft.MultiHeadAttention<num_heads = 4>(x)"
-        " n = com.microsoft.MatMulIntegerToFloat(z) }"
+        " n = com.microsoft.MatMulIntegerToFloat(z)"
+        " m = com.microsoft.MatMulNBits<N = 1.5>(x, x) }"
     )
     infer_shapes(packed)
     facts = ShapeFacts(packed, RULES)
 
     made = [value for node in packed.graph for value in node.outputs]
-    assert [facts.shape(value) for value in made] == [None] * 3
+    assert [facts.shape(value) for value in made] == [None] * 4

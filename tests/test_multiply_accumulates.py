@@ -224,6 +224,21 @@ def test_operands_are_what_is_multiplied_and_numbers_what_belongs_to_the_model()
     assert [i for i in range(4) if holds_numbers(node("Resize"), i)] == [0]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "MatMulNBits<N = 1.5>(x, w)",
+        'FusedMatMul<transA = "yes">(x, w)',
+        "Attention<qkv_hidden_sizes = 3>(x, w)",
+        "Attention<qkv_hidden_sizes = [3, 3]>(x, w)",
+    ],
+)
+def test_attributes_of_another_type_are_not_believed(text: str) -> None:
+    graph = f"(float[2, 3, 8] x, float[8, 9] w) => (float[A] y) {{ y = com.microsoft.{text} }}"
+
+    assert _macs(graph) is None
+
+
 @pytest.mark.parametrize("operator", ["Conv", "MatMul", "Gemm", "LSTM", "Einsum", "Attention"])
 def test_nodes_without_inputs_or_shapes_are_not_known(operator: str) -> None:
     assert node_macs(ir.Node("", operator, [], num_outputs=1)) is None

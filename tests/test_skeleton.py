@@ -8,7 +8,15 @@ import onnx_ir as ir
 import pytest
 
 from graphopt.serializing import STUB, stubbed
-from graphopt.skeleton import INFERRED, infer_shapes, skeleton, why_invalid
+from graphopt.skeleton import (
+    INFERRED,
+    LONG_VECTOR,
+    has_long_vectors,
+    infer_shapes,
+    known_shape,
+    skeleton,
+    why_invalid,
+)
 from graphopt.testing import parse
 
 
@@ -202,3 +210,17 @@ def test_an_invalid_model_is_reported_in_the_words_of_the_checker(text: str, mes
 
     assert reason is not None
     assert message in reason
+
+
+def test_long_vectors_are_found_and_their_elements_can_be_left_alone() -> None:
+    def model(dims: str, array: np.ndarray) -> ir.Model:
+        return parse(f"agraph (float{dims} w) => (float{dims} y) {{ y = Add(w, w) }}", w=array)
+
+    long = LONG_VECTOR + 1
+    vector = model(f"[{long}]", np.zeros(long, np.float32))
+    infer_shapes(vector, follows_elements=False)
+
+    assert has_long_vectors(vector)
+    assert known_shape(vector.graph.outputs[0]) == ir.Shape([long])
+    assert not has_long_vectors(model(f"[1, {long}]", np.zeros((1, long), np.float32)))
+    assert not has_long_vectors(model("[8]", np.zeros(8, np.float32)))
