@@ -63,7 +63,10 @@ class LayerCost:
 
 
 def zero_share_of(layers: Iterable[LayerCost]) -> float | None:
-    """Exact zeros among the weights of all layers of which they are known; None without any."""
+    """Exact zeros among the weights of all layers of which they are known; None without any.
+
+    A weight that several layers multiply with counts for each.
+    """
     known = [(layer.zero_share, layer.weights) for layer in layers if layer.zero_share is not None]
     weights = sum(count for _, count in known)
     return sum(share * count for share, count in known) / weights if weights else None

@@ -83,7 +83,7 @@ def holds_numbers(node: ir.Node, index: int) -> bool:
 
 
 def states_types(node: ir.Node) -> bool:
-    """The attributes that sizes depend on are of their types: onnx checks only its own operators."""
+    """What sizes depend on is stated in the right types: onnx checks its own operators only."""
     return all(
         attribute.type == _TYPES.get(attribute.name, attribute.type) and not attribute.is_ref()
         for attribute in attributes_of(node)
