@@ -15,11 +15,13 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from graphopt.content import digest
 from graphopt.errors import GraphoptError
 from graphopt.operators import all_graphs
 from graphopt.recording import Feed, Recording, compare, record
+from graphopt.regression import Regression
 from graphopt.runtime import Session
 from graphopt.samples import SHARED_BELOW
 from graphopt.serializing import nothing, stubbed
@@ -29,9 +31,9 @@ from graphopt.validation import OutputError
 WAVE_BYTES = 512 << 20
 """Values of one sample that are looked at together may take so much."""
 
-Statistics = Spread | Gram | Rows | Reservoir
+Statistics = Spread | Gram | Rows | Reservoir | Regression
 
-ABOUT = ("spread", "gram", "rows", "reservoir")
+ABOUT = ("spread", "gram", "rows", "reservoir", "regression")
 
 SIZED_SAMPLES = 4
 """What values take in memory is looked up on so many samples."""
@@ -45,9 +47,10 @@ class Question:
 
     Attributes:
         value: its name, in the main graph of the model.
-        about: "spread", "gram", "rows" or "reservoir".
+        about: "spread", "gram", "rows", "reservoir" or "regression".
         axis: of the channels, for a spread by channel.
         patches: for the Gram matrix or rows of a Conv.
+        aim: for a regression, the name of the value that a layer should give.
 
     Raises:
         ValueError: there is no such kind of question.
@@ -57,10 +60,18 @@ class Question:
     about: str = "spread"
     axis: int | None = None
     patches: Patches | None = None
+    aim: str | None = None
 
     def __post_init__(self) -> None:
         if self.about not in ABOUT:
             raise ValueError(f"a question is about one of {', '.join(ABOUT)}; not {self.about!r}")
+        if (self.about == "regression") != (self.aim is not None):
+            raise ValueError("a regression has an aim, and nothing else has")
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """The names of all values that it is about."""
+        return (self.value,) if self.aim is None else (self.value, self.aim)
 
     def start(self) -> Statistics:
         """Statistics of nothing yet."""
@@ -68,6 +79,8 @@ class Question:
             return Gram(self.patches)
         if self.about == "rows":
             return Rows(self.patches)
+        if self.about == "regression":
+            return Regression(self.patches)
         return Reservoir() if self.about == "reservoir" else Spread(self.axis)
 
 
@@ -166,14 +179,12 @@ class Observer:
         self, model: ir.Model, questions: Sequence[Question]
     ) -> dict[Question, Statistics]:
         found = {q: q.start() for q in questions}
-        by_value = defaultdict(list)
-        for question, statistics in found.items():
-            by_value[question.value].append(statistics)
-        for outputs in self._run(model, list(by_value), self.feed):
-            for name, wanted in by_value.items():
-                array = outputs[name]
-                for statistics in wanted if array.dtype.type in FLOATS else ():
-                    statistics.add(array)
+        names = list(dict.fromkeys(name for q in questions for name in q.values))
+        for outputs in self._run(model, names, self.feed):
+            for question, statistics in found.items():
+                arrays = [outputs[name] for name in question.values]
+                if all(array.dtype.type in FLOATS for array in arrays):
+                    statistics.add(*arrays)
         return found
 
     def _waves(self, model: ir.Model, questions: Sequence[Question]) -> Iterator[list[Question]]:
@@ -183,15 +194,16 @@ class Observer:
         by_value: dict[str, list[Question]] = defaultdict(list)
         for question in questions:
             by_value[question.value].append(question)
-        sizes = self._sizes_bytes(model, set(by_value))
+        sizes = self._sizes_bytes(model, {name for q in questions for name in q.values})
         wave: list[Question] = []
         total = 0
-        for name, asked in by_value.items():
-            if wave and total + sizes[name] > self.wave_bytes:
+        for asked in by_value.values():
+            taken = sum(sizes[name] for name in {name for q in asked for name in q.values})
+            if wave and total + taken > self.wave_bytes:
                 yield wave
                 wave, total = [], 0
             wave += asked
-            total += sizes[name]
+            total += taken
         yield wave
 
     def _sizes_bytes(self, model: ir.Model, names: set[str]) -> dict[str, int]:
@@ -245,6 +257,8 @@ def _with_probes(
         graph.append(node)
         graph.outputs.append(node.outputs[0])
         probes[name] = probe
+    # onnxruntime would run the nodes behind them, too.
+    RemoveUnusedNodesPass()(probed)
     return probed, probes
 
 

@@ -268,8 +268,8 @@ ROW_MAGNITUDE_MAXIMUM = 1e18
 """Sums of squares of what is larger are no float32 any more."""
 
 
-def _spread_evenly(count: int, inputs: int, number: int) -> np.ndarray:
-    """Which of so many rows go into the Gram matrix of so many inputs.
+def spread_evenly(count: int, inputs: int, number: int) -> np.ndarray:
+    """Which of so many rows of array `number` go into the Gram matrix of so many inputs.
 
     One at random of each stretch: an even step would meet the same few columns of an image, or
     tokens of a sequence, again and again. It depends on nothing but the arguments, so that the rows
@@ -293,23 +293,24 @@ def rows_of(array: np.ndarray, patches: Patches | None, number: int) -> np.ndarr
         float32 of shape [group, rows, inputs].
     """
     with np.errstate(over="ignore"):
-        rows = np.asarray(_chosen_rows(array, patches, number), np.float32)
+        rows = np.asarray(chosen_rows(array, patches, number), np.float32)
     with np.errstate(invalid="ignore"):
         usable = (np.abs(rows) <= ROW_MAGNITUDE_MAXIMUM).all(axis=(0, 2))
     return rows if usable.all() else rows[:, usable]
 
 
-def _chosen_rows(array: np.ndarray, patches: Patches | None, number: int) -> np.ndarray:
+def chosen_rows(array: np.ndarray, patches: Patches | None, number: int) -> np.ndarray:
+    """As `rows_of`, of any type of floating point, with all elements."""
     if patches is None:
         inputs = array.shape[-1] if array.ndim else 1
         rows = array.reshape(-1 if inputs else 0, inputs)
-        return rows[np.newaxis, _spread_evenly(len(rows), inputs, number)]
+        return rows[np.newaxis, spread_evenly(len(rows), inputs, number)]
     windows = patches.cut(array)
     group, batch, channels = windows.shape[:3]
     rank = len(patches.kernel)
     places = windows.shape[3 : 3 + rank]
     inputs = channels * math.prod(patches.kernel)
-    chosen = _spread_evenly(batch * math.prod(places), inputs, number)
+    chosen = spread_evenly(batch * math.prod(places), inputs, number)
     first, *others = np.unravel_index(chosen, (batch, *places))
     index: tuple[Any, ...] = (first, slice(None), slice(None), *others)
     # Indexed axes come first: [rows, group, channels, kernel...].

@@ -256,7 +256,7 @@ class Narrowing:
 
     def _chosen(self, budget: Budget) -> list[Form | None]:
         """A form for each weight, or None for it as it is."""
-        choices = self._choices
+        choices = self.choices
         if budget.bits is not None:
             numbers = sum(target.size for target in self.targets)
             extra = (NODES_BYTES + SCALES_BYTES) * len(self.targets)
@@ -269,7 +269,7 @@ class Narrowing:
         return self._seen_within(limit) if self.foretells else self._within(choices, limit)
 
     @cached_property
-    def _choices(self) -> list[list[Choice]]:
+    def choices(self) -> list[list[Choice]]:
         """For each weight what it costs as it is, then in each form."""
         squares = self._squares()
         return [
@@ -295,9 +295,9 @@ class Narrowing:
         """What forms are expected to take in the file, and to do to the outputs on their mean."""
         taken = [
             of_weight[0 if form is None else 1 + self.forms.index(form)]
-            for of_weight, form in zip(self._choices, chosen, strict=True)
+            for of_weight, form in zip(self.choices, chosen, strict=True)
         ]
-        before = sum(of_weight[0].stored_bytes for of_weight in self._choices)
+        before = sum(of_weight[0].stored_bytes for of_weight in self.choices)
         after = sum(choice.stored_bytes for choice in taken)
         error = sum(choice.square for choice in taken) ** 0.5
         what = "relative L2 error" if self.has_samples else "relative L2 error of the weights"
@@ -361,7 +361,7 @@ class Narrowing:
 
         What chosen forms were seen to do corrects what is expected of them, and of them alone.
         """
-        choices, best = [list(of_weight) for of_weight in self._choices], None
+        choices, best = [list(of_weight) for of_weight in self.choices], None
         for _ in range(SEEN_ROUNDS):
             indices = smallest_within(choices, limit)
             chosen = self._named(indices)

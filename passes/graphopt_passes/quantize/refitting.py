@@ -27,6 +27,7 @@ from graphopt.statistics import Gram
 from graphopt_passes.quantize.codebooks import DAMPING
 from graphopt_passes.quantize.layers import GRAM_INPUTS_MAXIMUM, Layer
 from graphopt_passes.quantize.narrow_weights import shift_bias, targets_of
+from graphopt_passes.quantize.twins import side_by_side, values_of
 
 UNCHANGED = 1e-4
 """A layer whose inputs have changed by no more, relative to them, stays as it is."""
@@ -151,47 +152,17 @@ def _refit(layer: Layer, pair: Pair, names: Names, context: Context) -> None:
         shift_bias(layer, shift, names, context)
 
 
-# ------------------------------------------------------------------ both models in one
-
-
 def _twin(model: ir.Model, before: ir.Model, layer: Layer) -> tuple[ir.Model, str]:
     """A model that computes what both do, and the name of what the layer read beside what it reads.
 
     They lie side by side along the axis of the inputs: twice the channels of a Conv.
     """
-    twin, other = model.clone(), before.clone()
-    names = Names(twin)
-    values = {output.name: output for node in twin.graph for output in node.outputs}
-    other.graph.outputs.clear()
-    for given, own in zip(other.graph.inputs, twin.graph.inputs, strict=True):
-        given.replace_all_uses_with(own)
-    theirs = {output.name: output for node in other.graph for output in node.outputs}
-    source = layer.source.name
-    pair = [theirs[source], values[source]]
-    other.graph.inputs.clear()
-    for graph in all_graphs(other):
-        _rename(graph, names)
-    for name, value in list(other.graph.initializers.items()):
-        del other.graph.initializers[name]
-        if not value.uses():
-            # An input with a default, for which that of the twin stands.
-            continue
-        twin.graph.initializers.add(value)
-    nodes = list(other.graph)
-    other.graph.remove(nodes)
-    twin.graph.extend(nodes)
+    twin, theirs = side_by_side(model, before)
+    source = layer.source.name or ""
+    (own,) = values_of(twin, [source])
     axis = 1 if is_onnx(layer.node, "Conv") else -1
-    joined = ir.node("Concat", pair, {"axis": axis}, name="")
-    joined.outputs[0].name = names.new("joined")
-    joined.outputs[0].type = pair[1].type
+    joined = ir.node("Concat", [theirs[source], own], {"axis": axis}, name="")
+    joined.outputs[0].name = Names(twin).new("joined")
+    joined.outputs[0].type = own.type
     twin.graph.append(joined)
     return twin, joined.outputs[0].name or ""
-
-
-def _rename(graph: ir.Graph, names: Names) -> None:
-    """Names that the other model has not; nodes need none."""
-    made = [output for node in graph for output in node.outputs if output.name]
-    for node in graph:
-        node.name = ""
-    for value in (*made, *graph.initializers.values()):
-        value.name = names.new(f"{value.name}_before")

@@ -1,0 +1,117 @@
+"""What a layer should give so that the model does what it did, of what it reads now.
+
+Where the output of a layer is added to another value, the layer can also make good for what the
+other value has lost: it should give the sum as it was, less the other value as it is now.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.contract import Context
+from graphopt.observe import Question
+from graphopt.operators import is_onnx
+from graphopt.regression import Regression
+from graphopt.rewriting import Names, only_reader
+from graphopt_passes.quantize.layers import GRAM_INPUTS_MAXIMUM, Layer, is_scaled
+from graphopt_passes.quantize.twins import side_by_side, values_of
+
+
+@dataclass(frozen=True, eq=False)
+class Aim:
+    """A least-squares problem: the weight W with the least E |W z + b - t|^2.
+
+    Attributes:
+        moments: E[z z^T], about the means where there may be a bias; [group, inputs, inputs].
+        cross: E[t z^T], likewise; [group, outputs, inputs].
+        squares: E[t^2], likewise; [group, outputs].
+        read_means: of z, [group, inputs].
+        given_means: of t, [group, outputs].
+        rows: that were seen.
+    """
+
+    moments: np.ndarray
+    cross: np.ndarray
+    squares: np.ndarray
+    read_means: np.ndarray
+    given_means: np.ndarray
+    rows: int
+
+    def weight(self, near: np.ndarray, damped: np.ndarray) -> np.ndarray:
+        """The solution without zeros, drawn to a weight by what was added to the moments.
+
+        Args:
+            near: of shape [group, outputs, inputs].
+            damped: the moments with something added to the diagonal.
+        """
+        rest = self.cross - np.matmul(near, self.moments)
+        return np.asarray(
+            near + np.linalg.solve(damped, rest.transpose(0, 2, 1)).transpose(0, 2, 1)
+        )
+
+    def bias(self, weight: np.ndarray) -> np.ndarray:
+        """With which the means of the outputs are as they should be; [group * outputs]."""
+        given = np.einsum("gnk,gk->gn", weight, self.read_means)
+        return np.asarray((self.given_means - given).reshape(-1))
+
+
+def has_aim(layer: Layer) -> bool:
+    """What the layer reads and gives can be looked at, as rows of one matrix."""
+    if is_scaled(layer.node) or layer.node.attributes.get_int("transA", False):
+        return False
+    return layer.dimensions[2] <= GRAM_INPUTS_MAXIMUM
+
+
+def aim_of(layer: Layer, model: ir.Model, before: ir.Model, context: Context) -> Aim | None:
+    """What a layer reads now, and what it should give; None where no sample reaches it.
+
+    Args:
+        layer: of the model.
+        model: as it is now.
+        before: the same model, as it was.
+        context: with samples.
+    """
+    twin, theirs = side_by_side(model, before)
+    given, others = _sum_of(layer)
+    aim = theirs[given.name or ""]
+    for other in values_of(twin, [v.name or "" for v in others]):
+        aim = _difference(aim, other, twin)
+    question = Question(
+        layer.source.name or "", "regression", patches=layer.patches(), aim=aim.name
+    )
+    seen = context.observe(twin, [question], remembers=False)[question]
+    if not isinstance(seen, Regression) or not seen.rows or not np.isfinite(seen.total).all():
+        return None
+    moments, cross, squares = seen.moments(central=layer.can_correct_bias)
+    return Aim(moments, cross, squares, seen.means, seen.aim_means, seen.rows)
+
+
+def _sum_of(layer: Layer) -> tuple[ir.Value, list[ir.Value]]:
+    """The sum that the output of the layer goes into, and what else does; or the output alone."""
+    given, others = layer.node.outputs[0], []
+    while (node := only_reader(given)) is not None and is_onnx(node, "Add"):
+        other = node.inputs[1] if node.inputs[0] is given else node.inputs[0]
+        if other is None or other is given or not _is_alike(other, given):
+            break
+        others.append(other)
+        given = node.outputs[0]
+    return given, others
+
+
+def _is_alike(other: ir.Value, value: ir.Value) -> bool:
+    """A computed value of the same shape."""
+    if other.producer() is None or other.shape is None or value.shape is None:
+        return False
+    return other.shape == value.shape and other.dtype == value.dtype
+
+
+def _difference(first: ir.Value, second: ir.Value, model: ir.Model) -> ir.Value:
+    node = ir.node("Sub", [first, second], name="")
+    (output,) = node.outputs
+    output.name = Names(model).new("aim")
+    output.type = second.type
+    model.graph.append(node)
+    return output
