@@ -445,6 +445,9 @@ class Encoding(FoldedNodes):
         if sparse is None:
             return self.reshaped(self._looked_up_in(narrow), narrow.block_shape)
         numbers = self.reshaped(self._looked_up_in(sparse.others), (-1,))
+        if sparse.placement.is_mask:
+            pair = [self.shared("zero", sparse.common), numbers]
+            numbers = self.node("Concat", pair, ir.DataType.from_numpy(sparse.common.dtype), axis=0)
         flat = write_sparse(self, sparse.placement, numbers, sparse.common)
         return self.reshaped(flat, narrow.block_shape)
 

@@ -149,7 +149,7 @@ def places_numbers(node: ir.Node) -> bool:
     """A node puts the numbers of constants alone where a running sum of codes says."""
     if is_onnx(node, "ScatterElements"):
         ends = node.inputs[1]
-    elif is_onnx(node, "Gather") and _is_made_by(node.inputs[0], "Concat"):
+    elif is_onnx(node, "Gather"):
         ends = _summed(node.inputs[1])
     else:
         return False

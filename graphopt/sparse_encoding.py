@@ -2,8 +2,8 @@
 
 A mask has a bit for each number, and bytes become bits by one lookup (graphopt.code_fields):
 
-    bits   = Gather(digits, Cast<int32>(mask))          of shape [N]
-    weight = Gather(Concat(zero, numbers), CumSum(bits) * bits)
+    bits   = Gather(digits, Cast<int32>(mask))                  of shape [N]
+    weight = Gather([zero, *numbers], CumSum(bits) * bits)
 
 Where few numbers are left, the steps from one to the next take less, in 4, 8 or 16 bits; a step
 that is longer is several, between which a zero is stored:
@@ -27,7 +27,7 @@ import onnx_ir as ir
 from graphopt.code_fields import Field
 from graphopt.folded_nodes import FoldedNodes
 
-MASK_BYTES, STEPS_BYTES = 150, 110
+MASK_BYTES, STEPS_BYTES = 300, 190
 """What the nodes and small initializers take in the file, about, beside those of the numbers."""
 
 MASK, STEPS, SHORT_STEPS = Field(2, 1), Field(256, 1), Field(16, 1)
@@ -120,7 +120,8 @@ class Sparse:
 
     Attributes:
         placement: of its other numbers.
-        numbers: as they are stored, of shape [stored]; of floating point or int8.
+        numbers: as they are stored, of shape [stored]; of floating point or int8. Before those of
+            a mask is a zero.
         shape: of the weight.
     """
 
@@ -148,10 +149,12 @@ def sparse_of(array: np.ndarray) -> Sparse | None:
     if is_stored.all():
         return None
     kind = narrowest_type(flat)
-    found = [
-        Sparse(placement, flat[placement.positions].astype(kind), array.shape)
-        for placement in placements(is_stored)
-    ]
+    found = []
+    for placement in placements(is_stored):
+        numbers = flat[placement.positions].astype(kind)
+        if placement.is_mask:
+            numbers = np.concatenate([np.zeros(1, kind), numbers])
+        found.append(Sparse(placement, numbers, array.shape))
     return min(found, key=lambda sparse: sparse.stored_bytes)
 
 
@@ -182,25 +185,27 @@ def write_sparse(
     Args:
         nodes: of the graph.
         placement: of the numbers.
-        numbers: of shape [stored].
+        numbers: of shape [stored]; with a mask of shape [1 + stored], the first of them the zero.
         zero: of their type and shape [1]; any number.
 
     Returns:
         Of shape [count].
     """
     assert numbers.dtype is not None
-    kind, rest = numbers.dtype, nodes.shared("zero", zero)
-    if placement.field is None:
-        stored = nodes.constant(placement.codes, "c")
-        codes = nodes.node("Cast", [stored], _INT32, to=_INT32)
-    else:
-        codes = nodes.codes(placement.field, placement.codes)
     axis = nodes.shared("axis", np.array(0, np.int32))
+    codes = _codes(nodes, placement)
     ends = nodes.node("CumSum", [codes, axis], _INT32)
     if placement.is_mask:
         index = nodes.node("Mul", [ends, codes], _INT32)
-        every = nodes.node("Concat", [rest, numbers], kind, axis=0)
-        return nodes.node("Gather", [every, index], kind)
+        return nodes.node("Gather", [numbers, index], numbers.dtype)
     count = nodes.shared("count", np.array([placement.count], np.int64))
-    zeros = nodes.once("Expand", [rest, count], kind)
-    return nodes.node("ScatterElements", [zeros, ends, numbers], kind)
+    zeros = nodes.once("Expand", [nodes.shared("zero", zero), count], numbers.dtype)
+    return nodes.node("ScatterElements", [zeros, ends, numbers], numbers.dtype)
+
+
+def _codes(nodes: FoldedNodes, placement: Placement) -> ir.Value:
+    """The codes, int32 in one row."""
+    if placement.field is not None:
+        return nodes.codes(placement.field, placement.codes)
+    stored = nodes.constant(placement.codes, "c")
+    return nodes.node("Cast", [stored], _INT32, to=_INT32)

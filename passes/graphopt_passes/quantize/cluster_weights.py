@@ -25,6 +25,7 @@ from graphopt_passes.quantize.narrow_weights import (
     targets_of,
 )
 from graphopt_passes.quantize.narrowing import Budget, Form, Narrowing, Problem
+from graphopt_passes.share.zeros import unpacked_zeros
 from graphopt_passes.simplify.chains import why_refused
 
 CLUSTERS = (3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256)
@@ -97,6 +98,10 @@ class ClusterWeights(Pass):
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Cluster all weights, or as many and as coarsely as the budget allows."""
+        with unpacked_zeros(model, context):
+            return self._applied(model, context)
+
+    def _applied(self, model: ir.Model, context: Context) -> Change:
         change = Change()
         counts = (self.clusters,) if self.clusters else CLUSTERS
         forms = [Clusters(count, self.keep_zeros) for count in counts]

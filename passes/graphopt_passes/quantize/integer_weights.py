@@ -94,7 +94,7 @@ class Integers:
         weight, gram, counted = self._padded(problem.weight, gram, problem.diagonal)
         start = self._start(weight, counted, problem.target, method)
         refits = 0 if gram is None else REFITS
-        found = fit(weight, start, gram, learns_levels=False, refits=refits)
+        found = fit(weight, start, gram, learns_levels=False, keeps_zeros=True, refits=refits)
         return replace(found, codes=found.codes[:, : problem.target.inputs])
 
     def nearest_error(self, problem: Problem) -> float:

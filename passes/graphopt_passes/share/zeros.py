@@ -172,17 +172,11 @@ def dense_zeros(model: ir.Model, context: Context) -> int:
 
 def _are_plain(node: ir.Node) -> bool:
     """The numbers that a node puts in places are stored as they are, or in 16 bits."""
-    numbers = node.inputs[2] if is_onnx(node, "ScatterElements") else _behind_zero(node.inputs[0])
+    numbers = node.inputs[2 if is_onnx(node, "ScatterElements") else 0]
     cast = numbers.producer() if numbers is not None else None
     if cast is not None and is_onnx(cast, "Cast"):
         numbers = cast.inputs[0]
     return constant_tensor(numbers) is not None
-
-
-def _behind_zero(both: ir.Value | None) -> ir.Value | None:
-    """The numbers in what a Concat makes of zero and them."""
-    concat = both.producer() if both is not None else None
-    return concat.inputs[1] if concat is not None and len(concat.inputs) == 2 else None
 
 
 def _end(node: ir.Node) -> ir.Value:
