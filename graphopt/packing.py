@@ -117,7 +117,7 @@ def is_packed(value: ir.Value | None) -> bool:
         return False
     if any(map(_are_codes, leaves)) or _is_row_index(value) or has_shared_rows(value):
         return True
-    return placing_node(value) is not None or leads_to_places(value)
+    return bool(placing_nodes(value)) or leads_to_places(value)
 
 
 def has_shared_rows(value: ir.Value) -> bool:
@@ -140,9 +140,12 @@ def repeats_rows(node: ir.Node) -> bool:
     return 1 < len(shape) > axis >= -len(shape) and stored.size > shape[axis]
 
 
-def placing_node(value: ir.Value) -> ir.Node | None:
-    """The node by which numbers are put between zeros on the way to a value of constants alone."""
-    return next(filter(places_numbers, nodes_behind(value) or ()), None)
+def placing_nodes(value: ir.Value) -> list[ir.Node]:
+    """The nodes by which numbers are put between zeros, on the way to a value of constants alone.
+
+    A sum of narrow weights may have several.
+    """
+    return list(filter(places_numbers, nodes_behind(value) or ()))
 
 
 def places_numbers(node: ir.Node) -> bool:
