@@ -37,7 +37,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.code_fields import Field, bits_per_code, fields_of
-from graphopt.folded_nodes import FoldedNodes
+from graphopt.folded_nodes import CUT_BYTES, FoldedNodes
 from graphopt.packing import FOLDED_BYTES_MAXIMUM
 from graphopt.sparse_encoding import Placement, Sparse, placements, write_sparse
 
@@ -308,9 +308,9 @@ def _without(narrow: Narrow, common: int, placement: Placement) -> SparseCodes:
 # ------------------------------------------------------------------ what it costs
 
 
-NODES_BYTES, SCALES_BYTES, FIELD_BYTES, CUT_BYTES = 190, 80, 175, 100
+NODES_BYTES, SCALES_BYTES, FIELD_BYTES = 190, 80, 175
 """What the nodes and the small initializers of a weight take in the file, about: of any weight; of
-one with scales, more; for each field after the first; and for each that does not fill its bytes."""
+one with scales, more; and for each field after the first. See also `folded_nodes.CUT_BYTES`."""
 
 
 def why_too_large(count: int, dtype: ir.DataType) -> str | None:

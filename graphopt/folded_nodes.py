@@ -14,6 +14,9 @@ from graphopt.skeleton import INFERRED
 
 TensorMaker = Callable[[np.ndarray, str], ir.TensorProtocol]
 
+CUT_BYTES = 100
+"""What the nodes take, about, that cut off what is behind the last code."""
+
 _MADE, _CODES = "w", "c"
 """How values are called, with a number: in a small model, names take more bytes than codes. For the
 same reason nodes have none."""

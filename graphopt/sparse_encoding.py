@@ -25,9 +25,9 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.code_fields import Field
-from graphopt.folded_nodes import FoldedNodes
+from graphopt.folded_nodes import CUT_BYTES, FoldedNodes
 
-MASK_BYTES, STEPS_BYTES = 300, 190
+MASK_BYTES, STEPS_BYTES = 330, 270
 """What the nodes and small initializers take in the file, about, beside those of the numbers."""
 
 MASK, STEPS, SHORT_STEPS = Field(2, 1), Field(256, 1), Field(16, 1)
@@ -81,8 +81,10 @@ class Placement:
         """Of the codes, and of the nodes around them."""
         codes = self.count if self.is_mask else self.positions.size
         nodes_bytes = MASK_BYTES if self.is_mask else STEPS_BYTES
-        code_bytes = 2 * codes if self.field is None else self.field.stored_bytes(codes)
-        return code_bytes + nodes_bytes
+        if self.field is None:
+            return 2 * codes + nodes_bytes
+        cut_bytes = CUT_BYTES if codes % self.field.digits else 0
+        return self.field.stored_bytes(codes) + nodes_bytes + cut_bytes
 
 
 def placements(is_stored: np.ndarray) -> list[Placement]:

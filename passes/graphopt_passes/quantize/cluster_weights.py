@@ -11,8 +11,9 @@ import onnx_ir as ir
 
 from graphopt.code_fields import fields_of
 from graphopt.contract import Bounds, Change, Context, Effect, Pass
-from graphopt.encoding import CUT_BYTES, FIELD_BYTES, FIRST_OPSET, SCALES_BYTES
+from graphopt.encoding import FIELD_BYTES, FIRST_OPSET, SCALES_BYTES
 from graphopt.errors import SpecError
+from graphopt.folded_nodes import CUT_BYTES
 from graphopt.saving import stored_bytes
 from graphopt_passes.quantize.codebooks import Rounded, fit, refit_scales, stored_scales
 from graphopt_passes.quantize.granularity import WEIGHTS

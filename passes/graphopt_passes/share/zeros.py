@@ -12,7 +12,7 @@ import onnx_ir as ir
 from graphopt.code_fields import Field
 from graphopt.content import bits_of, read_array
 from graphopt.contract import Change, Context
-from graphopt.encoding import CUT_BYTES, FIRST_OPSET, NODES_BYTES, Encoding, why_too_large
+from graphopt.encoding import FIRST_OPSET, NODES_BYTES, Encoding, why_too_large
 from graphopt.operators import ONNX_DOMAINS, all_graphs, is_onnx, opset_of
 from graphopt.packing import is_packed, leads_to_places, nodes_behind, places_numbers
 from graphopt.rewriting import (
@@ -111,11 +111,7 @@ def _gain_bytes(value: ir.Value) -> int:
     # Most weights have no zeros, and a bit is needed for each number where a few have.
     most = _zeros(tensor) * tensor.dtype.itemsize
     sparse = _sparse(value) if most > NODES_BYTES else None
-    if sparse is None:
-        return 0
-    placement = sparse.placement
-    is_cut = placement.field is not None and placement.codes.size % placement.field.digits > 0
-    return int(tensor.nbytes - sparse.stored_bytes - is_cut * CUT_BYTES)
+    return 0 if sparse is None else int(tensor.nbytes - sparse.stored_bytes)
 
 
 def _zeros(tensor: ir.TensorProtocol) -> int:
