@@ -227,6 +227,11 @@ def packed_reader(reader: str, form: Form, dtype: ir.DataType = ir.DataType.FLOA
     return model
 
 
+def float_model(reader: str, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Model:
+    """A model of `READERS`, with weights as they are."""
+    return _model(*READERS[reader], dtype)
+
+
 def integer_model(reader: str) -> ir.Model:
     """A model of `INTEGERS` or `WEIGHTS_ONLY`, with int8 weights as they are."""
     return _model(*{**INTEGERS, **WEIGHTS_ONLY}[reader], ir.DataType.INT8)
