@@ -4,7 +4,9 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import onnx
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 from on_codes import normal, quantize
 from optimized import kernels
@@ -18,7 +20,9 @@ from graphopt.operators import all_graphs
 from graphopt.packing import nodes_behind, packed_weights, placing_nodes
 from graphopt.registry import parse_passes
 from graphopt.runtime import evaluate
+from graphopt.saving import stored_bytes
 from graphopt.skeleton import infer_shapes
+from graphopt.sparse_tensors import is_marked
 from graphopt.testing import apply_pass, assert_equivalent, assert_unchanged, canonical, parse
 from graphopt_passes.quantize.quantize_static import QuantizeStatic
 from graphopt_passes.quantize.unpack_weights import UnpackWeights
@@ -395,3 +399,69 @@ def test_integer_layers_keep_zeros_and_are_packed(tmp_path: Path) -> None:
         (array,) = [a for a in arrays.values() if a.shape == numbers.shape]
         assert not numbers[array == 0].any()
         assert numbers.any()
+
+
+# ------------------------------------------------------------------ sparse_initializer
+
+
+SPARSE = PackZeros(form="sparse-initializer")
+
+
+@pytest.mark.parametrize("zeros", [0.5, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64])
+@pytest.mark.parametrize("name", ["w", "w" * 100])
+def test_the_file_holds_sparse_initializers(
+    name: str, dtype: type, zeros: float, tmp_path: Path
+) -> None:
+    array = pruned(64, 96, zeros=zeros).astype(dtype)
+    array[0, 0] = -0.0
+    kind = ir.DataType.from_numpy(np.dtype(dtype)).name.lower()
+    text = PRODUCT.replace("float[", f"{kind}[").replace("] w)", f"] {name})")
+    model = parse(text.replace("(x, w)", f"(x, {name})"), **{name: array})
+    before = model.clone()
+    assert apply_pass(SPARSE, model)
+
+    assert len(model.graph) == 1
+    path = tmp_path / "sparse.onnx"
+    size = graphopt.save(model, path)
+    assert size == path.stat().st_size == stored_bytes(model) < stored_bytes(before)
+    graph = onnx.load(path).graph
+    assert [one.values.name for one in graph.sparse_initializer] == [name]
+    assert not graph.initializer
+    loaded = graphopt.load(path)
+    tensor = loaded.graph.initializers[name].const_value
+    assert tensor is not None and tensor.tobytes() == array.tobytes()
+    feeds = {"x": normal(1, 4, 64).astype(dtype)}
+    found = ort.InferenceSession(path).run(None, feeds)[0]
+    expected = ort.InferenceSession(ir.to_proto(before).SerializeToString()).run(None, feeds)[0]
+    assert found.tobytes() == expected.tobytes()
+
+
+def test_only_what_is_smaller_is_marked_and_only_once() -> None:
+    assert_unchanged(SPARSE, parse(PRODUCT, w=pruned(64, 96, zeros=0.2)))
+    assert_unchanged(SPARSE, parse(PRODUCT, w=pruned(64, 96, zeros=0.0)))
+    model = parse(PRODUCT, w=pruned(64, 96))
+    clone = model.clone()
+    assert apply_pass(SPARSE, model)
+    assert not apply_pass(SPARSE, model)
+    assert stored_bytes(clone) > stored_bytes(model)
+
+
+def test_the_gate_passes_and_data_files_do_not_hold_them(tmp_path: Path) -> None:
+    model = parse(PRODUCT, w=pruned(64, 96, zeros=0.9))
+    run = optimized(model, "pack-zeros{form=sparse-initializer}")
+    assert [step.verdict for step in run.steps] == ["kept"]
+    path = tmp_path / "sparse.onnx"
+    run.save(path)
+    assert path.stat().st_size == run.optimized.stored_bytes < run.original.stored_bytes / 2
+
+    graphopt.save(run.model, tmp_path / "external.onnx", external_data=True)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["external.onnx", "sparse.onnx"]
+
+
+def test_a_weight_that_changes_is_written_dense() -> None:
+    model = parse(PRODUCT, w=pruned(64, 96, zeros=0.9))
+    apply_pass(SPARSE, model)
+    assert apply_pass(PASS, model)
+    assert is_sparse(model)
+    assert not any(is_marked(v.const_value) for v in model.graph.initializers.values())

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import onnx_ir as ir
 
 from graphopt.contract import Bounds, Change, Context, Effect, Pass
 from graphopt.encoding import FIRST_OPSET
-from graphopt_passes.share.zeros import MIN_ELEMENTS, packed_zeros
+from graphopt_passes.share.zeros import MIN_ELEMENTS, marked_zeros, packed_zeros
 from graphopt_passes.simplify.chains import why_refused
 
 
@@ -29,12 +29,19 @@ class PackZeros(Pass):
 
     Attributes:
         min_elements: smaller weights stay.
+        form: "packed" is that. "sparse-initializer" leaves the graph as it is, and the file holds
+            the weights of the main graph as ONNX's SparseTensorProto: an index of 1 to 3 bytes (in
+            a large weight up to 5) for each number, in place of a bit for each zero too. So it is
+            larger, but where nearly all is zero, and read by fewer tools: onnxruntime loads it, and
+            onnx's own shape inference rejects it. A weight that a later pass changes is written
+            dense, and so is all of a file that is optimized once more.
     """
 
     name: ClassVar[str] = "pack-zeros"
     effect: ClassVar[Effect] = Effect.EXACT
 
     min_elements: Annotated[int, Bounds(1)] = MIN_ELEMENTS
+    form: Literal["packed", "sparse-initializer"] = "packed"
 
     def refuse(self, model: ir.Model, context: Context) -> str | None:
         """Refuse opsets before that of the nodes that are written."""
@@ -43,5 +50,8 @@ class PackZeros(Pass):
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Pack what takes fewer bytes packed."""
         change = Change()
-        packed_zeros(model, context, change, self.min_elements)
+        if self.form == "packed":
+            packed_zeros(model, context, change, self.min_elements)
+        else:
+            marked_zeros(model, context, change, self.min_elements)
         return change

@@ -23,6 +23,7 @@ from graphopt.rewriting import (
 )
 from graphopt.runtime import evaluate
 from graphopt.sparse_encoding import Sparse, sparse_of
+from graphopt.sparse_tensors import is_marked, mark_sparse, sparse_proto
 from graphopt_passes.simplify.chains import remove_if_unread
 
 MIN_ELEMENTS = 256
@@ -133,6 +134,30 @@ def _pack(value: ir.Value, sparse: Sparse, encoding: Encoding) -> None:
     packed = encoding.sparse(sparse, tensor.dtype, name)
     packed.meta.update(value.meta)
     value.replace_all_uses_with(packed)
+
+
+def marked_zeros(
+    model: ir.Model, context: Context, change: Change, min_elements: int = MIN_ELEMENTS
+) -> None:
+    """Let the file hold weights as `sparse_initializer`, where that takes fewer bytes.
+
+    Args:
+        model: rewritten in place: weights of the main graph get another, equal tensor.
+        context: keeps what is large.
+        change: told what was done.
+        min_elements: smaller weights stay.
+    """
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None or tensor.dtype not in TYPES or tensor.size < min_elements:
+            continue
+        if is_marked(tensor) or value.is_graph_input() or not _zeros(tensor):
+            continue
+        if sparse_proto(tensor, "").ByteSize() >= tensor.nbytes:
+            continue
+        value.const_value = context.tensor(read_array(tensor), name, tensor.dtype)
+        mark_sparse(value.const_value)
+        change.count("weight written as sparse_initializer")
 
 
 # ------------------------------------------------------------------ and back
