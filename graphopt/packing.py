@@ -156,7 +156,11 @@ def places_numbers(node: ir.Node) -> bool:
         ends = _summed(node.inputs[1])
     else:
         return False
-    return _is_made_by(ends, "CumSum") and nodes_behind(node.outputs[0]) is not None
+    if ends is None or not _is_made_by(ends, "CumSum") or nodes_behind(node.outputs[0]) is None:
+        return False
+    # Positions of tokens are such sums, too, of a mask that is no code.
+    tensors = map(_tensor_of, constants_behind(ends) or ())
+    return any(tensor is not None and tensor.dtype in _INDICES for tensor in tensors)
 
 
 def _summed(index: ir.Value | None) -> ir.Value | None:

@@ -213,6 +213,20 @@ def test_every_step_is_packed(density: float, size: int) -> None:
     assert [value.name for value in packed_weights(model.graph)] == ["weight"]
 
 
+def test_positions_of_tokens_are_no_packed_weight() -> None:
+    model = parse(
+        """
+        agraph (float[90,8] x, int64[90] m, int64 zero, float[91,8] e) => (float[90,8] y)
+        { c = CumSum(m, zero) p = Mul(c, m) t = Gather(e, p) y = Add(x, t) }
+        """,
+        m=np.arange(90) % 7 // 3,
+        zero=np.int64(0),
+        e=pruned(0.5, 91, 8),
+    )
+
+    assert not any(is_packed(output) for node in model.graph for output in node.outputs)
+
+
 @pytest.mark.parametrize("shape", [(100, 200), (100, 201)])
 @pytest.mark.parametrize("density", [0.0, 0.003, 0.02, 0.1, 0.3])
 def test_the_file_is_what_the_arithmetic_says(density: float, shape: tuple[int, ...]) -> None:

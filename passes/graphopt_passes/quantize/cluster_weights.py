@@ -150,7 +150,7 @@ class Clusters:
     def stored_bytes(self, target: Target) -> int:
         """Of codes, values and scales."""
         fields = fields_of(self.count)
-        codes = sum(field.stored_bytes(target.size) for field in fields)
+        codes = target.code_bytes(self.count, self.keep_zeros)
         codes += (len(fields) - 1) * FIELD_BYTES
         codes += sum(target.size % field.digits > 0 for field in fields) * CUT_BYTES
         if target.is_integer:
