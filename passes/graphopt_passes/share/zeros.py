@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -57,10 +58,15 @@ def packed_zeros(
         change: told what was done.
         min_elements: smaller weights stay.
     """
-    found = [
-        (gain, value) for value in _weights(model, min_elements) if (gain := _gain_bytes(value)) > 0
-    ]
+    found, negative = list[tuple[int, ir.Value]](), 0
+    for value in _weights(model, min_elements):
+        look = _look(value)
+        negative += look.negative_zeros
+        if look.gain_bytes > 0:
+            found.append((look.gain_bytes, value))
     found.sort(key=lambda one: -one[0])
+    if negative:
+        change.note(f"{negative:,} zeros are -0.0 and are stored, so that outputs stay bit for bit")
     names, tables = Names(model), defaultdict[ir.Graph, set[Field]](set)
     encodings: dict[ir.Graph, Encoding] = {}
     for gain, value in found:
@@ -105,20 +111,37 @@ def _may_be_computed(node: ir.Node, index: int) -> bool:
     return index == 0 and is_onnx(node, *_READ_CODES) and not leads_to_places(node.outputs[0])
 
 
-def _gain_bytes(value: ir.Value) -> int:
-    """By how much the file shrinks, tables left out."""
+@dataclass(frozen=True)
+class _Look:
+    """What is seen of a weight.
+
+    Attributes:
+        gain_bytes: by how much the file shrinks, tables left out.
+        negative_zeros: how many numbers are -0.0.
+    """
+
+    gain_bytes: int
+    negative_zeros: int
+
+
+def _look(value: ir.Value) -> _Look:
     tensor = value.const_value
     assert tensor is not None
+    array, kind = read_array(tensor), bits_of(tensor)
+    bits = _bits(tensor, array)
+    zeros = bits.size - int(np.count_nonzero(bits))
+    negative = 0
+    if tensor.dtype.is_floating_point():
+        negative = int(np.count_nonzero(bits == kind.type(1 << (8 * kind.itemsize - 1))))
     # Most weights have no zeros, and a bit is needed for each number where a few have.
-    most = _zeros(tensor) * tensor.dtype.itemsize
-    sparse = _sparse(value) if most > NODES_BYTES else None
-    return 0 if sparse is None else int(tensor.nbytes - sparse.stored_bytes)
+    sparse = sparse_of(array) if zeros * kind.itemsize > NODES_BYTES else None
+    gain_bytes = 0 if sparse is None else tensor.nbytes - sparse.stored_bytes
+    return _Look(gain_bytes, negative)
 
 
-def _zeros(tensor: ir.TensorProtocol) -> int:
-    """How many numbers have no bit set."""
-    bits = np.ascontiguousarray(read_array(tensor)).reshape(-1).view(bits_of(tensor))
-    return int(bits.size - np.count_nonzero(bits))
+def _bits(tensor: ir.TensorProtocol, array: np.ndarray) -> np.ndarray:
+    """The numbers as unsigned integers, in one row."""
+    return np.ascontiguousarray(array).reshape(-1).view(bits_of(tensor))
 
 
 def _sparse(value: ir.Value) -> Sparse | None:
@@ -151,11 +174,15 @@ def marked_zeros(
         tensor = value.const_value
         if tensor is None or tensor.dtype not in TYPES or tensor.size < min_elements:
             continue
-        if is_marked(tensor) or value.is_graph_input() or not _zeros(tensor):
+        if is_marked(tensor) or value.is_graph_input():
             continue
-        if sparse_proto(tensor, "").ByteSize() >= tensor.nbytes:
+        array = read_array(tensor)
+        stored = int(np.count_nonzero(_bits(tensor, array)))
+        # An index takes a byte at least.
+        least_bytes = stored * (tensor.dtype.itemsize + 1)
+        if least_bytes >= tensor.nbytes or sparse_proto(tensor, "").ByteSize() >= tensor.nbytes:
             continue
-        value.const_value = context.tensor(read_array(tensor), name, tensor.dtype)
+        value.const_value = context.tensor(array, name, tensor.dtype)
         mark_sparse(value.const_value)
         change.count("weight written as sparse_initializer")
 
