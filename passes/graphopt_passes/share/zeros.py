@@ -66,7 +66,7 @@ def packed_zeros(
             found.append((look.gain_bytes, value))
     found.sort(key=lambda one: -one[0])
     if negative:
-        change.note(f"{negative:,} zeros are -0.0 and are stored, so that outputs stay bit for bit")
+        change.note(f"{negative:,} zeros are -0.0 and are stored, so that weights stay bit for bit")
     names, tables = Names(model), defaultdict[ir.Graph, set[Field]](set)
     encodings: dict[ir.Graph, Encoding] = {}
     for gain, value in found:
