@@ -64,7 +64,7 @@ def masked(b: Builder) -> None:
 def pruned(b: Builder) -> None:
     """A product with a matrix of zeros and few other numbers, and another behind it."""
     value = b.any(4)
-    if value is None:
+    if value is None or not b.shapes[value][-1]:
         return
     *outer, rows = b.shapes[value]
     columns = 4096 // rows
