@@ -13,8 +13,8 @@ from optimized import kernels
 from packed_models import INTEGERS, READERS, WEIGHTS_ONLY, float_model, integer_model
 
 import graphopt
-from graphopt.contract import Context
-from graphopt.errors import SpecError
+from graphopt.contract import Change, Context
+from graphopt.errors import GraphoptError, SpecError
 from graphopt.inspection import inspect_model
 from graphopt.operators import all_graphs
 from graphopt.packing import nodes_behind, packed_weights, placing_nodes
@@ -23,8 +23,10 @@ from graphopt.registry import parse_passes
 from graphopt.runtime import Session, evaluate
 from graphopt.saving import stored_bytes
 from graphopt.skeleton import infer_shapes
+from graphopt.sparse_encoding import MASK_BYTES
 from graphopt.sparse_tensors import is_marked
 from graphopt.testing import apply_pass, assert_equivalent, assert_unchanged, canonical, parse
+from graphopt_passes.quantize.narrow_weights import targets_of
 from graphopt_passes.quantize.quantize_static import QuantizeStatic
 from graphopt_passes.quantize.unpack_weights import UnpackWeights
 from graphopt_passes.share.pack_zeros import PackZeros
@@ -411,6 +413,44 @@ def test_integer_layers_keep_zeros_and_are_packed(tmp_path: Path) -> None:
         (array,) = [a for a in arrays.values() if a.shape == numbers.shape]
         assert not numbers[array == 0].any()
         assert numbers.any()
+
+
+def test_what_codes_take_is_foretold() -> None:
+    model = parse(
+        "agraph (float[4,512] x, float[512,400] w) => (float[4,400] y) { y = MatMul(x, w) }",
+        w=pruned(512, 400),
+    )
+    infer_shapes(model)
+    (target,) = targets_of(model, 256, Change())
+    foretold = target.code_bytes(16)
+    assert foretold < target.code_bytes(16, keeps_zeros=False) == 512 * 400 // 2
+
+    (one,) = parse_passes("cluster-weights{clusters=16,keep-zeros=true}")
+    apply_pass(one, model)
+    (weight,) = inspect_model(model).packed
+    # Scales, codebook, and the tables of two kinds of digits.
+    assert 0 < weight.stored_bytes - (foretold - MASK_BYTES) < 2 * 400 + 2048 + 512 + 200
+
+
+def test_weights_in_external_data(tmp_path: Path) -> None:
+    before = parse(PRODUCT, w=pruned(64, 96))
+    graphopt.save(before, tmp_path / "external.onnx", external_data=True)
+    model = graphopt.load(tmp_path / "external.onnx")
+
+    assert apply_pass(PASS, model)
+    assert_same(before, model)
+
+
+def test_steps_that_lead_outside_are_an_error() -> None:
+    model = parse(PRODUCT, w=pruned(64, 96, zeros=0.97))
+    apply_pass(PASS, model)
+    (steps,) = [v for v in model.graph.initializers.values() if v.dtype == ir.DataType.UINT8]
+    assert steps.const_value is not None
+    steps.const_value = ir.tensor(np.full(steps.const_value.size, 255, np.uint8))
+
+    with pytest.raises(GraphoptError):
+        dense_zeros(model, context(model))
+    assert apply_pass(UnpackWeights(), model).skips
 
 
 # ------------------------------------------------------------------ sparse_initializer
