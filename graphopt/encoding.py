@@ -20,33 +20,33 @@ A weight may also be few rows of numbers, and for each of its rows which of thes
 Or some of its inputs are narrow and the others not, side by side and then put into order:
 
     weight = Gather<axis>(Concat<axis>(narrow, kept), Cast<int32>(places))
+
+Codes of which most are one, as of pruned weights, are stored without it where that takes fewer
+bytes; see `graphopt.sparse_encoding`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.code_fields import Field, fields_of
+from graphopt.code_fields import Field, bits_per_code, fields_of
+from graphopt.folded_nodes import CUT_BYTES, FoldedNodes
 from graphopt.packing import FOLDED_BYTES_MAXIMUM
-from graphopt.rewriting import Names, add_initializer
-from graphopt.skeleton import INFERRED
+from graphopt.sparse_encoding import Placement, Sparse, placements, write_sparse
 
 FIRST_OPSET = 13
 """From it on, all nodes that are written have the form they have here."""
 
-TensorMaker = Callable[[np.ndarray, str], ir.TensorProtocol]
-
 _FLOAT = ir.DataType.FLOAT
-_MADE, _CODES, _CODEBOOK, _SCALES = "w", "c", "b", "s"
-"""How values are called, with a number: in a small model, names take more bytes than codes. For the
-same reason nodes have none."""
+_CODEBOOK, _SCALES = "b", "s"
+"""How values are called, with a number; see `folded_nodes`."""
 
 NUMPY_TYPES = {
     ir.DataType.FLOAT: np.dtype(np.float32),
@@ -260,12 +260,57 @@ class Rows:
         return np.asarray(rows.astype(np.float32) * self.scales.reshape(self.scales_shape))
 
 
+@dataclass(frozen=True, eq=False)
+class SparseCodes:
+    """The codes of a narrow weight, without the one that most are.
+
+    Attributes:
+        placement: of the other codes.
+        others: these, in one row, with what they stand for.
+        common: what the code that is left out stands for, of shape [1].
+    """
+
+    placement: Placement
+    others: Narrow
+    common: np.ndarray
+
+    @property
+    def stored_bytes(self) -> int:
+        """In the file, about; what takes as many bytes for all codes is left out."""
+        cut = any(self.others.codes.size % f.digits for f in self.others.fields)
+        return self.placement.stored_bytes + self.others.stored_bytes + cut * CUT_BYTES
+
+
+def sparse_codes(narrow: Narrow) -> SparseCodes | None:
+    """The codes without the one that most are; None where that takes no fewer bytes."""
+    codes, bits = narrow.codes.reshape(-1), bits_per_code(narrow.levels)
+    if narrow.codebook.ndim != 1 or why_too_large(codes.size, ir.DataType.INT32) is not None:
+        return None
+    counts = np.bincount(codes, minlength=narrow.levels)
+    common = int(counts.argmax())
+    if counts[common] * max(bits, 2) <= codes.size:
+        return None
+    found = [_without(narrow, common, placement) for placement in placements(codes != common)]
+    best = min(found, key=lambda sparse: sparse.stored_bytes, default=None)
+    whole = replace(narrow, scales=None, offsets=None).stored_bytes
+    return best if best is not None and best.stored_bytes < whole else None
+
+
+def _without(narrow: Narrow, common: int, placement: Placement) -> SparseCodes:
+    """The codes that are placed; the others are the common one."""
+    codes, book = narrow.codes.reshape(-1)[placement.positions], narrow.codebook
+    if not (codes == common).any():
+        codes, book = codes - (codes > common), np.delete(book, common)
+    others = Narrow(codes.astype(np.uint8), book)
+    return SparseCodes(placement, others, narrow.codebook[common : common + 1])
+
+
 # ------------------------------------------------------------------ what it costs
 
 
-NODES_BYTES, SCALES_BYTES, FIELD_BYTES, CUT_BYTES = 190, 80, 175, 100
+NODES_BYTES, SCALES_BYTES, FIELD_BYTES = 190, 80, 175
 """What the nodes and the small initializers of a weight take in the file, about: of any weight; of
-one with scales, more; for each field after the first; and for each that does not fill its bytes."""
+one with scales, more; and for each field after the first. See also `folded_nodes.CUT_BYTES`."""
 
 
 def why_too_large(count: int, dtype: ir.DataType) -> str | None:
@@ -283,21 +328,8 @@ def _flat(parts: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
 # ------------------------------------------------------------------ writing
 
 
-@dataclass
-class Encoding:
-    """Writes weights into one graph; what they can share, they share.
-
-    Attributes:
-        graph: gets nodes, at its head, and initializers.
-        names: of its model.
-        tensor: makes a tensor of an array.
-    """
-
-    graph: ir.Graph
-    names: Names
-    tensor: TensorMaker
-    _known: dict[tuple[object, ...], ir.Value] = field(default_factory=dict)
-    _nodes: list[ir.Node] = field(default_factory=list)
+class Encoding(FoldedNodes):
+    """Writes weights into one graph; what they can share, they share."""
 
     def weight(self, narrow: Narrow, dtype: ir.DataType, name: str) -> ir.Value:
         """A value that is a narrow weight. `close` puts its nodes into the graph.
@@ -321,20 +353,42 @@ class Encoding:
         self.names.keep(name)
         first, *others = map(self._scaled, narrows)
         for other in others:
-            first = self._node("Add", [first, other], _FLOAT)
+            first = self.node("Add", [first, other], _FLOAT)
         return self._last(first, dtype, narrows[0].codes.shape, name)
+
+    def sparse(self, sparse: Sparse, dtype: ir.DataType, name: str) -> ir.Value:
+        """A value that is a weight stored without its zeros; see `weight`.
+
+        Args:
+            sparse: the weight; its numbers may be narrower than the value, as float16.
+            dtype: of the value: any of floating point, or int8.
+            name: as for `weight`.
+
+        Raises:
+            ValueError: onnxruntime would not fold what is so large.
+        """
+        reason = why_too_large(sparse.placement.count, ir.DataType.INT32)
+        if reason is not None:
+            raise ValueError(reason)
+        self.names.keep(name)
+        numbers, zero = self.constant(sparse.numbers, "n"), np.zeros(1, NUMPY_TYPES[dtype])
+        if numbers.dtype != dtype:
+            numbers = self.node("Cast", [numbers], dtype, to=dtype)
+        flat = write_sparse(self, sparse.placement, numbers, zero)
+        value = self.reshaped(flat, sparse.shape, (sparse.placement.count,))
+        return self._last(value, dtype, sparse.shape, name)
 
     def repeated(self, rows: Rows, dtype: ir.DataType, name: str) -> ir.Value:
         """A value that is a weight of shared rows; see `weight`."""
         self.names.keep(name)
-        table, kind = self._constant(rows.table, "rows"), ir.DataType.from_numpy(rows.table.dtype)
+        table, kind = self.constant(rows.table, "rows"), ir.DataType.from_numpy(rows.table.dtype)
         if rows.scales is not None and kind != _FLOAT:
             # onnxruntime's CPU provider has no Mul of float16 that it could compute at load.
-            table, kind = self._node("Cast", [table], _FLOAT, to=_FLOAT), _FLOAT
+            table, kind = self.node("Cast", [table], _FLOAT, to=_FLOAT), _FLOAT
         value = self._picked(table, rows.stored_index, rows.axis, kind)
         if rows.scales is not None:
-            scales = self._constant(rows.scales.reshape(rows.scales_shape), _SCALES)
-            value = self._node("Mul", [value, scales], kind)
+            scales = self.constant(rows.scales.reshape(rows.scales_shape), _SCALES)
+            value = self.node("Mul", [value, scales], kind)
         return self._last(value, dtype, rows.shape, name)
 
     def interleaved(
@@ -358,8 +412,8 @@ class Encoding:
             name: as for `weight`.
         """
         self.names.keep(name)
-        pair = [self._scaled(narrow), self._constant(kept, "kept")]
-        both = self._node("Concat", pair, _FLOAT, axis=axis)
+        pair = [self._scaled(narrow), self.constant(kept, "kept")]
+        both = self.node("Concat", pair, _FLOAT, axis=axis)
         stored = places.astype(np.min_scalar_type(len(places) - 1))
         value = self._picked(both, stored, axis, _FLOAT)
         shape = list(kept.shape)
@@ -368,23 +422,17 @@ class Encoding:
 
     def _picked(self, table: ir.Value, which: np.ndarray, axis: int, kind: ir.DataType) -> ir.Value:
         """Entries of a table along an axis, by an index that is stored narrow."""
-        stored = self._constant(which, "which")
-        index = self._node("Cast", [stored], ir.DataType.INT32, to=ir.DataType.INT32)
-        return self._node("Gather", [table, index], kind, **({"axis": axis} if axis else {}))
+        stored = self.constant(which, "which")
+        index = self.node("Cast", [stored], ir.DataType.INT32, to=ir.DataType.INT32)
+        return self.node("Gather", [table, index], kind, **({"axis": axis} if axis else {}))
 
     def _last(
         self, value: ir.Value, dtype: ir.DataType, shape: Sequence[int], name: str
     ) -> ir.Value:
         if value.dtype != dtype:
-            value = self._node("Cast", [value], dtype, to=dtype)
+            value = self.node("Cast", [value], dtype, to=dtype)
         value.name, value.shape = name, ir.Shape(shape)
         return value
-
-    def close(self) -> None:
-        """Put the nodes of all weights at the head of the graph."""
-        if self._nodes:
-            self.graph.insert_before(self.graph[0], self._nodes)
-        self._nodes = []
 
     # -------------------------------------------------------------- steps
 
@@ -393,127 +441,71 @@ class Encoding:
         if narrow.codebook.dtype != np.float32 and narrow.is_scaled:
             # onnxruntime's CPU provider has no Mul of float16 that it could compute at load.
             narrow = replace(narrow, codebook=narrow.codebook.astype(np.float32))
+        sparse = sparse_codes(narrow)
+        if sparse is None:
+            return self.reshaped(self._looked_up_in(narrow), narrow.block_shape)
+        numbers = self.reshaped(self._looked_up_in(sparse.others), (-1,))
+        if sparse.placement.is_mask:
+            pair = [self.shared("zero", sparse.common), numbers]
+            numbers = self.node("Concat", pair, ir.DataType.from_numpy(sparse.common.dtype), axis=0)
+        flat = write_sparse(self, sparse.placement, numbers, sparse.common)
+        return self.reshaped(flat, narrow.block_shape)
+
+    def _looked_up_in(self, narrow: Narrow) -> ir.Value:
+        """The numbers of the codebook, in some shape."""
         kind = ir.DataType.from_numpy(narrow.codebook.dtype)
-        codebook = self._shared(_CODEBOOK, narrow.full_codebook)
+        codebook = self.shared(_CODEBOOK, narrow.full_codebook)
         if not narrow.has_table:
-            index = self._indices(narrow)
-        else:
-            (only,) = narrow.fields
-            index = self._bytes(only, narrow.codes)
-            if only.digits > 1:
-                codebook = self._once("Gather", [codebook, self._digits(only)], kind)
-        values = self._node("Gather", [codebook, index], kind)
-        if narrow.has_table and narrow.codes.size % narrow.fields[0].digits:
-            values = self._cut(values, narrow.fields[0], narrow.codes.size, kind)
-        return self._reshaped(values, narrow.block_shape)
+            return self.node("Gather", [codebook, self._indices(narrow)], kind)
+        (only,) = narrow.fields
+        index = self.bytes_of(only, narrow.codes)
+        if only.digits > 1:
+            codebook = self.once("Gather", [codebook, self.digits(only)], kind)
+        values = self.node("Gather", [codebook, index], kind)
+        if narrow.codes.size % only.digits:
+            values = self.cut(values, only, narrow.codes.size)
+        return values
 
     def _indices(self, narrow: Narrow) -> ir.Value:
         """The index of each number in the codebooks, int32: the sum of the digits."""
-        total: ir.Value | None = None
-        for part in narrow.fields:
-            index = self._bytes(part, narrow.codes)
-            digits = self._node("Gather", [self._digits(part), index], ir.DataType.INT32)
-            digits = self._cut(digits, part, narrow.codes.size, ir.DataType.INT32)
-            total = digits if total is None else self._sum(total, digits)
-        assert total is not None
+        first, *others = (self.codes(part, narrow.codes) for part in narrow.fields)
+        for digits in others:
+            first = self.node("Add", [first, digits], ir.DataType.INT32)
         if narrow.codebook.ndim == 1:
-            return total
+            return first
         starts = np.arange(len(narrow.codebook), dtype=np.int32) * narrow.levels
-        rows = self._reshaped(total, (len(starts), -1))
-        return self._sum(rows, self._shared("starts", starts[:, np.newaxis]))
-
-    def _sum(self, first: ir.Value, second: ir.Value) -> ir.Value:
-        return self._node("Add", [first, second], ir.DataType.INT32)
-
-    def _bytes(self, part: Field, codes: np.ndarray) -> ir.Value:
-        """The bytes of a field as int32, to look up with."""
-        stored = self._constant(part.pack(codes), _CODES)
-        return self._node("Cast", [stored], ir.DataType.INT32, to=ir.DataType.INT32)
-
-    def _digits(self, part: Field) -> ir.Value:
-        """The table of the digits of every byte, int32."""
-        table = self._shared(f"digits{part.base}", part.table())
-        return self._once("Cast", [table], ir.DataType.INT32, to=ir.DataType.INT32)
-
-    def _cut(self, digits: ir.Value, part: Field, count: int, kind: ir.DataType) -> ir.Value:
-        """What bytes became, in one row, without what is behind the last code."""
-        flat = self._reshaped(digits, (-1,))
-        if count % part.digits == 0:
-            return flat
-        ends = [self._shared("cut", np.array([n], np.int64)) for n in (0, count)]
-        return self._node("Slice", [flat, *ends], kind)
+        rows = self.reshaped(first, (len(starts), -1))
+        return self.node(
+            "Add", [rows, self.shared("starts", starts[:, np.newaxis])], ir.DataType.INT32
+        )
 
     def _scaled(self, narrow: Narrow) -> ir.Value:
         """The weight, in its shape."""
         value = self._values(narrow)
         for op_type, blocks in (("Mul", narrow.scales), ("Add", narrow.offsets)):
             if blocks is not None:
-                value = self._node(
+                value = self.node(
                     op_type, [value, self.floats(blocks.reshape(narrow.scales_shape))], _FLOAT
                 )
-        return self._reshaped(value, narrow.codes.shape, narrow.block_shape)
+        return self.reshaped(value, narrow.codes.shape, narrow.block_shape)
 
     def floats(self, blocks: np.ndarray) -> ir.Value:
         """Scales of any type that is a float32 as such, in their shape; see `close`."""
         if blocks.dtype.itemsize == 1:
-            return self._looked_up(blocks)
-        stored = self._constant(blocks, _SCALES)
+            return self._wide_scales(blocks)
+        stored = self.constant(blocks, _SCALES)
         if stored.dtype == _FLOAT:
             return stored
-        return self._node("Cast", [stored], _FLOAT, to=_FLOAT)
+        return self.node("Cast", [stored], _FLOAT, to=_FLOAT)
 
     def zeros(self, count: int) -> ir.Value:
         """So many int8 zeros; the same for all that ask for as many."""
-        return self._shared("zeros", np.zeros(count, np.int8))
+        return self.shared("zeros", np.zeros(count, np.int8))
 
-    def _looked_up(self, blocks: np.ndarray) -> ir.Value:
+    def _wide_scales(self, blocks: np.ndarray) -> ir.Value:
         """Scales of 8 bits by a table of all: the types themselves need the latest opsets."""
         every = np.arange(256, dtype=np.uint8).view(blocks.dtype).astype(np.float32)
-        table = self._shared("scales", np.nan_to_num(every, posinf=0.0, neginf=0.0))
-        stored = self._constant(blocks.view(np.uint8), _SCALES)
-        index = self._node("Cast", [stored], ir.DataType.INT32, to=ir.DataType.INT32)
-        return self._node("Gather", [table, index], _FLOAT)
-
-    def _reshaped(
-        self, value: ir.Value, shape: Sequence[int], current: Sequence[int] | None = None
-    ) -> ir.Value:
-        if current is not None and tuple(shape) == tuple(current):
-            return value
-        assert value.dtype is not None
-        to = self._shared("shape", np.array(shape, np.int64))
-        return self._node("Reshape", [value, to], value.dtype)
-
-    # -------------------------------------------------------------- parts
-
-    def _constant(self, array: np.ndarray, hint: str) -> ir.Value:
-        name = self.names.new(hint)
-        return add_initializer(self.graph, self.tensor(np.ascontiguousarray(array), name), name)
-
-    def _shared(self, hint: str, array: np.ndarray) -> ir.Value:
-        """A small constant; the same for all that ask for an equal one."""
-        key = (array.dtype.str, array.shape, array.tobytes())
-        if key not in self._known:
-            self._known[key] = self._constant(array, hint)
-        return self._known[key]
-
-    def _once(
-        self, op_type: str, inputs: Sequence[ir.Value], dtype: ir.DataType, **attributes: int
-    ) -> ir.Value:
-        """What a node makes; the same for all that ask for it."""
-        key = (op_type, *map(id, inputs))
-        if key not in self._known:
-            self._known[key] = self._node(op_type, inputs, dtype, **attributes)
-        return self._known[key]
-
-    def _node(
-        self, op_type: str, inputs: Sequence[ir.Value], dtype: ir.DataType, **attributes: int
-    ) -> ir.Value:
-        # A graph gives names to nodes whose name is None.
-        node = ir.node(op_type, inputs, attributes, name="")
-        (output,) = node.outputs
-        output.name = self.names.new(_MADE)
-        output.type = ir.TensorType(dtype)
-        # It can be inferred again; no file need state it.
-        output.meta[INFERRED] = True
-        self._nodes.append(node)
-        return output
+        table = self.shared("scales", np.nan_to_num(every, posinf=0.0, neginf=0.0))
+        stored = self.constant(blocks.view(np.uint8), _SCALES)
+        index = self.node("Cast", [stored], ir.DataType.INT32, to=ir.DataType.INT32)
+        return self.node("Gather", [table, index], _FLOAT)

@@ -20,6 +20,7 @@ from graphopt.packing import (
     is_narrow,
     nodes_behind,
     packed_weights,
+    placing_nodes,
     repeats_rows,
 )
 from graphopt.reasons import INTEGER, MOVEMENT, around_of
@@ -46,6 +47,8 @@ class PackedWeight:
         code_bits: of these, what the codes take; None where no codes can be told from the rest.
         levels: numbers in the codebook; None where there is none, or several.
         memory_bytes: while the model runs.
+        zero_share: of its numbers, those that are not stored: zeros, or whatever number most are;
+            None where all are.
         widened: "at load", by onnxruntime; "by the kernel", which takes the integers as they are;
             or "in every run", by nodes that onnxruntime does not fold.
     """
@@ -59,6 +62,7 @@ class PackedWeight:
     levels: int | None
     memory_bytes: int
     widened: str
+    zero_share: float | None = None
 
     @property
     def elements(self) -> int:
@@ -100,7 +104,7 @@ def find_packed(graphs: Iterable[ir.Graph]) -> Packed:
     behind = {
         value: found
         for value, found in behind.items()
-        if any(map(is_narrow, found)) or has_shared_rows(value)
+        if any(map(is_narrow, found)) or has_shared_rows(value) or placing_nodes(value)
     }
     kernels = {
         weight: [c for c in weight.constants() if _nbytes(c)] for weight in kernel_weights(graphs)
@@ -149,6 +153,7 @@ def _packed_weight(value: ir.Value, bits: Mapping[ir.Value, float]) -> PackedWei
         levels=_levels(value),
         memory_bytes=_memory_bytes(value, widened, stored_bytes),
         widened=widened,
+        zero_share=_zero_share(value),
     )
 
 
@@ -169,6 +174,30 @@ def _kernel_weight(weight: KernelWeight, bits: Mapping[ir.Value, float]) -> Pack
         memory_bytes=copies * _nbytes(weight.codes),
         widened=BY_THE_KERNEL,
     )
+
+
+def _zero_share(value: ir.Value) -> float | None:
+    """The share of numbers that are not stored; None where all are."""
+    numbers = _placed_numbers(value)
+    if numbers is None:
+        return None
+    (node,) = placing_nodes(value)
+    places = node.inputs[1 if is_onnx(node, "Gather") else 0]
+    count = _elements(places) if places is not None else 0
+    return 1 - _elements(numbers) / count if count else None
+
+
+def _placed_numbers(value: ir.Value) -> ir.Value | None:
+    """The numbers that are stored of a weight without its zeros; None of any other, and of sums."""
+    nodes = placing_nodes(value)
+    if len(nodes) != 1:
+        return None
+    if is_onnx(nodes[0], "ScatterElements"):
+        return nodes[0].inputs[2]
+    both = nodes[0].inputs[0]
+    concat = both.producer() if both is not None else None
+    # The zero is in front of them, in one constant or by a node.
+    return concat.inputs[1] if concat is not None and is_onnx(concat, "Concat") else both
 
 
 def _elements(value: ir.Value) -> int:
@@ -227,7 +256,8 @@ def _memory_bytes(value: ir.Value, widened: str, stored_bytes: int) -> int:
 
 def _codes(value: ir.Value) -> list[ir.Value]:
     """The constants that are the codes of a weight, rather than codebooks, scales or shapes."""
-    codes, waiting, seen = list[ir.Value](), [value], set[ir.Value]()
+    whole = _placed_numbers(value) or value
+    codes, waiting, seen = list[ir.Value](), [whole], set[ir.Value]()
     while waiting:
         current = waiting.pop()
         if current in seen:
@@ -235,7 +265,7 @@ def _codes(value: ir.Value) -> list[ir.Value]:
         seen.add(current)
         if not is_constant(current):
             waiting += _towards_codes(current)
-        elif is_narrow(current) and MOST_CODES_IN_A_BYTE * _elements(current) >= _elements(value):
+        elif is_narrow(current) and MOST_CODES_IN_A_BYTE * _elements(current) >= _elements(whole):
             # Scales may be narrow too, but there are few of them.
             codes.append(current)
     return codes
@@ -257,8 +287,11 @@ def _towards_codes(value: ir.Value) -> list[ir.Value]:
 
 
 def _levels(value: ir.Value) -> int | None:
-    """How many numbers are in the codebook of a weight that has a single one."""
-    books, waiting, seen = set[ir.Value](), [value], set[ir.Value]()
+    """How many numbers are in the codebook of a weight that has a single one.
+
+    What most numbers are may be left out of it.
+    """
+    books, waiting, seen = set[ir.Value](), [_placed_numbers(value) or value], set[ir.Value]()
     while waiting:
         current = waiting.pop()
         node = current.producer()

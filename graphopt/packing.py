@@ -5,7 +5,8 @@ accuracy for, so every rewrite of constants asks `is_packed` first. Packed is wh
 look up, add and scale make of constants alone, where narrow integers are among these: the forms
 that `graphopt.encoding` writes and any other of the kind. onnxruntime computes them when it loads
 the model, and a DequantizeLinear at each run. Packed is also a Gather that repeats the rows of a
-constant, by an index that is stored narrow.
+constant, by an index that is stored narrow, and what puts numbers between zeros that are not stored
+(`graphopt.sparse_encoding`).
 
 Floats of 16 bits are packed where a Cast widens them, and numbers like others elsewhere.
 
@@ -25,6 +26,9 @@ CODES_MINIMUM = 64
 
 NODES_MAXIMUM = 64
 """Nodes that widen one weight. What hangs on more is no packed weight, and is not followed."""
+
+STEPS_MAXIMUM = 16
+"""Values that are looked at behind a step that may lead to a node that puts numbers in places."""
 
 _NARROW = frozenset(
     {
@@ -64,6 +68,7 @@ _DECODES = (
     "Gather",
     "Mul",
     "QuantizeLinear",
+    "ScatterElements",
     "Sub",
     "Where",
 )
@@ -110,7 +115,9 @@ def is_packed(value: ir.Value | None) -> bool:
     leaves = constants_behind(value)
     if leaves is None:
         return False
-    return any(map(_are_codes, leaves)) or _is_row_index(value) or has_shared_rows(value)
+    if any(map(_are_codes, leaves)) or _is_row_index(value) or has_shared_rows(value):
+        return True
+    return bool(placing_nodes(value)) or leads_to_places(value)
 
 
 def has_shared_rows(value: ir.Value) -> bool:
@@ -131,6 +138,55 @@ def repeats_rows(node: ir.Node) -> bool:
         return False
     shape, axis = table.shape.numpy(), node.attributes.get_int("axis", 0)
     return 1 < len(shape) > axis >= -len(shape) and stored.size > shape[axis]
+
+
+def placing_nodes(value: ir.Value) -> list[ir.Node]:
+    """The nodes by which numbers are put between zeros, on the way to a value of constants alone.
+
+    A sum of narrow weights may have several.
+    """
+    return list(filter(places_numbers, nodes_behind(value) or ()))
+
+
+def places_numbers(node: ir.Node) -> bool:
+    """A node puts the numbers of constants alone where a running sum of codes says."""
+    if is_onnx(node, "ScatterElements"):
+        ends = node.inputs[1]
+    elif is_onnx(node, "Gather"):
+        ends = _summed(node.inputs[1])
+    else:
+        return False
+    if ends is None or not _is_made_by(ends, "CumSum") or nodes_behind(node.outputs[0]) is None:
+        return False
+    # Positions of tokens are such sums, too, of a mask that is no code.
+    tensors = map(_tensor_of, constants_behind(ends) or ())
+    return any(tensor is not None and tensor.dtype in _INDICES for tensor in tensors)
+
+
+def _summed(index: ir.Value | None) -> ir.Value | None:
+    """The running sum of bits in an index that is 0 where the bits are."""
+    product = index.producer() if index is not None else None
+    if product is None or not is_onnx(product, "Mul"):
+        return None
+    return next((v for v in product.inputs if _is_made_by(v, "CumSum")), None)
+
+
+def _is_made_by(value: ir.Value | None, op_type: str) -> bool:
+    node = value.producer() if value is not None else None
+    return node is not None and is_onnx(node, op_type)
+
+
+def leads_to_places(value: ir.Value) -> bool:
+    """A step on the way to such a node, of which there are few."""
+    waiting, seen = [value], {value}
+    while waiting and len(seen) < STEPS_MAXIMUM:
+        for use in waiting.pop().uses():
+            if places_numbers(use.node):
+                return True
+            made = [v for v in use.node.outputs if v not in seen and is_onnx(use.node, *_DECODES)]
+            seen.update(made)
+            waiting += made
+    return False
 
 
 def _is_row_index(value: ir.Value) -> bool:

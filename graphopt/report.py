@@ -319,6 +319,8 @@ def _packed_text(packed: PackedWeight) -> str:
     of_codes = [f"{packed.levels} levels"] if packed.levels is not None else []
     if packed.code_bits is not None:
         of_codes.append(f"{packed.code_bits:.2g}-bit codes")
+    if packed.zero_share is not None:
+        of_codes.append(f"{packed.zero_share:.0%} zeros")
     inside = f" ({', '.join(of_codes)})" if of_codes else ""
     return (
         f"{_port_text(packed)}, {packed.bits_per_weight:.2f} bits each{inside}, "

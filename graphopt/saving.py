@@ -22,6 +22,7 @@ from graphopt.loading import check_encodable, check_file
 from graphopt.scratch import is_scratch
 from graphopt.serializing import is_large, stubbed
 from graphopt.skeleton import INFERRED
+from graphopt.sparse_tensors import make_sparse
 from graphopt.stored_size import stored_size
 
 INLINE_LIMIT_BYTES = 3 << 29
@@ -304,8 +305,13 @@ def _clear_locations(proto: onnx.ModelProto, tensors: Mapping[str, ir.TensorProt
 
 @no_collection()
 def for_disk(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, ir.TensorProtocol]]:
-    """As `serializing.stubbed`, without the types and shapes that onnxruntime infers by itself."""
-    return stubbed(model, _is_declared)
+    """As `serializing.stubbed`, without the types and shapes that onnxruntime infers by itself.
+
+    What the file is to hold without its zeros is in the proto so.
+    """
+    proto, tensors = stubbed(model, _is_declared)
+    make_sparse(model, proto, tensors)
+    return proto, tensors
 
 
 def _is_declared(value: ir.Value) -> bool:

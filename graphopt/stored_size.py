@@ -26,6 +26,7 @@ from graphopt.serializing import (
     write_tensor,
     write_value,
 )
+from graphopt.sparse_tensors import is_marked, sparse_proto
 
 _BYTES = "graphopt.bytes"
 """Key in the `meta` of an attribute or tensor: the bytes that it takes as a field of what it is in.
@@ -142,11 +143,15 @@ def _attribute_bytes(attribute: ir.Attr) -> int:
 
 @dataclass(frozen=True)
 class _TensorSize:
-    """Bytes of the message, its name left out: with its data, without, and those of the data."""
+    """Bytes of the message, its name left out: with its data, without, and those of the data.
+
+    Of one without its zeros, bytes of the message of its numbers, and of what is around that.
+    """
 
     inline: int
     reference: int
     beside: int
+    around: int | None = None
 
 
 def _initializers_bytes(graph: ir.Graph) -> tuple[int, int, int, bool]:
@@ -162,6 +167,8 @@ def _initializers_bytes(graph: ir.Graph) -> tuple[int, int, int, bool]:
             size = tensor.meta[_BYTES] = _measured(tensor)
         name_bytes = _text(name)
         whole = _field(name_bytes + size.inline)
+        if size.around is not None:
+            whole = _field(whole + size.around)
         inline += whole
         if not size.beside:
             references += whole
@@ -173,6 +180,11 @@ def _initializers_bytes(graph: ir.Graph) -> tuple[int, int, int, bool]:
 
 
 def _measured(tensor: ir.TensorProtocol) -> _TensorSize:
+    if is_marked(tensor):
+        sparse = sparse_proto(tensor, "")
+        sparse.values.ClearField("name")
+        size = sparse.values.ByteSize()
+        return _TensorSize(size, size, 0, sparse.ByteSize() - _field(size))
     if isinstance(tensor, ir.serde.TensorProtoTensor) and not tensor.metadata_props:
         # Written as it was read.
         raw = tensor.raw

@@ -61,4 +61,21 @@ def masked(b: Builder) -> None:
     b.add("Add", [value, found], b.shapes[value])
 
 
-FOCUS: dict[str, tuple[Step, ...]] = {"unpack-weights": (product,), "pack-constants": (masked,)}
+def pruned(b: Builder) -> None:
+    """A product with a matrix of zeros and few other numbers, and another behind it."""
+    value = b.any(4)
+    if value is None or not b.shapes[value][-1]:
+        return
+    *outer, rows = b.shapes[value]
+    columns = 4096 // rows
+    zeros = b.random.random((rows, columns)) < b.random.choice([0.6, 0.9, 1.0])
+    weight = np.where(zeros, 0, b.random.standard_normal(zeros.shape)).astype(np.float32)
+    first = b.add("MatMul", [value, b.constant(weight)], (*outer, columns))
+    b.add("MatMul", [first, b.normal(columns, 1)], (*outer, 1))
+
+
+FOCUS: dict[str, tuple[Step, ...]] = {
+    "unpack-weights": (product,),
+    "pack-constants": (masked,),
+    "pack-zeros": (pruned,),
+}

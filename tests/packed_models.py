@@ -28,6 +28,7 @@ class Form:
         scale: the type of the scales.
         groups: of rows that have a codebook each.
         has_offsets: there are offsets beside the scales.
+        common_share: of the numbers, about, that have one code.
     """
 
     levels: int = 16
@@ -35,11 +36,14 @@ class Form:
     scale: str = "float16"
     groups: int = 1
     has_offsets: bool = False
+    common_share: float = 0.0
 
     def narrow(self, shape: tuple[int, ...], seed: int) -> Narrow:
         """A weight of random codes."""
         rng = np.random.default_rng(seed)
         codes = rng.integers(0, self.levels, shape).astype(np.uint8)
+        if self.common_share:
+            codes = np.where(rng.random(shape) < self.common_share, np.uint8(1), codes)
         book = np.sort(rng.normal(size=(self.groups, self.levels)), axis=1).astype(np.float32)
         if self.blocks == "none":
             return Narrow(codes, book[0] if self.groups == 1 else book)
@@ -57,6 +61,8 @@ FORMS = {
     "blocks, float32": Form(16, "blocks", "float32"),
     "groups": Form(16, "rows", groups=2),
     "offsets": Form(4, "blocks", has_offsets=True),
+    "a mask": Form(common_share=0.7),
+    "steps": Form(64, common_share=0.97),
 }
 
 SHAPES: Mapping[str, tuple[int, ...]] = {
@@ -225,6 +231,11 @@ def packed_reader(reader: str, form: Form, dtype: ir.DataType = ir.DataType.FLOA
     model = _model(given, body, dtype)
     pack_all(model, form)
     return model
+
+
+def float_model(reader: str, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Model:
+    """A model of `READERS`, with weights as they are."""
+    return _model(*READERS[reader], dtype)
 
 
 def integer_model(reader: str) -> ir.Model:

@@ -269,5 +269,5 @@ def test_all_are_in_the_json() -> None:
     assert [weight["name"] for weight in told["packed"]] == ["W", "R"]
     assert told["packed"][0].keys() == {
         "name", "dtype", "shape", "stored_bytes", "bits_per_weight", "code_bits", "levels",
-        "memory_bytes", "widened",
+        "memory_bytes", "zero_share", "widened",
     }  # fmt: skip

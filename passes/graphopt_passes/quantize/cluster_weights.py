@@ -11,8 +11,9 @@ import onnx_ir as ir
 
 from graphopt.code_fields import fields_of
 from graphopt.contract import Bounds, Change, Context, Effect, Pass
-from graphopt.encoding import CUT_BYTES, FIELD_BYTES, FIRST_OPSET, SCALES_BYTES
+from graphopt.encoding import FIELD_BYTES, FIRST_OPSET, SCALES_BYTES
 from graphopt.errors import SpecError
+from graphopt.folded_nodes import CUT_BYTES
 from graphopt.saving import stored_bytes
 from graphopt_passes.quantize.codebooks import Rounded, fit, refit_scales, stored_scales
 from graphopt_passes.quantize.granularity import WEIGHTS
@@ -25,6 +26,7 @@ from graphopt_passes.quantize.narrow_weights import (
     targets_of,
 )
 from graphopt_passes.quantize.narrowing import Budget, Form, Narrowing, Problem
+from graphopt_passes.share.zeros import unpacked_zeros
 from graphopt_passes.simplify.chains import why_refused
 
 CLUSTERS = (3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256)
@@ -97,6 +99,10 @@ class ClusterWeights(Pass):
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Cluster all weights, or as many and as coarsely as the budget allows."""
+        with unpacked_zeros(model, context):
+            return self._applied(model, context)
+
+    def _applied(self, model: ir.Model, context: Context) -> Change:
         change = Change()
         counts = (self.clusters,) if self.clusters else CLUSTERS
         forms = [Clusters(count, self.keep_zeros) for count in counts]
@@ -144,7 +150,7 @@ class Clusters:
     def stored_bytes(self, target: Target) -> int:
         """Of codes, values and scales."""
         fields = fields_of(self.count)
-        codes = sum(field.stored_bytes(target.size) for field in fields)
+        codes = target.code_bytes(self.count, self.keep_zeros)
         codes += (len(fields) - 1) * FIELD_BYTES
         codes += sum(target.size % field.digits > 0 for field in fields) * CUT_BYTES
         if target.is_integer:

@@ -22,6 +22,7 @@ from graphopt_passes.quantize.halving import Halving
 from graphopt_passes.quantize.number_formats import FORMATS
 from graphopt_passes.quantize.number_weights import convert_weights
 from graphopt_passes.quantize.retyping import types_of
+from graphopt_passes.share.zeros import unpacked_zeros
 from graphopt_passes.simplify.chains import why_refused
 
 BFLOAT16_ERROR, NARROW_ERROR = 0.06, 0.25
@@ -131,6 +132,10 @@ class ConvertNumbers(Pass):
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Convert all graphs."""
+        with unpacked_zeros(model, context):
+            return self._applied(model, context)
+
+    def _applied(self, model: ir.Model, context: Context) -> Change:
         if self.format in FORMATS:
             return convert_weights(model, context, FORMATS[self.format])
         change = Change()

@@ -14,7 +14,6 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
-from graphopt.code_fields import fields_of
 from graphopt.encoding import SCALES_BYTES
 from graphopt_passes.quantize.codebooks import REFITS, Floats, Rounded, fit, nearest
 from graphopt_passes.quantize.hqq import half_quadratic_scales
@@ -73,7 +72,7 @@ class Integers:
 
     def stored_bytes(self, target: Target) -> int:
         """Of codes, integers and scales."""
-        codes = sum(field.stored_bytes(target.size) for field in fields_of(1 << self.bits))
+        codes = target.code_bytes(1 << self.bits)
         if target.is_integer:
             # Its scales are there already.
             return codes + (1 << self.bits)
@@ -94,7 +93,7 @@ class Integers:
         weight, gram, counted = self._padded(problem.weight, gram, problem.diagonal)
         start = self._start(weight, counted, problem.target, method)
         refits = 0 if gram is None else REFITS
-        found = fit(weight, start, gram, learns_levels=False, refits=refits)
+        found = fit(weight, start, gram, learns_levels=False, keeps_zeros=True, refits=refits)
         return replace(found, codes=found.codes[:, : problem.target.inputs])
 
     def nearest_error(self, problem: Problem) -> float:

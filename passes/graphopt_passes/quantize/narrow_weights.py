@@ -16,12 +16,14 @@ from functools import cached_property, partial
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.code_fields import fields_of
 from graphopt.contract import Change, Context
 from graphopt.encoding import Encoding, Narrow, why_too_large
 from graphopt.observe import Question
 from graphopt.operators import all_graphs, is_onnx
 from graphopt.packing import is_packed, repeats_rows
 from graphopt.rewriting import Names, constant_tensor, input_of, only_reader
+from graphopt.sparse_encoding import MASK_BYTES
 from graphopt_passes.fuse.misfit import Misfit
 from graphopt_passes.quantize.codebooks import Rounded, stored_scales
 from graphopt_passes.quantize.granularity import Axes, role_of
@@ -119,6 +121,24 @@ class Target:
         tensor = stored_tensor(self.value)
         assert tensor is not None
         return tensor.nbytes
+
+    @cached_property
+    def nonzeros(self) -> int:
+        """How many of its numbers are not zero."""
+        return int(np.count_nonzero(numbers_of(self.value)))
+
+    def code_bytes(self, levels: int, keeps_zeros: bool = True) -> int:
+        """What codes of so many levels take in the file, with a mask where that is less.
+
+        Args:
+            levels: of a code.
+            keeps_zeros: zeros have a code of their own.
+        """
+        whole = sum(field.stored_bytes(self.size) for field in fields_of(levels))
+        if not keeps_zeros or levels < 3:
+            return whole
+        others = sum(field.stored_bytes(self.nonzeros) for field in fields_of(levels - 1))
+        return min(whole, MASK_BYTES + self.size // 8 + others)
 
     @property
     def _kept(self) -> Axes:

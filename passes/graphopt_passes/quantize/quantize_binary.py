@@ -18,6 +18,7 @@ from graphopt_passes.quantize.granularity import WEIGHTS
 from graphopt_passes.quantize.narrow_weights import Solution, Target, targets_of
 from graphopt_passes.quantize.narrowing import Budget, Form, Narrowing, Problem
 from graphopt_passes.quantize.partly import Partly
+from graphopt_passes.share.zeros import unpacked_zeros
 from graphopt_passes.simplify.chains import why_refused
 
 BASES_MAXIMUM = 3
@@ -94,6 +95,10 @@ class QuantizeBinary(Pass):
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Make weights binary: all of them, or those that the error allows."""
+        with unpacked_zeros(model, context):
+            return self._applied(model, context)
+
+    def _applied(self, model: ir.Model, context: Context) -> Change:
         change = Change()
         targets = [t for t in targets_of(model, self.min_elements, change) if _is_float(t, change)]
         if targets:

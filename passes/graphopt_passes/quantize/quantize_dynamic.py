@@ -36,6 +36,7 @@ from graphopt_passes.quantize.dynamic_layers import (
     candidate_of,
 )
 from graphopt_passes.quantize.dynamic_writing import DOMAIN, VERSION, DynamicWriting
+from graphopt_passes.share.zeros import unpacked_zeros
 
 FIRST_OPSET = 11
 """DynamicQuantizeLinear is there from here on."""
@@ -90,6 +91,10 @@ class QuantizeDynamic(Pass):
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Choose layers of the main graph by cost and error, then rewrite them."""
+        with unpacked_zeros(model, context):
+            return self._applied(model, context)
+
+    def _applied(self, model: ir.Model, context: Context) -> Change:
         change = Change()
         layers = self._candidates(model, context, change)
         if not layers:

@@ -11,6 +11,7 @@ from graphopt.contract import Bounds, Change, Context, Effect, Pass
 from graphopt.operators import opset_of
 from graphopt_passes.quantize.choice import Choice
 from graphopt_passes.quantize.units import units_of
+from graphopt_passes.share.zeros import unpacked_zeros
 
 FIRST_OPSET = 13
 """DequantizeLinear has one scale for each channel from here on."""
@@ -54,6 +55,10 @@ class QuantizeStatic(Pass):
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Choose layers, ranges and roundings, then rewrite the main graph."""
+        with unpacked_zeros(model, context):
+            return self._applied(model, context)
+
+    def _applied(self, model: ir.Model, context: Context) -> Change:
         change = Change()
         units = list(units_of(model.graph, change.skip).values())
         if not any(unit.kind == "product" for unit in units):

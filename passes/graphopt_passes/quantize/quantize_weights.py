@@ -32,6 +32,7 @@ from graphopt_passes.quantize.layers import Layer, layer_of
 from graphopt_passes.quantize.narrow_weights import shift_bias, targets_of
 from graphopt_passes.quantize.narrowing import Budget, Narrowing
 from graphopt_passes.quantize.weights import packed_layer
+from graphopt_passes.share.zeros import unpacked_zeros
 from graphopt_passes.simplify.chains import why_refused
 
 FIRST_OPSET = 7
@@ -166,6 +167,10 @@ class QuantizeWeights(Pass):
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Pack one weight after the other; with samples, as many as keep the outputs close."""
+        with unpacked_zeros(model, context):
+            return self._applied(model, context)
+
+    def _applied(self, model: ir.Model, context: Context) -> Change:
         if not self._is_plain:
             return self._narrowed(model, context)
         if context.observer is None:

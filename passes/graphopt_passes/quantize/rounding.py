@@ -204,7 +204,8 @@ def round_to_gram(
         damping: share of the mean of a Gram's diagonal that is added to the diagonal.
 
     Returns:
-        Codes of shape [N, K]; with damping 0 no row has a larger error than with nearest codes.
+        Codes of shape [N, K], 0 where the weight is; with damping 0 no row has a larger error than
+        with nearest codes.
     """
     codes = round_nearest(weight, scale)
     if gram.ndim == 3 and weight.shape[1] <= ENUMERATED:
@@ -242,8 +243,8 @@ def descend(
         high: the largest code.
 
     Returns:
-        Codes of shape [N, K]. Without damping, those of inputs that are always zero (H[j, j] = 0)
-        stay as they are.
+        Codes of shape [N, K]. Those of weights that are 0, as after pruning, stay as they are;
+        without damping, so do those of inputs that are always zero (H[j, j] = 0).
     """
     kind = _precision(gram)
     damped = _damped(gram.astype(kind, copy=False), damping)
@@ -251,9 +252,10 @@ def descend(
     found = codes.copy()
     active = np.arange(len(weight))
     rest = np.subtract(codes, weight / scale[:, None]).T.astype(kind)
+    free = (weight != 0).T
     for _ in range(sweeps):
         current = found[active].T.astype(kind)
-        moved = _sweep(grams, rest, current, low, high)
+        moved = _sweep(grams, rest, current, free[:, active], low, high)
         found[active] = current.T
         if not moved.any():
             break
@@ -263,7 +265,12 @@ def descend(
 
 
 def _sweep(
-    grams: Floats, rest: Floats, codes: Floats, low: int, high: int
+    grams: Floats,
+    rest: Floats,
+    codes: Floats,
+    free: npt.NDArray[np.bool_],
+    low: int,
+    high: int,
 ) -> npt.NDArray[np.bool_]:
     """Set every code to the best once. Rows lie along the last axis, so that they are adjacent.
 
@@ -271,6 +278,7 @@ def _sweep(
         grams: [K, K, 1], or [K, K, N].
         rest: R as [K, N], changed in place.
         codes: C as [K, N], changed in place.
+        free: which of them may change, of shape [K, N].
         low: the smallest code.
         high: the largest code.
 
@@ -282,20 +290,27 @@ def _sweep(
         block = slice(start, start + _BLOCK)
         before = codes[block].copy()
         slope = _slope(grams[block], rest)
-        _sweep_block(grams[block, block], slope, codes[block], low, high)
+        _sweep_block(grams[block, block], slope, codes[block], free[block], low, high)
         changes = codes[block] - before
         rest[block] += changes
         moved |= changes.any(axis=0)
     return moved
 
 
-def _sweep_block(grams: Floats, slope: Floats, codes: Floats, low: int, high: int) -> None:
+def _sweep_block(
+    grams: Floats,
+    slope: Floats,
+    codes: Floats,
+    free: npt.NDArray[np.bool_],
+    low: int,
+    high: int,
+) -> None:
     """The same within a block, with its own part of every argument and D in place of R."""
     curvature = np.einsum("kkn->kn", grams)
     best = np.zeros(curvature.shape, curvature.dtype)
     np.divide(-_TIE, curvature, out=best, where=curvature > 0.0)
     for j, code in enumerate(codes):
-        change = np.rint(slope[j] * best[j])
+        change = np.rint(slope[j] * best[j]) * free[j]
         if not change.any():
             continue
         np.clip(code + change, low, high, out=change)

@@ -14,7 +14,6 @@ from graphopt.code_fields import Field, fields_of
 from graphopt.content import bits_of, chunks
 from graphopt.contract import Bounds, Change, Context, Effect, Pass
 from graphopt.encoding import (
-    CUT_BYTES,
     FIELD_BYTES,
     FIRST_OPSET,
     NODES_BYTES,
@@ -23,6 +22,7 @@ from graphopt.encoding import (
     Narrow,
     why_too_large,
 )
+from graphopt.folded_nodes import CUT_BYTES
 from graphopt.operators import ONNX_DOMAINS, all_graphs, is_onnx
 from graphopt.packing import is_constant, is_packed
 from graphopt.rewriting import Names
