@@ -151,7 +151,7 @@ class Couplings:
     def freeze(self, value: ir.Value, axis: int, reason: str) -> None:
         """No index of an axis can be removed."""
         if self.starts[value][axis] is not None:
-            self._choices.freeze(self.axis_number(value, axis))
+            self._choices.freeze(self.axis_number(value, axis), reason)
             self._frozen.append((self.atoms(value, axis), reason))
 
     def freeze_atoms(self, atoms: np.ndarray, reason: str) -> None:
@@ -176,8 +176,7 @@ class Couplings:
 
     def resolve(self) -> None:
         """Decide what goes through each Reshape. Once, after all nodes have been looked at."""
-        for block, factor in self._choices.resolve():
-            reason = f"{block.name} splits or merges it"
+        for block, factor, reason in self._choices.resolve():
             kept = () if factor is None else (factor.input_axis, factor.output_axis)
             for number in (*block.inputs, *block.outputs):
                 if number not in kept:
@@ -192,8 +191,9 @@ class Couplings:
 
     def classes(self) -> np.ndarray:
         """int64 [atoms]: the class of each atom, of those that can only be removed together."""
-        pairs = [np.concatenate(side) for side in zip(*self._edges, strict=True)]
-        first, second = pairs if pairs else (np.empty(0, np.int64), np.empty(0, np.int64))
+        none = np.empty(0, np.int64)
+        first = np.concatenate([none, *(one for one, _ in self._edges)])
+        second = np.concatenate([none, *(other for _, other in self._edges)])
         shape = (self.atoms_count, self.atoms_count)
         graph = coo_array((np.ones(first.size, bool), (first, second)), shape=shape)
         _, labels = connected_components(graph, directed=False)

@@ -193,8 +193,9 @@ class Choices:
 
     blocks: list[Block] = field(default_factory=list)
     _parents: dict[int, int] = field(default_factory=dict)
-    _frozen: set[int] = field(default_factory=set)
+    _frozen: dict[int, str] = field(default_factory=dict)
     _alive: set[int] = field(default_factory=set)
+    _taken: list[Factor] = field(default_factory=list)
 
     def link(self, first: int, second: int) -> None:
         """Two axes are one."""
@@ -202,20 +203,26 @@ class Choices:
         if one == other:
             return
         self._parents[other] = one
-        for marks in (self._frozen, self._alive):
-            if other in marks:
-                marks.add(one)
+        if other in self._frozen:
+            self._frozen.setdefault(one, self._frozen[other])
+        if other in self._alive:
+            self._alive.add(one)
 
-    def freeze(self, axis: int) -> None:
+    def freeze(self, axis: int, reason: str) -> None:
         """Nothing of the axis can be removed."""
-        self._frozen.add(self._root(axis))
+        self._frozen.setdefault(self._root(axis), reason)
+
+    def why_closed(self, block: Block) -> str:
+        """Why none of the block's factors is open."""
+        roots = [root for factor in block.factors for root in self._roots(factor)]
+        return next((self._frozen[r] for r in roots if r in self._frozen), "no common factors")
 
     def enliven(self, axis: int) -> None:
         """A constant makes the channels of the axis."""
         self._alive.add(self._root(axis))
 
-    def resolve(self) -> Iterator[tuple[Block, Factor | None]]:
-        """Each block with the factor that it takes; None where all are closed."""
+    def resolve(self) -> Iterator[tuple[Block, Factor | None, str]]:
+        """Each block, the factor that it takes (None where all are closed), and why no other."""
         waiting = self.blocks
         while waiting:
             ambiguous = []
@@ -238,13 +245,15 @@ class Choices:
         return axis
 
     def _open(self, block: Block) -> list[Factor]:
-        return [f for f in block.factors if not self._frozen.intersection(self._roots(f))]
+        return [f for f in block.factors if self._frozen.keys().isdisjoint(self._roots(f))]
 
     def _roots(self, factor: Factor) -> set[int]:
         return {self._root(factor.input_axis), self._root(factor.output_axis)}
 
     def _best(self, blocks: Sequence[Block]) -> tuple[Block, Factor]:
         touched: Counter[int] = Counter()
+        for factor in self._taken:
+            touched.update(self._roots(factor))
         for block in blocks:
             touched.update({root for f in self._open(block) for root in self._roots(f)})
         candidates = [(block, factor) for block in blocks for factor in self._open(block)]
@@ -256,11 +265,15 @@ class Choices:
 
         return max(candidates, key=score)
 
-    def _take(self, block: Block, factor: Factor | None) -> tuple[Block, Factor | None]:
+    def _take(self, block: Block, factor: Factor | None) -> tuple[Block, Factor | None, str]:
+        reason = f"{block.name}: only one of the dimensions that it splits or merges can become smaller"
+        if factor is None:
+            reason = self.why_closed(block)
         kept = (factor.input_axis, factor.output_axis) if factor is not None else ()
         for axis in (*block.inputs, *block.outputs):
             if axis not in kept:
-                self.freeze(axis)
-        if kept:
+                self.freeze(axis, reason)
+        if factor is not None:
             self.link(*kept)
-        return block, factor
+            self._taken.append(factor)
+        return block, factor, reason

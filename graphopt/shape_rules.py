@@ -87,7 +87,7 @@ def _broadcast_size(facts: ShapeFacts, sizes: Sequence[Size]) -> Size:
 
 
 def _matmul(facts: ShapeFacts, node: ir.Node) -> Fact | None:
-    first, second = (facts.shape(value) for value in node.inputs)
+    first, second = (facts.shape(value) for value in node.inputs[:2])
     if first is None or second is None or min(len(first), len(second)) < 2:
         return None
     batch = _broadcast_shape(facts, [first[:-2], second[:-2]])
