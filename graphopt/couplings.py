@@ -255,20 +255,21 @@ class Site:
         self.passes(second, second_axis)
         ends = ((first, first_axis, first_index), (second, second_axis, second_index))
         sizes = [end.size(axis) for end, axis, _ in ends]
-        if None in sizes:
+        if any(size is None for size in sizes):
             for end, axis, _ in ends:
                 self.freeze(end, axis, "the size that meets it is not known")
             return
         picked = first_index is not None or second_index is not None
-        if min(sizes) <= 1:  # type: ignore[type-var]
+        if any(size is not None and size <= 1 for size in sizes):
             for end, axis, index in ends if picked else ():
                 self._freeze_picked(end, axis, index)
             return
-        one, other = (self._picked(end, axis, index) for end, axis, index in ends)
-        if one.size != other.size:
-            self.freeze(first, first_axis, "sizes do not agree")
-            self.freeze(second, second_axis, "sizes do not agree")
+        if not _agree(*((index, end.size(axis)) for end, axis, index in ends)):
+            # In a branch that is never taken, for example.
+            for end, axis, _ in ends:
+                self.freeze(end, axis, "sizes do not agree")
             return
+        one, other = (self._picked(end, axis, index) for end, axis, index in ends)
         self.couplings.tie(one, other)
         if not picked:
             numbers = [self.couplings.axis_number(end.value, axis) for end, axis, _ in ends]
@@ -333,6 +334,16 @@ class Site:
             end, axis, index if index is not None else np.arange(end.size(axis) or 0),
             "nothing would be left of what it meets",
         )  # fmt: skip
+
+
+def _agree(*picked: tuple[np.ndarray | None, int | None]) -> bool:
+    """The indices are in range, and as many are picked on both sides."""
+    counts = []
+    for index, size in picked:
+        if index is not None and index.size and index.max() >= (size or 0):
+            return False
+        counts.append(size if index is None else index.size)
+    return counts[0] == counts[1]
 
 
 def broadcast_to(site: Site, source: End, target: End) -> None:

@@ -19,6 +19,9 @@ from graphopt.rewriting import stated_integers
 
 Rule = Callable[[Site], None]
 
+SOFTMAX_IS_OF_ONE_AXIS = 13
+"""Before this opset it takes all axes from the one given on together."""
+
 
 # ------------------------------------------------------------------ element by element
 
@@ -47,6 +50,14 @@ def _broadcast(site: Site) -> None:
         site.passes(target, axis)
     for source in site.inputs():
         broadcast_to(site, source, target)
+
+
+def _cast_like(site: Site) -> None:
+    """Of the second input, only the type is read."""
+    _unary(site)
+    like = site.input(1)
+    for axis in range(like.rank) if like is not None else ():
+        site.passes(like, axis)  # type: ignore[arg-type]
 
 
 def _dropout(site: Site) -> None:
@@ -88,7 +99,7 @@ def _first_axes(count: int, site: Site) -> None:
 
 
 def _all_but(axis_default: int, to_the_end: bool, site: Site) -> None:
-    """Worked along one axis, or along it and all that follow."""
+    """All axes stay apart, but one that is worked along, or that and those that follow."""
     source, target = site.input(0), site.output()
     if source is None or target is None or site.output(1) is not None:
         return
@@ -96,9 +107,18 @@ def _all_but(axis_default: int, to_the_end: bool, site: Site) -> None:
     tie_all(site, source, target, range(axis, source.rank) if to_the_end else (axis,))
 
 
+def _mean_variance(site: Site) -> None:
+    source, target = site.input(0), site.output()
+    axes = site.node.attributes.get_ints("axes", (0, 2, 3))
+    if source is not None and target is not None:
+        tie_all(site, source, target, {axis % source.rank for axis in axes})
+
+
 def _softmax(site: Site) -> None:
-    """Before opset 13 all axes from the one given on are taken together."""
-    _all_but(*((-1, False) if site.opset >= 13 else (1, True)), site)
+    if site.opset >= SOFTMAX_IS_OF_ONE_AXIS:
+        _all_but(-1, False, site)
+    else:
+        _all_but(1, True, site)
 
 
 def _cumsum(site: Site) -> None:
@@ -112,8 +132,8 @@ def _reduce(site: Site) -> None:
     source, target = site.input(0), site.output()
     axes = stated_integers(site.node, "axes", 1)
     if source is None or target is None or axes is None:
-        return
-    if not axes and site.node.attributes.get_int("noop_with_empty_axes", 0):
+        return None
+    if not axes and site.node.attributes.get_int("noop_with_empty_axes", 0) != 0:
         return tie_all(site, source, target)
     reduced = {axis % source.rank for axis in axes or range(source.rank)}
     return _tie_kept(site, source, target, reduced)
@@ -255,7 +275,7 @@ def _recurrent(gates: int, site: Site) -> None:
     """
     data, weight, recurrent = (site.input(index) for index in range(3))
     attributes = site.node.attributes
-    if data is None or weight is None or recurrent is None or attributes.get_int("layout", 0):
+    if data is None or weight is None or recurrent is None or attributes.get_int("layout", 0) != 0:
         return
     units = recurrent.size(-1)
     if not is_constant(weight.value) or not is_constant(recurrent.value) or units is None:
@@ -277,25 +297,27 @@ def _recurrent(gates: int, site: Site) -> None:
 
 
 _UNARY = (
-    "Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Cast Ceil Celu Clip Cos Cosh Elu Erf Exp "
-    "Floor Gelu HardSigmoid HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal "
-    "Relu Round Selu Shrink Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Swish Tan Tanh "
-    "ThresholdedRelu"
-).split()
+    "Abs", "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "BitwiseNot", "Cast", "Ceil",
+    "Celu", "Clip", "Cos", "Cosh", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid",
+    "HardSwish", "Identity", "IsInf", "IsNaN", "LeakyRelu", "Log", "Mish", "Neg", "Not",
+    "Reciprocal", "Relu", "Round", "Selu", "Shrink", "Sigmoid", "Sign", "Sin", "Sinh",
+    "Softplus", "Softsign", "Sqrt", "Swish", "Tan", "Tanh", "ThresholdedRelu",
+)  # fmt: skip
 
 _BROADCAST = (
-    "Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less "
-    "LessOrEqual Max Mean Min Mod Mul Or PRelu Pow Sub Sum Where Xor"
-).split()
+    "Add", "And", "BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "Div", "Equal",
+    "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Mean", "Min", "Mod", "Mul",
+    "Or", "PRelu", "Pow", "Sub", "Sum", "Where", "Xor",
+)  # fmt: skip
 
 _REDUCE = (
-    "ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd "
-    "ReduceSum ReduceSumSquare"
-).split()
+    "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean",
+    "ReduceMin", "ReduceProd", "ReduceSum", "ReduceSumSquare",
+)  # fmt: skip
 
 _POOLS = (
-    "AveragePool GlobalAveragePool GlobalLpPool GlobalMaxPool LpPool MaxPool"
-).split()  # fmt: skip
+    "AveragePool", "GlobalAveragePool", "GlobalLpPool", "GlobalMaxPool", "LpPool", "MaxPool",
+)  # fmt: skip
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_UNARY, _unary),
@@ -304,10 +326,10 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_POOLS, partial(_first_axes, 2)),
     **dict.fromkeys(("ArgMax", "ArgMin"), _arg_reduce),
     **dict.fromkeys(("LogSoftmax", "Hardmax", "Softmax"), _softmax),
-    **dict.fromkeys(("DepthToSpace", "SpaceToDepth", "LRN", "MeanVarianceNormalization"),
-                    partial(_first_axes, 1)),
+    **dict.fromkeys(("DepthToSpace", "SpaceToDepth", "LRN"), partial(_first_axes, 1)),
     **MOVEMENTS,
     "BatchNormalization": _batch_normalization,
+    "CastLike": _cast_like,
     "Conv": _conv,
     "ConvTranspose": _conv_transpose,
     "CumSum": _cumsum,
@@ -320,6 +342,7 @@ RULES: dict[str, Rule] = {
     "LpNormalization": partial(_all_but, -1, False),
     "LSTM": partial(_recurrent, 4),
     "MatMul": _matmul,
+    "MeanVarianceNormalization": _mean_variance,
     "RMSNormalization": partial(_all_but, -1, True),
     "RNN": partial(_recurrent, 1),
 }  # fmt: skip

@@ -14,7 +14,6 @@ from graphopt.packing import is_constant
 from graphopt.reshape_blocks import Block, cut, factors_of
 from graphopt.rewriting import constant_tensor, input_of, small_integers, stated_integers
 
-
 HAS_WHERE = 9
 """From this opset on there is a Where."""
 
@@ -41,7 +40,9 @@ def _squeeze(site: Site) -> None:
     axes = stated_integers(site.node, "axes", 1)
     if axes is None:
         return
-    gone = {axis % source.rank for axis in axes} or {a for a, s in enumerate(source.sizes) if s == 1}
+    gone = {axis % source.rank for axis in axes} or {
+        a for a, s in enumerate(source.sizes) if s == 1
+    }
     kept = [axis for axis in range(source.rank) if axis not in gone]
     if len(kept) == target.rank:
         for place, axis in enumerate(kept):
@@ -100,14 +101,16 @@ def _split(site: Site) -> None:
     along = site.node.attributes.get_int("axis", 0) % source.rank
     size = source.size(along)
     sizes = split_sizes(site.node, size) if size is not None else None
+    if sizes is None or len(sizes) != len(site.node.outputs) or sum(sizes) != size:
+        sizes = None
     start = 0
     for index in range(len(site.node.outputs)):
         target = site.output(index)
         part = sizes[index] if sizes is not None else 0
         if target is None:
             if sizes is not None:
-                index = np.arange(start, start + part)
-                site.freeze_positions(source, along, index, "leaves this part unread")
+                unread = np.arange(start, start + part)
+                site.freeze_positions(source, along, unread, "leaves this part unread")
             start += part
             continue
         for axis in range(source.rank):
@@ -319,10 +322,11 @@ def _resize(site: Site) -> None:
     if is_onnx(site.node, "Upsample") and "scales" in attributes:
         factors = np.asarray(attributes["scales"].as_floats())
     for axis in range(source.rank):
-        known = source.size(axis)
-        if factors is not None and len(factors) == source.rank and factors[axis] == 1:
-            site.tie(source, axis, target, axis)
-        elif sizes is not None and len(sizes) == source.rank and sizes[axis] == known:
+        scaled = factors is not None and len(factors) == source.rank and factors[axis] == 1
+        stated = (
+            sizes is not None and len(sizes) == source.rank and sizes[axis] == source.size(axis)
+        )
+        if scaled or stated:
             site.tie(source, axis, target, axis)
 
 

@@ -82,10 +82,10 @@ def cut(before: Sequence[Size], after: Sequence[Size]) -> list[tuple[Axes, Axes]
     head = _cut_from_start(before, after)
     first, second = (sum(len(block[side]) for block in head) for side in (0, 1))
     rest = _cut_from_start(before[first:][::-1], after[second:][::-1])
-    ends = len(before) - 1, len(after) - 1
+    last, last_after = len(before) - 1, len(after) - 1
     tail = [
-        tuple(tuple(end - axis for axis in axes[::-1]) for end, axes in zip(ends, block, strict=True))
-        for block in rest[::-1]
+        (tuple(last - a for a in one[::-1]), tuple(last_after - a for a in other[::-1]))
+        for one, other in rest[::-1]
     ]
     blocks = [
         (tuple(i for i in one if before[i] != 1), tuple(i for i in other if after[i] != 1))
@@ -266,7 +266,9 @@ class Choices:
         return max(candidates, key=score)
 
     def _take(self, block: Block, factor: Factor | None) -> tuple[Block, Factor | None, str]:
-        reason = f"{block.name}: only one of the dimensions that it splits or merges can become smaller"
+        reason = (
+            f"{block.name}: only one of the dimensions that it splits or merges can become smaller"
+        )
         if factor is None:
             reason = self.why_closed(block)
         kept = (factor.input_axis, factor.output_axis) if factor is not None else ()

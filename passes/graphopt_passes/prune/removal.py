@@ -75,9 +75,9 @@ def zeroed(model: ir.Model, kept: Kept) -> ir.Model:
     sinks: dict[ir.Value, dict[int, np.ndarray]] = defaultdict(dict)
     for group in kept:
         for consumer in group.consumers:
-            axis = consumer.weight, consumer.axis
-            if axis in masks:
-                sinks[consumer.weight][consumer.axis] = masks[axis]
+            mask = masks.get((consumer.weight, consumer.axis))
+            if mask is not None:
+                sinks[consumer.weight][consumer.axis] = mask
     for value, by_axis in sinks.items():
         tensor = constant_tensor(value)
         assert tensor is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import onnx_ir as ir
@@ -50,7 +51,7 @@ class Resizing:
         if node.domain not in ONNX_DOMAINS:
             return False
         values = [v for v in (*node.inputs, *node.outputs) if self.facts.shape(v) is not None]
-        return any((v, axis) in self.masks for v in values for axis in range(len(self.sizes(v))))  # type: ignore[arg-type]
+        return any((v, axis) in self.masks for v in values for axis in range(len(self.sizes(v))))
 
     def mask(self, value: ir.Value | None, axis: int) -> np.ndarray | None:
         """What stays of an axis; None where all does."""
@@ -171,7 +172,7 @@ def _fix_split(resizing: Resizing, node: ir.Node) -> None:
     sizes = split_sizes(node, mask.size)
     assert sizes is not None
     bounds = np.cumsum([0, *sizes])
-    kept = [int(mask[a:b].sum()) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    kept = [int(mask[a:b].sum()) for a, b in pairwise(bounds.tolist())]
     node.attributes.pop("num_outputs", None)
     if resizing.opset < SPLIT_IS_INPUT:
         node.attributes["split"] = ir.AttrInt64s("split", kept)
@@ -184,7 +185,7 @@ def _fix_slice(resizing: Resizing, node: ir.Node) -> None:
     slices = sliced_axes(node, len(resizing.sizes(source)))
     if source is None or slices is None:
         return
-    starts, ends, steps = ([], [], [])  # type: ignore[var-annotated]
+    starts, ends, steps = ([], [], [])
     changed = False
     for axis, bounds in slices.items():
         mask = resizing.mask(source, axis)
@@ -230,7 +231,7 @@ def _fix_gather(resizing: Resizing, node: ir.Node) -> None:
     places = _ranks(mask)[index]
     if index.ndim:
         places = places[places >= 0]
-    resizing.state(node, "indices", 1, places)  # type: ignore[arg-type]
+    resizing.state(node, "indices", 1, places)
 
 
 def _fix_pad(resizing: Resizing, node: ir.Node) -> None:
