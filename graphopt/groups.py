@@ -241,7 +241,7 @@ def _group(
     units = 1 + max(int(place.labels.max()) for place in places)
     frozen = "; ".join(why[:REASONS_MAXIMUM]) or None
     if frozen is None and not consumers:
-        frozen = "no layer sums over it"
+        frozen = "nothing reads it"
     if frozen is None and units == 1:
         frozen = "all of it is one unit"
     return Group(describe(producers[0].node), units, tuple(places), producers, consumers, frozen)

@@ -332,6 +332,18 @@ def _tile(facts: ShapeFacts, node: ir.Node) -> Fact | None:
     return Fact(tuple(facts.algebra.product(size, repeat) for size, repeat in pairs))
 
 
+def _pad(facts: ShapeFacts, node: ir.Node) -> Fact | None:
+    shape = facts.shape(input_of(node, 0))
+    pads, axes = stated_integers(node, "pads", 1), stated_integers(node, "axes", 3)
+    if shape is None or not pads or axes is None:
+        return None
+    axes = axes or tuple(range(len(shape)))
+    if len(pads) != 2 * len(axes):
+        return None
+    added = {a % len(shape): pads[i] + pads[len(axes) + i] for i, a in enumerate(axes)}
+    return Fact(tuple(total(size, added.get(axis, 0)) for axis, size in enumerate(shape)))
+
+
 def _filled(facts: ShapeFacts, node: ir.Node) -> Fact | None:
     shape = facts.content(input_of(node, 0))
     if shape is None or not all(map(may_not_be_negative, shape)):
@@ -437,6 +449,7 @@ RULES: dict[str, Rule] = {
     "Identity": _passed_on,
     "MatMul": _matmul,
     "MatMulInteger": _matmul,
+    "Pad": _pad,
     "Range": _range,
     "Reshape": _reshape,
     "Slice": _slice,
