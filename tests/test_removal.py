@@ -166,8 +166,8 @@ def test_the_shape_of_a_reshape_is_restated() -> None:
 
 
 def test_a_computed_shape_gets_a_where() -> None:
-    model = _between("""s = Shape(x) b = Constant<value_ints = [0]>() e = Constant<value_ints = [1]>()
-        n = Slice(s, b, e) k = Constant<value_ints = [2, 2]>() c = Concat<axis = 0>(n, k)
+    model = _between("""s = Shape(x) b = Constant<value_ints = [0]>()
+        e = Constant<value_ints = [1]>() n = Slice(s, b, e) k = Constant<value_ints = [2, 2]>() c = Concat<axis = 0>(n, k)
         r = Reshape(h, c) t = Flatten(r)""")  # fmt: skip
     model.graph.inputs[0].shape = ir.Shape(["N", 3])
 
@@ -195,7 +195,8 @@ def test_slices_stay_slices_where_they_can() -> None:
 
 def test_a_slice_in_steps_that_become_uneven_is_gathered() -> None:
     model = parse(
-        """g (float[2,3] x, float[3,6] w, float[6,2] v, float[3,2] u) => (float[2,2] y, float[2,2] z) {
+        """g (float[2,3] x, float[3,6] w, float[6,2] v, float[3,2] u)
+            => (float[2,2] y, float[2,2] z) {
         h = MatMul(x, w)
         b = Constant<value_ints = [0]>() e = Constant<value_ints = [6]>()
         a = Constant<value_ints = [1]>() p = Constant<value_ints = [2]>()
