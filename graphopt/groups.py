@@ -48,13 +48,23 @@ class Place:
     Attributes:
         value: an initializer, a constant or an activation.
         axis: of the value.
-        labels: int64 [size of the axis]: the unit at each index, -1 where there is none of the
-            group.
+        size: of the axis.
+        indices: int64 [n]: those along the axis where units of the group lie, rising.
+        units: int64 [n]: the unit at each of them.
     """
 
     value: ir.Value
     axis: int
-    labels: np.ndarray
+    size: int
+    indices: np.ndarray
+    units: np.ndarray
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 [size]: the unit at each index, -1 where there is none of the group."""
+        labels = np.full(self.size, -1)
+        labels[self.indices] = self.units
+        return labels
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,8 +114,7 @@ class Group:
                 for c in self.consumers
             ],
             "places": [
-                {"value": describe(p.value), "axis": p.axis, "size": int(p.labels.size)}
-                for p in self.places
+                {"value": describe(p.value), "axis": p.axis, "size": p.size} for p in self.places
             ],
         }
 
@@ -231,14 +240,16 @@ def _group(
     places = []
     for number in axes:
         value, axis = couplings.axes[number]
-        places.append(Place(value, axis, unit_of[classes[couplings.atoms(value, axis)]]))
+        labels = unit_of[classes[couplings.atoms(value, axis)]]
+        indices = np.flatnonzero(labels >= 0)
+        places.append(Place(value, axis, labels.size, indices, labels[indices]))
     producers = tuple(
         p for p in couplings.producers if couplings.axis_number(p.weight, p.axis) in numbers
     )
     consumers = tuple(
         c for c in couplings.consumers if couplings.axis_number(c.weight, c.axis) in numbers
     )
-    units = 1 + max(int(place.labels.max()) for place in places)
+    units = 1 + max(int(place.units.max()) for place in places)
     frozen = "; ".join(why[:REASONS_MAXIMUM]) or None
     if frozen is None and not consumers:
         frozen = "nothing reads it"

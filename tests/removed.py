@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import onnx_ir as ir
@@ -24,12 +25,12 @@ def groups_of(model: ir.Model) -> Groups:
     return analyze(model)
 
 
-def some_of(groups: Sequence[Group], seed: int) -> dict[Group, np.ndarray]:
-    """Half of the units of each group, but one at least."""
+def some_of(groups: Sequence[Group], seed: int, share: float = 0.5) -> dict[Group, np.ndarray]:
+    """About this share of the units of each group, but one at least."""
     random = np.random.default_rng(seed)
     kept = {}
     for group in groups:
-        stays = random.random(group.units) < 0.5
+        stays = random.random(group.units) < share
         stays[random.integers(group.units)] = True
         kept[group] = stays
     return kept
@@ -44,7 +45,10 @@ def without(model: ir.Model, kept: dict[Group, np.ndarray]) -> ir.Model:
 
 
 def assert_law(
-    model: ir.Model, samples: Sequence[Sample] | None = None, seeds: Sequence[int] = (0, 1)
+    model: ir.Model,
+    samples: Sequence[Sample] | None = None,
+    seeds: Sequence[int] = (0, 1),
+    share: float = 0.5,
 ) -> int:
     """Units of all groups can be removed; how many groups there are."""
     groups = groups_of(model).prunable
@@ -53,7 +57,7 @@ def assert_law(
     if samples is None:
         samples = random_samples(model, 2)
     for seed in seeds:
-        kept = some_of(groups, seed)
+        kept = some_of(groups, seed, share)
         smaller = without(model, kept)
         problem = why_invalid(smaller)
         assert problem is None, problem
@@ -142,7 +146,7 @@ def _layer(
         ir.node("MatMul", [None, weight]),
         ir.node("Transpose", [None], {"perm": [order.index(i) for i in range(rank)]}),
     ]
-    for before, node in zip(nodes[:-1], nodes[1:], strict=True):
+    for before, node in pairwise(nodes):
         node.replace_input_with(0, before.outputs[0])
     for node in nodes:
         node.name = names.new(f"between_{node.op_type}")

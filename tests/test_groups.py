@@ -225,7 +225,8 @@ def _attention(of_keys: int) -> ir.Model:
         k1 = Reshape(kt, s1) k2 = Expand(k1, s2) kk = Reshape(k2, s3)
         v1 = Reshape(vt, s1) v2 = Expand(v1, s2) vv = Reshape(v2, s3)"""
     return _model(f"""g (float[2,5,6] x, WEIGHTS) => (float[2,5,6] y) {{
-        qs = Constant<value_ints = [0, 0, 4, 3]>() ks = Constant<value_ints = [0, 0, {of_keys}, 3]>()
+        qs = Constant<value_ints = [0, 0, 4, 3]>()
+        ks = Constant<value_ints = [0, 0, {of_keys}, 3]>()
         q = MatMul(x, wq) qr = Reshape(q, qs) qq = Transpose<perm = [0, 2, 1, 3]>(qr)
         k = MatMul(x, wk) kr = Reshape(k, ks) kt = Transpose<perm = [0, 2, 1, 3]>(kr)
         v = MatMul(x, wv) vr = Reshape(v, ks) vt = Transpose<perm = [0, 2, 1, 3]>(vr)
@@ -348,9 +349,11 @@ def test_an_operator_of_another_domain_freezes_what_it_touches() -> None:
 
 
 def test_a_packed_weight_is_frozen() -> None:
-    model = parse("""g (float[2,3] x, int8[3,4] w, float s, float[4,2] v) => (float[2,2] y) {
+    text = """g (float[2,3] x, int8[3,4] w, float s, float[4,2] v) => (float[2,2] y) {
         d = DequantizeLinear(w, s) h = MatMul(x, d) y = MatMul(h, v)
-        }""", w=np.ones((3, 4), np.int8), s=np.float32(1), v=np.ones((4, 2), np.float32))  # fmt: skip
+    }"""
+    ones = np.ones((4, 2), np.float32)
+    model = parse(text, w=np.ones((3, 4), np.int8), s=np.float32(1), v=ones)
 
     assert groups_of(model).prunable == ()
 

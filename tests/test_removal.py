@@ -29,6 +29,11 @@ def test_the_law_on_generated_networks(seed: int) -> None:
     assert_law(structure(seed))
 
 
+@pytest.mark.parametrize("seed", range(30))
+def test_axes_may_come_to_size_1(seed: int) -> None:
+    assert_law(structure(seed), share=0.0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("first", range(60, 1060, 50))
 def test_the_law_on_many_generated_networks(first: int) -> None:
@@ -167,7 +172,8 @@ def test_the_shape_of_a_reshape_is_restated() -> None:
 
 def test_a_computed_shape_gets_a_where() -> None:
     model = _between("""s = Shape(x) b = Constant<value_ints = [0]>()
-        e = Constant<value_ints = [1]>() n = Slice(s, b, e) k = Constant<value_ints = [2, 2]>() c = Concat<axis = 0>(n, k)
+        e = Constant<value_ints = [1]>() n = Slice(s, b, e)
+        k = Constant<value_ints = [2, 2]>() c = Concat<axis = 0>(n, k)
         r = Reshape(h, c) t = Flatten(r)""")  # fmt: skip
     model.graph.inputs[0].shape = ir.Shape(["N", 3])
 
@@ -177,6 +183,16 @@ def test_a_computed_shape_gets_a_where() -> None:
     assert _numbers(chosen, 0) == [False, True, False]
     assert _numbers(chosen, 1) == [0, 1, 0]
     assert_law(model)
+
+
+def test_a_squeeze_without_axes_says_which_are_meant() -> None:
+    model = _between("""s = Constant<value_ints = [2, 1, 4]>() r = Reshape(h, s)
+        t = Squeeze(r)""")  # fmt: skip
+
+    smaller = _kept(model, False, True, False, False)
+
+    assert _numbers(_of(smaller, "Squeeze"), 1) == [1]
+    assert_law(model, share=0.0)
 
 
 def test_slices_stay_slices_where_they_can() -> None:

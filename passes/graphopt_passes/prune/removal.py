@@ -106,9 +106,10 @@ def masks_of(kept: Kept) -> Masks:
         if stays.all():
             continue
         for place in group.places:
-            mask = (place.labels < 0) | stays[place.labels]
             key = place.value, place.axis
-            masks[key] = masks[key] & mask if key in masks else mask
+            if key not in masks:
+                masks[key] = np.ones(place.size, bool)
+            masks[key][place.indices] = stays[place.units]
     return masks
 
 

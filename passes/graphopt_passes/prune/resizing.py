@@ -12,11 +12,11 @@ import onnx_ir as ir
 from graphopt.contract import Context
 from graphopt.movement_rules import gathered, padded_axes, sliced_axes, split_sizes
 from graphopt.operators import ONNX_DOMAINS
-from graphopt.rewriting import Names, constant_tensor, input_of, small_integers
+from graphopt.rewriting import Names, constant_tensor, input_of, small_integers, stated_integers
 from graphopt.shape_facts import ShapeFacts
 
-SPLIT_IS_INPUT = 13
-"""From this opset on, the sizes of Split are an input."""
+AXES_ARE_INPUTS = 13
+"""From this opset on, the axes of Squeeze and the sizes of Split are inputs."""
 
 Masks = Mapping[tuple[ir.Value, int], np.ndarray]
 """By value and axis: bool [size], the indices that stay."""
@@ -174,7 +174,7 @@ def _fix_split(resizing: Resizing, node: ir.Node) -> None:
     bounds = np.cumsum([0, *sizes])
     kept = [int(mask[a:b].sum()) for a, b in pairwise(bounds.tolist())]
     node.attributes.pop("num_outputs", None)
-    if resizing.opset < SPLIT_IS_INPUT:
+    if resizing.opset < AXES_ARE_INPUTS:
         node.attributes["split"] = ir.AttrInt64s("split", kept)
         return
     resizing.state(node, "split", 1, kept)
@@ -266,6 +266,17 @@ def _fix_recurrent(resizing: Resizing, node: ir.Node) -> None:
         node.attributes["hidden_size"] = ir.AttrInt64("hidden_size", int(mask.sum()))
 
 
+def _fix_squeeze(resizing: Resizing, node: ir.Node) -> None:
+    """Without axes, an axis that comes to size 1 would go as well."""
+    if stated_integers(node, "axes", 1) != ():
+        return
+    axes = [axis for axis, size in enumerate(resizing.sizes(node.inputs[0])) if size == 1]
+    if resizing.opset < AXES_ARE_INPUTS:
+        node.attributes["axes"] = ir.AttrInt64s("axes", axes)
+    else:
+        resizing.state(node, "axes", 1, axes)
+
+
 def _fix_resize(resizing: Resizing, node: ir.Node) -> None:
     target = node.outputs[0]
     sizes = small_integers(input_of(node, 3))
@@ -290,5 +301,6 @@ FIXES: dict[str, Callable[[Resizing, ir.Node], None]] = {
     "Resize": _fix_resize,
     "Slice": _fix_slice,
     "Split": _fix_split,
+    "Squeeze": _fix_squeeze,
 }
 """By operator of the standard domain; what others state does not change."""
