@@ -153,6 +153,33 @@ def _tie_kept(site: Site, source: End, target: End, reduced: set[int]) -> None:
         site.tie(source, axis, target, axis if keeps else place)
 
 
+def _depth_to_space(site: Site) -> None:
+    """A channel that is made is block * block channels: blocks apart (DCR), or together (CRD)."""
+    source, target = site.input(0), site.output()
+    if source is None or target is None or target.rank != 4:
+        return
+    site.tie(source, 0, target, 0)
+    made, taken = target.size(1), source.size(1)
+    if made is not None and taken is not None:
+        index = np.arange(taken)
+        together = site.node.attributes.get_string("mode", "DCR") == "CRD"
+        site.tie(
+            source, 1, target, 1, index, index // (taken // made) if together else index % made
+        )
+
+
+def _space_to_depth(site: Site) -> None:
+    """A channel becomes block * block channels, each block of which holds all channels."""
+    source, target = site.input(0), site.output()
+    if source is None or target is None or target.rank != 4:
+        return
+    site.tie(source, 0, target, 0)
+    made, taken = target.size(1), source.size(1)
+    if made is not None and taken is not None:
+        index = np.arange(made)
+        site.tie(source, 1, target, 1, index % taken, index)
+
+
 # ------------------------------------------------------------------ weighted sums
 
 
@@ -199,6 +226,29 @@ def _gemm(site: Site) -> None:
     added = site.input(2)
     if added is not None:
         broadcast_to(site, added, target)
+
+
+def _einsum(site: Site) -> None:
+    """Axes of one letter are one; what is not in the result is summed over."""
+    operands, target = site.inputs(), site.output()
+    equation = site.node.attributes.get_string("equation", "").replace(" ", "")
+    terms, arrow, result = equation.partition("->")
+    letters = terms.split(",")
+    if target is None or not arrow or "." in equation or len(letters) != len(operands):
+        return
+    ends = [*zip(operands, letters, strict=True), (target, result)]
+    if any(end.rank != len(term) or len(set(term)) < len(term) for end, term in ends):
+        return
+    for letter in sorted(set(terms) - {","}):
+        places = [(end, term.index(letter)) for end, term in ends if letter in term]
+        if letter not in result:
+            if len(places) == len(operands) == 2:
+                _contract(site, *places[0], *places[1])
+            continue
+        for end, axis in places[:-1]:
+            site.tie(end, axis, target, result.index(letter))
+        if len(places) == 2 and is_constant(places[0][0].value):
+            site.makes(*places[0])
 
 
 def _conv(site: Site) -> None:
@@ -326,24 +376,27 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_POOLS, partial(_first_axes, 2)),
     **dict.fromkeys(("ArgMax", "ArgMin"), _arg_reduce),
     **dict.fromkeys(("LogSoftmax", "Hardmax", "Softmax"), _softmax),
-    **dict.fromkeys(("DepthToSpace", "SpaceToDepth", "LRN"), partial(_first_axes, 1)),
     **MOVEMENTS,
     "BatchNormalization": _batch_normalization,
     "CastLike": _cast_like,
     "Conv": _conv,
     "ConvTranspose": _conv_transpose,
     "CumSum": _cumsum,
+    "DepthToSpace": _depth_to_space,
     "Dropout": _dropout,
+    "Einsum": _einsum,
     "Gemm": _gemm,
     "GRU": partial(_recurrent, 3),
     "GroupNormalization": partial(_first_axes, 1),
     "InstanceNormalization": _instance_normalization,
     "LayerNormalization": partial(_all_but, -1, True),
     "LpNormalization": partial(_all_but, -1, False),
+    "LRN": partial(_first_axes, 1),
     "LSTM": partial(_recurrent, 4),
     "MatMul": _matmul,
     "MeanVarianceNormalization": _mean_variance,
     "RMSNormalization": partial(_all_but, -1, True),
     "RNN": partial(_recurrent, 1),
+    "SpaceToDepth": _space_to_depth,
 }  # fmt: skip
 """By operator of the standard domain."""

@@ -271,6 +271,36 @@ def test_hidden_units(operator: str, gates: int) -> None:
     assert assert_law(model) == 1
 
 
+def test_letters_of_an_einsum() -> None:
+    model = _model("""g (float[2,5,3] x, WEIGHTS) => (float[5,2] y) {
+        h = Einsum<equation = "btc,ch->bth">(x, w)
+        s = Einsum<equation = "bth,buh->btuh">(h, h) m = ReduceMax<axes = [2], keepdims = 0>(s)
+        r = Relu(m) n = Einsum<equation = "ho, bth -> bto">(v, r)
+        y = ReduceMax<axes = [0], keepdims = 0>(n)
+        }""", w=(3, 4), v=(4, 2))  # fmt: skip
+    model.opset_imports[""] = 17
+
+    (group,) = groups_of(model).prunable
+
+    assert [(p.weight.name, p.axis) for p in group.producers] == [("w", 1)]
+    assert [(c.weight.name, c.axis) for c in group.consumers] == [("v", 0)]
+    assert assert_law(model) == 1
+
+
+@pytest.mark.parametrize(("mode", "units"), [
+    ("DCR", [[0, 2, 4, 6], [1, 3, 5, 7]]), ("CRD", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+])  # fmt: skip
+def test_channels_in_depth_and_in_space(mode: str, units: list[list[int]]) -> None:
+    model = _images(f"""a = DepthToSpace<blocksize = 2, mode = "{mode}">(h) b = Relu(a)
+        t = SpaceToDepth<blocksize = 2>(b)""")  # fmt: skip
+
+    group = _group_of(model, "w")
+
+    assert _together(group, "h", 1) == units
+    assert _together(group, "v", 1) == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert assert_law(model) == 1
+
+
 def test_an_embedding_makes_units() -> None:
     model = _model("""g (int64[2,5] i, WEIGHTS) => (float[2,5,2] y) {
         h = Gather(w, i) t = Relu(h) y = MatMul(t, v)
@@ -306,7 +336,8 @@ FROZEN = {
     "ReduceMean m: works along it": "m = ReduceMean(h) t = Sub(h, m)",
     "Scatter t: nothing is known": "i = Constant<value = int64[1,1,1] {0}>() t = Scatter(h, i, i2)",
     "TopK t: works along it": "k = Constant<value_ints = [8]>() t, j = TopK(h, k)",
-    "Einsum t: nothing is known": 't = Einsum<equation = "abc->abc">(h)',
+    "Einsum d: works along it": """d = Einsum<equation = "abc->ab">(h)
+        k = Constant<value_ints = [2]>() e = Unsqueeze(d, k) t = Add(h, e)""",
     "MatMul s: sums over it, weighted by no constant": """a = Transpose<perm = [0, 2, 1]>(h)
         s = MatMul(h, a) m = ReduceMax(s) t = Add(h, m)""",
     "Shape z: its size is read": """z = Shape(h) n = Cast<to = 1>(z) m = ReduceSum(n)
@@ -406,6 +437,32 @@ def test_the_last_piece_of_a_split_stays() -> None:
         (1, False),
         (7, True),
     ]
+    assert assert_law(model) == 1
+
+
+def test_bounds_and_pads_as_attributes() -> None:
+    model = _images("""a = Slice<axes = [1], starts = [1], ends = [7]>(h)
+        b = Pad<pads = [0, 1, 0, 0, 0, 1, 0, 0]>(a) c, d = Split<axis = 1>(b)
+        e = Unsqueeze<axes = [0]>(d) f = Squeeze(e) g = Add(c, f)
+        t = Upsample<scales = [1.0, 1.0, 2.0, 2.0]>(g)""", taken=4)  # fmt: skip
+    model.opset_imports[""] = 8
+    model.graph.outputs[0].shape = ir.Shape([2, 2, 8, 8])
+
+    (group,) = groups_of(model).prunable
+
+    assert sorted(_together(group, "h", 1)) == [[1, 5], [2, 6], [3], [4]]
+    assert assert_law(model) == 1
+
+
+def test_zeros_in_a_shape_that_are_copies_of_other_sizes() -> None:
+    """The 4 that the first 0 copies is not the 4 that the second axis has."""
+    model = _model("""g (float[4,3] x, WEIGHTS) => (float[4,2] y) {
+        h = MatMul(x, w) s = Constant<value_ints = [0, 2, 2]>() r = Reshape(h, s)
+        a = Transpose<perm = [2, 0, 1]>(r) z = Constant<value_ints = [0, 4, 0]>()
+        b = Reshape(a, z) c = Transpose<perm = [1, 0, 2]>(b) e = Constant<value_ints = [0, -1]>()
+        t = Reshape(c, e) y = MatMul(t, v)
+        }""", w=(3, 4), v=(4, 2))  # fmt: skip
+
     assert assert_law(model) == 1
 
 
