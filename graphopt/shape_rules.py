@@ -86,9 +86,14 @@ def _broadcast_size(facts: ShapeFacts, sizes: Sequence[Size]) -> Size:
     return facts.algebra.atom(("broadcast", frozenset(others)), is_dimension=True)
 
 
+<<<<<<< HEAD
 def matmul(facts: ShapeFacts, node: ir.Node) -> Fact | None:
     """A product of matrices, batches broadcast."""
     first, second = (facts.shape(input_of(node, index)) for index in range(2))
+=======
+def _matmul(facts: ShapeFacts, node: ir.Node) -> Fact | None:
+    first, second = (facts.shape(value) for value in node.inputs[:2])
+>>>>>>> 8f597a79253a62d5509759d8aa8fa54a8268f022
     if first is None or second is None or min(len(first), len(second)) < 2:
         return None
     batch = _broadcast_shape(facts, [first[:-2], second[:-2]])
@@ -333,6 +338,18 @@ def _tile(facts: ShapeFacts, node: ir.Node) -> Fact | None:
     return Fact(tuple(facts.algebra.product(size, repeat) for size, repeat in pairs))
 
 
+def _pad(facts: ShapeFacts, node: ir.Node) -> Fact | None:
+    shape = facts.shape(input_of(node, 0))
+    pads, axes = stated_integers(node, "pads", 1), stated_integers(node, "axes", 3)
+    if shape is None or not pads or axes is None:
+        return None
+    axes = axes or tuple(range(len(shape)))
+    if len(pads) != 2 * len(axes):
+        return None
+    added = {a % len(shape): pads[i] + pads[len(axes) + i] for i, a in enumerate(axes)}
+    return Fact(tuple(total(size, added.get(axis, 0)) for axis, size in enumerate(shape)))
+
+
 def _filled(facts: ShapeFacts, node: ir.Node) -> Fact | None:
     shape = facts.content(input_of(node, 0))
     if shape is None or not all(map(may_not_be_negative, shape)):
@@ -438,6 +455,7 @@ RULES: dict[str, Rule] = {
     "Identity": _passed_on,
     "MatMul": matmul,
     "MatMulInteger": matmul,
+    "Pad": _pad,
     "Range": _range,
     "Reshape": _reshape,
     "Slice": _slice,

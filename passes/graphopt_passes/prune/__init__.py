@@ -1,1 +1,1 @@
-"""Passes that set weights to zero."""
+"""Passes that remove weights and structures: what a model does not need is not computed."""
