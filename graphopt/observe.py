@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.chunked import Chunks
 from graphopt.content import digest
 from graphopt.errors import GraphoptError
 from graphopt.operators import all_graphs
@@ -29,9 +30,9 @@ from graphopt.validation import OutputError
 WAVE_BYTES = 512 << 20
 """Values of one sample that are looked at together may take so much."""
 
-Statistics = Spread | Gram | Rows | Reservoir
+Statistics = Spread | Gram | Rows | Reservoir | Chunks
 
-ABOUT = ("spread", "gram", "rows", "reservoir")
+ABOUT = ("spread", "gram", "rows", "reservoir", "chunks")
 
 SIZED_SAMPLES = 4
 """What values take in memory is looked up on so many samples."""
@@ -45,9 +46,9 @@ class Question:
 
     Attributes:
         value: its name, in the main graph of the model.
-        about: "spread", "gram", "rows" or "reservoir".
+        about: "spread", "gram", "rows", "reservoir" or "chunks".
         axis: of the channels, for a spread by channel.
-        patches: for the Gram matrix or rows of a Conv.
+        patches: for the Gram matrix, rows or chunks of a Conv.
 
     Raises:
         ValueError: there is no such kind of question.
@@ -68,6 +69,8 @@ class Question:
             return Gram(self.patches)
         if self.about == "rows":
             return Rows(self.patches)
+        if self.about == "chunks":
+            return Chunks(self.patches)
         return Reservoir() if self.about == "reservoir" else Spread(self.axis)
 
 
