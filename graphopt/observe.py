@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from graphopt.chunked import Chunks
 from graphopt.content import digest
 from graphopt.errors import GraphoptError
 from graphopt.operators import all_graphs
@@ -31,9 +32,9 @@ from graphopt.validation import OutputError
 WAVE_BYTES = 512 << 20
 """Values of one sample that are looked at together may take so much."""
 
-Statistics = Spread | Gram | Rows | Reservoir | Regression
+Statistics = Spread | Gram | Rows | Reservoir | Regression | Chunks
 
-ABOUT = ("spread", "gram", "rows", "reservoir", "regression")
+ABOUT = ("spread", "gram", "rows", "reservoir", "regression", "chunks")
 
 SIZED_SAMPLES = 4
 """What values take in memory is looked up on so many samples."""
@@ -47,9 +48,9 @@ class Question:
 
     Attributes:
         value: its name, in the main graph of the model.
-        about: "spread", "gram", "rows", "reservoir" or "regression".
+        about: "spread", "gram", "rows", "reservoir", "regression" or "chunks".
         axis: of the channels, for a spread by channel.
-        patches: for the Gram matrix or rows of a Conv.
+        patches: for what is asked of the rows of a Conv.
         aim: for a regression, the name of the value that a layer should give.
 
     Raises:
@@ -75,14 +76,19 @@ class Question:
 
     def start(self) -> Statistics:
         """Statistics of nothing yet."""
-        if self.about == "gram":
-            return Gram(self.patches)
-        if self.about == "rows":
-            return Rows(self.patches)
-        if self.about == "regression":
-            return Regression(self.patches)
+        kind = _OF_ROWS.get(self.about)
+        if kind is not None:
+            return kind(self.patches)
         return Reservoir() if self.about == "reservoir" else Spread(self.axis)
 
+
+_OF_ROWS: Mapping[str, Callable[[Patches | None], Statistics]] = {
+    "chunks": Chunks,
+    "gram": Gram,
+    "regression": Regression,
+    "rows": Rows,
+}
+"""Of the rows that a layer multiplies with its weight."""
 
 Answers = Mapping[Question, Statistics]
 

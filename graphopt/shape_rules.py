@@ -86,14 +86,9 @@ def _broadcast_size(facts: ShapeFacts, sizes: Sequence[Size]) -> Size:
     return facts.algebra.atom(("broadcast", frozenset(others)), is_dimension=True)
 
 
-<<<<<<< HEAD
 def matmul(facts: ShapeFacts, node: ir.Node) -> Fact | None:
     """A product of matrices, batches broadcast."""
     first, second = (facts.shape(input_of(node, index)) for index in range(2))
-=======
-def _matmul(facts: ShapeFacts, node: ir.Node) -> Fact | None:
-    first, second = (facts.shape(value) for value in node.inputs[:2])
->>>>>>> 8f597a79253a62d5509759d8aa8fa54a8268f022
     if first is None or second is None or min(len(first), len(second)) < 2:
         return None
     batch = _broadcast_shape(facts, [first[:-2], second[:-2]])

@@ -79,7 +79,7 @@ class Unstructured(Pattern):
             return np.ones(scores.shape, bool)
         flat = scores.reshape(-1)
         least = np.partition(flat, flat.size - keep)[flat.size - keep]
-        kept = flat > least
+        kept = np.asarray(flat > least)
         missing = keep - int(np.count_nonzero(kept))
         kept[np.flatnonzero(flat == least)[:missing]] = True
         return kept.reshape(scores.shape)
