@@ -27,7 +27,8 @@ class PackZeros(Pass):
     Float numbers that are float16 or bfloat16 as such are stored in these. -0.0 is a number like
     any other.
 
-    Passes that work on weights make them dense, keep zeros and store them without again.
+    Passes that quantize, cluster or convert weights have them dense for a while; what is zero then
+    is not stored again. Fusions that would change a weight leave it, and come before this.
 
     Attributes:
         min_elements: smaller weights stay.
