@@ -220,8 +220,8 @@ def assert_between_threshold(scores: list[np.ndarray], counts: np.ndarray, keep:
         return
     least = sorted(np.concatenate([s.reshape(-1) for s in scores]), reverse=True)[keep - 1]
     above = np.array([np.count_nonzero(s > least) for s in scores])
-    ties = [np.count_nonzero(s == least) for s in scores]
-    np.testing.assert_array_equal(counts, above + uniform(ties, keep - above.sum()))
+    ties = [int(np.count_nonzero(s == least)) for s in scores]
+    np.testing.assert_array_equal(counts, above + uniform(ties, keep - int(above.sum())))
 
 
 @given(st.integers(0, 2**31), st.sampled_from([np.float32, np.float64]), st.data())
@@ -288,7 +288,7 @@ def test_lamp_leaves_something_of_each_weight_however_they_are_scaled() -> None:
 
 
 def test_lamp_of_weights_that_are_zero() -> None:
-    weights = [np.zeros((2, 4), np.float32), np.ones((2, 2), np.float32), np.zeros((4, 4))]
+    weights = [np.zeros((2, 4)), np.ones((2, 2)), np.zeros((4, 4))]
 
     assert lamp(weights, 4).tolist() == [0, 4, 0]
     assert lamp(weights, 16).tolist() == [4, 4, 8]
@@ -347,6 +347,13 @@ def test_a_total_that_cannot_be_is_refused() -> None:
             global_largest([np.ones(2), np.ones(4)], keep)
         with pytest.raises(ValueError, match=f"{keep} of 6 entries cannot stay"):
             lamp([np.ones(2), np.ones(4)], keep)
+
+
+def test_numbers_of_numpy_do_not_overflow() -> None:
+    many = np.int64(2**40)
+
+    assert uniform([many, many], 2**40).tolist() == [2**39, 2**39]
+    assert erk([(many, 1), (many, 1)], 2**40).tolist() == [2**39, 2**39]
 
 
 def test_no_weights_at_all() -> None:

@@ -225,8 +225,10 @@ def uniform(sizes: Sequence[int], keep: int) -> Counts:
     Raises:
         ValueError: `keep` is less than 0 or more than there are entries.
     """
-    _check_total(keep, sum(sizes))
-    return np.asarray(_in_proportion(sizes, keep), np.int64)
+    # Products of Python's whole numbers do not overflow.
+    whole = [int(size) for size in sizes]
+    _check_total(keep, sum(whole))
+    return np.asarray(_in_proportion(whole, int(keep)), np.int64)
 
 
 def erk(shapes: Sequence[Sequence[int]], keep: int) -> Counts:
@@ -246,12 +248,12 @@ def erk(shapes: Sequence[Sequence[int]], keep: int) -> Counts:
     Raises:
         ValueError: see `uniform`.
     """
-    sizes = [math.prod(shape) for shape in shapes]
+    sizes = [math.prod(map(int, shape)) for shape in shapes]
     _check_total(keep, sum(sizes))
     counts = list(sizes)
-    open_ones, left = list(range(len(shapes))), keep
+    open_ones, left = list(range(len(shapes))), int(keep)
     while open_ones:
-        parts = [sum(shapes[i]) for i in open_ones]
+        parts = [sum(map(int, shapes[i])) for i in open_ones]
         total = sum(parts)
         full = {
             i for i, part in zip(open_ones, parts, strict=True) if part * left > sizes[i] * total

@@ -1,9 +1,10 @@
 """How sure it is that a weight matters.
 
 The importance of an entry is |W_ij| sqrt(m_j) with the second moment m_j of its input (Wanda; Sun
-et al. 2023, arXiv 2306.11695). Moments come by disjoint chunk of the samples, and other samples would
-have given others: by the Bayesian bootstrap (Rubin 1981) a mean over chunks with random shares v,
-uniform among all that are positive and add up to 1 (Dirichlet), stands for each. It is computed as
+et al. 2023, arXiv 2306.11695). Moments come by disjoint chunk of the samples, and other samples
+would have given others: by the Bayesian bootstrap (Rubin 1981), a mean over chunks with random
+shares v stands for each, uniform among those that are positive and add up to 1 (Dirichlet). It is
+computed as
 
     m_b = m_0 + sum_c v_c (m_c - m_0),
 
