@@ -78,6 +78,16 @@ def test_rows_come_after_arrays_without_any() -> None:
     assert chunks.moments.tolist() == [[[1, 1]]]
 
 
+@pytest.mark.parametrize("shape", [(), (0,), (0, 3), (3, 0), (1, 1, 1)])
+def test_empty_arrays_and_scalars(shape: tuple[int, ...]) -> None:
+    array = np.full(shape, 2.5, np.float16)
+
+    chunks = chunks_of([array, array])
+
+    assert chunks.arrays == 2
+    assert chunks.moments.tolist() == ([[[6.25]]] * 2 if array.size else [])
+
+
 def test_nothing_seen_is_no_moments() -> None:
     assert Chunks().moments.shape == (0, 0, 0)
 

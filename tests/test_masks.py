@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -350,7 +352,7 @@ def test_a_total_that_cannot_be_is_refused() -> None:
 
 
 def test_numbers_of_numpy_do_not_overflow() -> None:
-    many = np.int64(2**40)
+    many: Any = np.int64(2**40)
 
     assert uniform([many, many], 2**40).tolist() == [2**39, 2**39]
     assert erk([(many, 1), (many, 1)], 2**40).tolist() == [2**39, 2**39]
