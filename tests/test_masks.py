@@ -54,7 +54,7 @@ def test_any_entries_are_the_largest_and_of_equal_ones_the_first(
 
 @given(st.data())
 def test_of_each_group_of_channels_at_a_tap_the_largest_stay(data: st.DataObject) -> None:
-    kept, of = data.draw(st.sampled_from([(1, 2), (2, 4), (1, 4), (3, 5)]))
+    kept, of = data.draw(st.sampled_from([(1, 2), (2, 4), (1, 4), (3, 5), (7, 64)]))
     rows, groups, taps = (data.draw(st.integers(1, 3)) for _ in range(3))
     shape = (rows, groups * of * taps)
     scores = data.draw(arrays_of.arrays(np.float32, shape, elements=few))
@@ -170,6 +170,7 @@ def test_a_pattern_is_read_and_written(text: str, pattern: Pattern, density: flo
         ("٢:٤", "is no pattern"),
         ("4:4", "pattern '4:4' keeps 4 of each 4 input channels; keep at least 1 and fewer"),
         ("0:4", "pattern '0:4' keeps 0 of each 4"),
+        ("2:65", "pattern '2:65' has groups of 65 input channels; give at most 64, or 'unstr"),
         ("0:0", "pattern '0:0' keeps 0 of each 0"),
         ("4x0", "pattern '4x0' has blocks of 0 entries; give at least 2"),
         ("1x1", "pattern '1x1' has blocks of 1 entries; give at least 2.*or 'unstructured'"),
