@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -52,7 +54,7 @@ def test_any_entries_are_the_largest_and_of_equal_ones_the_first(
 
 @given(st.data())
 def test_of_each_group_of_channels_at_a_tap_the_largest_stay(data: st.DataObject) -> None:
-    kept, of = data.draw(st.sampled_from([(1, 2), (2, 4), (1, 4), (3, 5)]))
+    kept, of = data.draw(st.sampled_from([(1, 2), (2, 4), (1, 4), (3, 5), (7, 64)]))
     rows, groups, taps = (data.draw(st.integers(1, 3)) for _ in range(3))
     shape = (rows, groups * of * taps)
     scores = data.draw(arrays_of.arrays(np.float32, shape, elements=few))
@@ -168,6 +170,7 @@ def test_a_pattern_is_read_and_written(text: str, pattern: Pattern, density: flo
         ("٢:٤", "is no pattern"),
         ("4:4", "pattern '4:4' keeps 4 of each 4 input channels; keep at least 1 and fewer"),
         ("0:4", "pattern '0:4' keeps 0 of each 4"),
+        ("2:65", "pattern '2:65' has groups of 65 input channels; give at most 64, or 'unstr"),
         ("0:0", "pattern '0:0' keeps 0 of each 0"),
         ("4x0", "pattern '4x0' has blocks of 0 entries; give at least 2"),
         ("1x1", "pattern '1x1' has blocks of 1 entries; give at least 2.*or 'unstructured'"),
@@ -220,8 +223,8 @@ def assert_between_threshold(scores: list[np.ndarray], counts: np.ndarray, keep:
         return
     least = sorted(np.concatenate([s.reshape(-1) for s in scores]), reverse=True)[keep - 1]
     above = np.array([np.count_nonzero(s > least) for s in scores])
-    ties = [np.count_nonzero(s == least) for s in scores]
-    np.testing.assert_array_equal(counts, above + uniform(ties, keep - above.sum()))
+    ties = [int(np.count_nonzero(s == least)) for s in scores]
+    np.testing.assert_array_equal(counts, above + uniform(ties, keep - int(above.sum())))
 
 
 @given(st.integers(0, 2**31), st.sampled_from([np.float32, np.float64]), st.data())
@@ -288,7 +291,7 @@ def test_lamp_leaves_something_of_each_weight_however_they_are_scaled() -> None:
 
 
 def test_lamp_of_weights_that_are_zero() -> None:
-    weights = [np.zeros((2, 4), np.float32), np.ones((2, 2), np.float32), np.zeros((4, 4))]
+    weights = [np.zeros((2, 4)), np.ones((2, 2)), np.zeros((4, 4))]
 
     assert lamp(weights, 4).tolist() == [0, 4, 0]
     assert lamp(weights, 16).tolist() == [4, 4, 8]
@@ -347,6 +350,13 @@ def test_a_total_that_cannot_be_is_refused() -> None:
             global_largest([np.ones(2), np.ones(4)], keep)
         with pytest.raises(ValueError, match=f"{keep} of 6 entries cannot stay"):
             lamp([np.ones(2), np.ones(4)], keep)
+
+
+def test_numbers_of_numpy_do_not_overflow() -> None:
+    many: Any = np.int64(2**40)
+
+    assert uniform([many, many], 2**40).tolist() == [2**39, 2**39]
+    assert erk([(many, 1), (many, 1)], 2**40).tolist() == [2**39, 2**39]
 
 
 def test_no_weights_at_all() -> None:

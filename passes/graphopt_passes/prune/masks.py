@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,6 +24,9 @@ from graphopt.errors import SpecError
 Floats = npt.NDArray[np.floating[Any]]
 Mask = npt.NDArray[np.bool_]
 Counts = npt.NDArray[np.int64]
+
+GROUP_MAXIMUM = 64
+"""Input channels in a group of `OfEach`."""
 
 _TEXT = re.compile(r"(?P<first>[0-9]{1,4})(?P<kind>[:x])(?P<second>[0-9]{1,4})")
 
@@ -73,16 +77,7 @@ class Unstructured(Pattern):
     def largest(self, scores: Floats, keep: int, taps: int) -> Mask:
         """See `Pattern`."""
         _refuse_nan(scores)
-        if keep <= 0:
-            return np.zeros(scores.shape, bool)
-        if keep >= scores.size:
-            return np.ones(scores.shape, bool)
-        flat = scores.reshape(-1)
-        least = np.partition(flat, flat.size - keep)[flat.size - keep]
-        kept = np.asarray(flat > least)
-        missing = keep - int(np.count_nonzero(kept))
-        kept[np.flatnonzero(flat == least)[:missing]] = True
-        return kept.reshape(scores.shape)
+        return _first_largest(scores.reshape(-1), keep).reshape(scores.shape)
 
     def why_not(self, rows: int, channels: int, taps: int) -> str | None:
         """See `Pattern`."""
@@ -95,7 +90,7 @@ class OfEach(Pattern):
 
     Attributes:
         kept: stay of a group; `largest` looks at no other number.
-        of: input channels in a group.
+        of: input channels in a group, at most GROUP_MAXIMUM.
     """
 
     kept: int
@@ -116,10 +111,13 @@ class OfEach(Pattern):
         _refuse_nan(scores)
         rows, inputs = scores.shape
         groups = scores.reshape(rows, inputs // (self.of * taps), self.of, taps)
-        order = np.argsort(-groups, axis=2, kind="stable")
-        kept = np.zeros(groups.shape, bool)
-        np.put_along_axis(kept, order[:, :, : self.kept], True, axis=2)
-        return kept.reshape(scores.shape)
+        # How many others of its group go before an entry. For groups of a few, faster than sorting.
+        rank = np.zeros(groups.shape, np.uint8)
+        for first, second in combinations(range(self.of), 2):
+            less = groups[:, :, first] < groups[:, :, second]
+            rank[:, :, first] += less
+            rank[:, :, second] += ~less
+        return np.asarray(rank < self.kept).reshape(scores.shape)
 
     def why_not(self, rows: int, channels: int, taps: int) -> str | None:
         """See `Pattern`."""
@@ -159,10 +157,8 @@ class Blocks(Pattern):
         sums = np.add.reduceat(sums, lefts, axis=1)
         heights = np.diff(tops, append=scores.shape[0])
         widths = np.diff(lefts, append=scores.shape[1])
-        order = np.argsort(-sums, axis=None, kind="stable")
-        totals = np.append(0, np.cumsum(np.outer(heights, widths).reshape(-1)[order]))
-        kept = np.zeros(sums.size, bool)
-        kept[order[: int(np.argmin(np.abs(totals - keep)))]] = True
+        areas = np.outer(heights, widths).reshape(-1)
+        kept = _first_largest_areas(sums.reshape(-1), areas, keep)
         return np.asarray(
             np.repeat(np.repeat(kept.reshape(sums.shape), heights, axis=0), widths, axis=1)
         )
@@ -195,6 +191,11 @@ def pattern_of(text: str) -> Pattern:
                 f"pattern {text!r} keeps {first} of each {second} input channels; "
                 "keep at least 1 and fewer than all, such as '2:4'"
             )
+        if second > GROUP_MAXIMUM:
+            raise SpecError(
+                f"pattern {text!r} has groups of {second} input channels; "
+                f"give at most {GROUP_MAXIMUM}, or 'unstructured'"
+            )
         return OfEach(first, second)
     if not first or not second or first == second == 1:
         raise SpecError(
@@ -202,6 +203,32 @@ def pattern_of(text: str) -> Pattern:
             "give at least 2, such as '4x1', or 'unstructured'"
         )
     return Blocks(first, second)
+
+
+def _first_largest(scores: Floats, keep: int) -> Mask:
+    """Of scores of shape [entries], as many as asked for, if there are; of equal ones the first."""
+    if keep <= 0:
+        return np.zeros(scores.shape, bool)
+    if keep >= scores.size:
+        return np.ones(scores.shape, bool)
+    least = np.partition(scores, scores.size - keep)[scores.size - keep]
+    kept = np.asarray(scores > least)
+    missing = keep - int(np.count_nonzero(kept))
+    kept[np.flatnonzero(scores == least)[:missing]] = True
+    return kept
+
+
+def _first_largest_areas(scores: Floats, areas: Counts, keep: int) -> Mask:
+    """The same for scores that stand for several entries each, as near as can be, rather fewer."""
+    area = int(areas[0])
+    if (areas == area).all():
+        # keep / area, rounded: down from a half.
+        return _first_largest(scores, -((area - 2 * keep) // (2 * area)))
+    order = np.argsort(-scores, kind="stable")
+    totals = np.append(0, np.cumsum(areas[order]))
+    kept = np.zeros(scores.shape, bool)
+    kept[order[: int(np.argmin(np.abs(totals - keep)))]] = True
+    return kept
 
 
 def _refuse_nan(scores: Floats) -> None:
@@ -225,8 +252,10 @@ def uniform(sizes: Sequence[int], keep: int) -> Counts:
     Raises:
         ValueError: `keep` is less than 0 or more than there are entries.
     """
-    _check_total(keep, sum(sizes))
-    return np.asarray(_in_proportion(sizes, keep), np.int64)
+    # Products of Python's whole numbers do not overflow.
+    whole = [int(size) for size in sizes]
+    _check_total(keep, sum(whole))
+    return np.asarray(_in_proportion(whole, int(keep)), np.int64)
 
 
 def erk(shapes: Sequence[Sequence[int]], keep: int) -> Counts:
@@ -246,12 +275,12 @@ def erk(shapes: Sequence[Sequence[int]], keep: int) -> Counts:
     Raises:
         ValueError: see `uniform`.
     """
-    sizes = [math.prod(shape) for shape in shapes]
+    sizes = [math.prod(map(int, shape)) for shape in shapes]
     _check_total(keep, sum(sizes))
     counts = list(sizes)
-    open_ones, left = list(range(len(shapes))), keep
+    open_ones, left = list(range(len(shapes))), int(keep)
     while open_ones:
-        parts = [sum(shapes[i]) for i in open_ones]
+        parts = [sum(map(int, shapes[i])) for i in open_ones]
         total = sum(parts)
         full = {
             i for i, part in zip(open_ones, parts, strict=True) if part * left > sizes[i] * total

@@ -1,9 +1,10 @@
 """How sure it is that a weight matters.
 
 The importance of an entry is |W_ij| sqrt(m_j) with the second moment m_j of its input (Wanda; Sun
-et al. 2023, arXiv 2306.11695). Moments come by disjoint chunk of the samples, and other samples would
-have given others: by the Bayesian bootstrap (Rubin 1981) a mean over chunks with random shares v,
-uniform among all that are positive and add up to 1 (Dirichlet), stands for each. It is computed as
+et al. 2023, arXiv 2306.11695). Moments come by disjoint chunk of the samples, and other samples
+would have given others: by the Bayesian bootstrap (Rubin 1981), a mean over chunks with random
+shares v stands for each, uniform among those that are positive and add up to 1 (Dirichlet). It is
+computed as
 
     m_b = m_0 + sum_c v_c (m_c - m_0),
 
@@ -67,21 +68,20 @@ def factors(
     """
     if not len(moments):
         return np.ones(weight.shape, np.float32)
-    sizes = np.abs(weight, dtype=np.float64)
     shares = _shares(moments, generator)
     mean, deviation = _mean_and_deviation(_roots(moments, shares))
-    if mode == "stability":
-        usual = _usual(sizes * mean)
-        found = usual / (sizes * deviation + usual)
-    elif mode == "keep-uncertain":
+    if mode == "keep-uncertain":
         # The magnitude cancels.
         more = np.divide(deviation, mean, out=np.zeros_like(mean), where=mean > 0)
-        found = np.broadcast_to(1 + kappa * more, sizes.shape)
-    else:
-        masks = (pattern.largest(sizes * r, keep, taps) for r in _roots(moments, shares))
-        frequency = _times_kept(masks, sizes.shape) / RESAMPLES
-        found = (1 + frequency) - pattern.largest(sizes * mean, keep, taps)
-    return np.asarray(found, np.float32)
+        return np.asarray(np.broadcast_to(1 + kappa * more, weight.shape), np.float32)
+    importances = _times_magnitude(weight, mean)
+    if mode == "stability":
+        usual = _usual(importances)
+        return np.asarray(usual / (_times_magnitude(weight, deviation) + usual))
+    resampled = (_times_magnitude(weight, root) for root in _roots(moments, shares))
+    times = _times_kept((pattern.largest(i, keep, taps) for i in resampled), weight.shape)
+    frequency = np.divide(times, RESAMPLES, dtype=np.float32)
+    return np.asarray((1 + frequency) - pattern.largest(importances, keep, taps))
 
 
 def mask_stability(
@@ -113,9 +113,9 @@ def mask_stability(
     """
     if not len(moments):
         return 1.0
-    sizes = np.abs(weight, dtype=np.float64) * factors
     roots = _roots(moments, _shares(moments, generator))
-    times = _times_kept((pattern.largest(sizes * r, keep, taps) for r in roots), sizes.shape)
+    resampled = (_times_magnitude(weight, root) * factors for root in roots)
+    times = _times_kept((pattern.largest(i, keep, taps) for i in resampled), weight.shape)
     both = float((times * (times - 1)).sum(dtype=np.int64)) / (RESAMPLES * (RESAMPLES - 1))
     either = 2 * float(times.sum(dtype=np.int64)) / RESAMPLES - both
     return both / either if either else 1.0
@@ -155,6 +155,11 @@ def _roots(moments: Floats, shares: _Doubles) -> Iterator[_Doubles]:
     for row in shares:
         # Rounding may leave less than 0.
         yield np.sqrt(np.maximum(first + np.tensordot(row, apart, axes=1), 0.0))
+
+
+def _times_magnitude(weight: Floats, numbers: _Doubles) -> npt.NDArray[np.float32]:
+    """Magnitudes times numbers of the inputs, of the weight's shape."""
+    return np.asarray(np.abs(weight, dtype=np.float32) * numbers.astype(np.float32))
 
 
 def _mean_and_deviation(arrays: Iterable[_Doubles]) -> tuple[_Doubles, _Doubles]:
