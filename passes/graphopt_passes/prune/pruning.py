@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import numpy as np
 import onnx_ir as ir
 
 from graphopt.contract import Change, Context
@@ -115,9 +114,9 @@ class Pruning:
         total = round(sum(target.size for target in self.targets) * (1 - sparsity))
         bytes_of_all = ENTRY_BYTES * total + NODES_BYTES * len(self.targets)
         keeps = self._keeps(closest_within(self._choices, bytes_of_all))
-        # Weights that stay as they are leave the bytes of their nodes.
-        keeps[int(np.argmax(keeps))] -= max(sum(keeps) - total, 0)
-        return keeps
+        # Weights that stay as they are leave the bytes of their nodes, and there may be more zeros
+        # than are chosen from.
+        return [int(keep) for keep in uniform(keeps, min(total, sum(keeps)))]
 
     def within(self, error: float) -> list[int]:
         """How few entries weights can keep for what they add to be seen to be no more than that.
