@@ -114,6 +114,8 @@ def _sum_of(layer: Layer) -> tuple[ir.Value, list[ir.Value]]:
     """The sum that the output of the layer goes into, and what else does; or the output alone."""
     given, others = layer.node.outputs[0], []
     while (node := only_reader(given)) is not None and is_onnx(node, "Add"):
+        if node.graph is not layer.node.graph:
+            break
         other = node.inputs[1] if node.inputs[0] is given else node.inputs[0]
         if other is None or other is given or not _is_alike(other, given):
             break
