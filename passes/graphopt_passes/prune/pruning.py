@@ -187,7 +187,7 @@ class Pruning:
     def _prune_to_aim(
         self, target: Target, layer: Layer, aim: Aim, keep: int, selection: Selection
     ) -> None:
-        weight, moments = layer.matrix(), damped(aim.moments, aim.rows)
+        weight, moments = layer.matrix(), damped(aim.moments, aim.rows, aim.read_means)
         wanted = aim.weight(weight, moments)
         flat = wanted.reshape(-1, wanted.shape[2])
         if self.criterion == "magnitude":

@@ -91,7 +91,8 @@ def moments_of(problem: Problem) -> Floats:
     if problem.gram is None:
         return np.eye(inputs)[np.newaxis]
     gram = np.asarray(problem.gram, np.float64).reshape(-1, inputs, inputs)
-    return damped(gram, np.iinfo(np.int32).max)
+    means = None if problem.means is None else problem.means[: len(gram)]
+    return damped(gram, np.iinfo(np.int32).max, means)
 
 
 def estimates_of_pruned(problem: Problem, forms: Sequence[Form]) -> list[float]:
