@@ -6,6 +6,19 @@ other value has lost: it should give the sum as it was, less the other value as 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.contract import Context
+from graphopt.observe import Question
+from graphopt.operators import is_onnx
+from graphopt.regression import Regression
+from graphopt.rewriting import Names, only_reader
+from graphopt_passes.quantize.layers import GRAM_INPUTS_MAXIMUM, Layer, is_scaled
+from graphopt_passes.quantize.twins import side_by_side, values_of
+
 GAIN_MAXIMUM = 2.0
 
 
