@@ -3,7 +3,7 @@
 With samples, every layer is asked for what it gave before any weight was pruned, of what it reads
 now (`aims`): so it makes good for what was lost before it. Least squares say what it would become
 without zeros, the criterion which entries stay, least squares again what these become, and the
-bias makes the means right. Ridge makes outputs vary less than they did; a gain gives back half.
+bias makes the means right, and a gain the variances.
 """
 
 from __future__ import annotations
