@@ -454,6 +454,27 @@ def test_bounds_and_pads_as_attributes() -> None:
     assert assert_law(model) == 1
 
 
+RESIZED = {
+    "scales": "f = Constant<value_floats = [1.0, 1.0, 2.0, 2.0]>() t = Resize(h, , f)",
+    "sizes": "s = Constant<value_ints = [2, 8, 2, 2]>() t = Resize(h, , , s)",
+    "computed sizes": """z = Shape(h) b = Constant<value_ints = [0]>()
+        e = Constant<value_ints = [1]>() n = Slice(z, b, e)
+        k = Constant<value_ints = [8, 6, 6]>() s = Concat<axis = 0>(n, k) t = Resize(h, , , s)""",
+}
+
+
+@pytest.mark.parametrize("body", RESIZED.values(), ids=RESIZED)
+def test_images_that_are_resized(body: str) -> None:
+    model = _images(body)
+    model.graph.inputs[0].shape = ir.Shape(["N", 3, 4, 4])
+
+    group = _group_of(model, "w")
+
+    assert group.frozen is None
+    assert _together(group, "t", 1) == _alone(8)
+    assert assert_law(model) == 1
+
+
 def test_zeros_in_a_shape_that_are_copies_of_other_sizes() -> None:
     """The 4 that the first 0 copies is not the 4 that the second axis has."""
     model = _model("""g (float[4,3] x, WEIGHTS) => (float[4,2] y) {
