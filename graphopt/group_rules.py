@@ -15,7 +15,7 @@ from graphopt.couplings import End, Site, broadcast_to
 from graphopt.movement_rules import MOVEMENTS
 from graphopt.operators import dropout_is_off
 from graphopt.packing import is_constant
-from graphopt.rewriting import stated_integers
+from graphopt.rewriting import input_of, small_integers, stated_integers
 
 Rule = Callable[[Site], None]
 
@@ -123,7 +123,7 @@ def _softmax(site: Site) -> None:
 
 def _cumsum(site: Site) -> None:
     source, target = site.input(0), site.output()
-    axes = stated_integers(site.node, "", 1)
+    axes = small_integers(input_of(site.node, 1))
     if source is not None and target is not None and axes:
         tie_all(site, source, target, [axis % source.rank for axis in axes])
 
@@ -132,11 +132,11 @@ def _reduce(site: Site) -> None:
     source, target = site.input(0), site.output()
     axes = stated_integers(site.node, "axes", 1)
     if source is None or target is None or axes is None:
-        return None
+        return
     if not axes and site.node.attributes.get_int("noop_with_empty_axes", 0) != 0:
-        return tie_all(site, source, target)
-    reduced = {axis % source.rank for axis in axes or range(source.rank)}
-    return _tie_kept(site, source, target, reduced)
+        tie_all(site, source, target)
+        return
+    _tie_kept(site, source, target, {axis % source.rank for axis in axes or range(source.rank)})
 
 
 def _arg_reduce(site: Site) -> None:
