@@ -129,6 +129,19 @@ class Groups:
 
     all: tuple[Group, ...]
 
+    def on(self, value: ir.Value, axis: int) -> tuple[Group, ...]:
+        """The groups that have units on an axis of a value: together they say what stays of it."""
+        return self._by_axis.get((value, axis), ())
+
+    @cached_property
+    def _by_axis(self) -> dict[tuple[ir.Value, int], tuple[Group, ...]]:
+        found: dict[tuple[ir.Value, int], tuple[Group, ...]] = {}
+        for group in self.all:
+            for place in group.places:
+                key = place.value, place.axis
+                found[key] = (*found.get(key, ()), group)
+        return found
+
     @cached_property
     def prunable(self) -> tuple[Group, ...]:
         """Those of which units can be removed."""

@@ -210,9 +210,12 @@ def test_the_parts_of_a_concat_are_groups_of_their_own() -> None:
         "a = Relu(h) b = Conv(h, k) t = Concat<axis = 1>(a, b)", taken=13, k=(5, 8, 1, 1)
     )
 
-    groups = groups_of(model).prunable
+    found = groups_of(model)
+    groups = found.prunable
 
     assert [(g.name, g.units) for g in groups] == [("h", 8), ("b", 5)]
+    assert found.on(model.graph.initializers["v"], 1) == groups
+    assert found.on(model.graph.initializers["v"], 0) == found.frozen
     assert {c.weight.name for c in groups[0].consumers} == {"k", "v"}
     assert assert_law(model) == 2
 
