@@ -272,3 +272,14 @@ def test_frozen_groups_and_empty_masks_are_refused() -> None:
         remove(model, {group: np.zeros(4, bool)}, context)
     with pytest.raises(ValueError, match="4 units"):
         zeroed(model, {group: np.ones(3, bool)})
+
+
+def test_groups_of_another_model_are_refused() -> None:
+    model = _between("t = Relu(h)")
+    (group,) = groups_of(model).prunable
+    other, kept = model.clone(), {group: np.asarray([True, False, True, True])}
+
+    with pytest.raises(ValueError, match="of another model"):
+        remove(other, kept, Context(lambda: other))
+    with pytest.raises(ValueError, match="of another model"):
+        zeroed(other, kept)
