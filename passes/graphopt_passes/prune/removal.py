@@ -56,7 +56,7 @@ def remove(model: ir.Model, kept: Kept, context: Context) -> None:
             array = read_array(tensor)
             for axis, mask in by_axis.items():
                 array = np.compress(mask, array, axis)
-            _set_constant(value, context.tensor(array, value.name or "", tensor.dtype))
+            set_constant(value, context.tensor(array, value.name or "", tensor.dtype))
     infer_shapes(model)
 
 
@@ -86,7 +86,7 @@ def zeroed(model: ir.Model, kept: Kept) -> ir.Model:
         array = np.array(read_array(tensor))
         for axis, mask in by_axis.items():
             np.moveaxis(array, axis, 0)[~mask] = 0
-        _set_constant(copies[value], tensor_of(array, value.name or "", tensor.dtype))
+        set_constant(copies[value], tensor_of(array, value.name or "", tensor.dtype))
     return copy
 
 
@@ -127,7 +127,7 @@ def _by_value(masks: Masks) -> dict[ir.Value, dict[int, np.ndarray]]:
     return found
 
 
-def _set_constant(value: ir.Value, tensor: ir.TensorProtocol) -> None:
+def set_constant(value: ir.Value, tensor: ir.TensorProtocol) -> None:
     """Let an initializer, or the output of a Constant node, hold another tensor."""
     node = value.producer()
     if node is None:
