@@ -176,6 +176,30 @@ def layers_of_model(
     return tuple(_Layers(model, counts or ZeroCounts()))
 
 
+def macs_of_nodes(
+    model: ir.Model, sizes: Mapping[str, int] = NO_SIZES
+) -> dict[ir.Node, int | None]:
+    """The multiply-accumulates of the nodes of a model, those of bodies included.
+
+    Args:
+        model: not modified. Calls of its functions count as not known.
+        sizes: of dimensions that the file leaves open; see `free_sizes`. Others count 1.
+
+    Returns:
+        By node of the model; None where they are not known.
+
+    Raises:
+        SpecError: a size is of no such dimension, or below 0.
+    """
+    copy = model.clone()
+    freeze_overridable_inputs(copy)
+    _bind(copy, sizes)
+    infer_shapes(copy, follows_elements=not has_long_vectors(copy))
+    layers = _Layers(copy, ZeroCounts())
+    pairs = zip(_nodes(model), _nodes(copy), strict=True)
+    return {node: layers.macs(bound) for (node, _), (bound, _) in pairs}
+
+
 class _Layers:
     """The layers of a model whose sizes are bound and whose shapes were inferred."""
 
@@ -201,6 +225,10 @@ class _Layers:
             if layer.macs != 0 or layer.parameters:
                 yield layer
 
+    def macs(self, node: ir.Node) -> int | None:
+        """The multiply-accumulates of a node of the model."""
+        return node_macs(node, self._shape_of)
+
     def _is_step(self, node: ir.Node) -> bool:
         """The node is a step from constants to a weight, and none of the layers that read it."""
         return any(v in self._made and nodes_behind(v) is not None for v in node.outputs[:1])
@@ -223,7 +251,7 @@ class _Layers:
             op_type=node.op_type
             if node.domain in ONNX_DOMAINS
             else f"{node.domain}.{node.op_type}",
-            macs=node_macs(node, self._shape_of),
+            macs=self.macs(node),
             parameters=parameters,
             weights=weights,
             zero_share=zeros / weights if zeros is not None and weights else None,

@@ -6,20 +6,26 @@ other value has lost: it should give the sum as it was, less the other value as 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
 
 from graphopt.contract import Context
-from graphopt.observe import Question
+from graphopt.observe import Question, Statistics
 from graphopt.operators import is_onnx
 from graphopt.regression import Regression
-from graphopt.rewriting import Names, only_reader
+from graphopt.rewriting import Names, add_initializer, only_reader, tensor_of
 from graphopt_passes.quantize.layers import GRAM_INPUTS_MAXIMUM, Layer, is_scaled
 from graphopt_passes.quantize.twins import side_by_side, values_of
 
 GAIN_MAXIMUM = 2.0
+Kept = Mapping[str, Mapping[int, np.ndarray]]
+"""By the name of a value and an axis: int64 [n], the indices that stay, rising."""
+
+EVERYTHING: Kept = MappingProxyType({})
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,24 +89,47 @@ def has_aim(layer: Layer) -> bool:
     return layer.dimensions[2] <= GRAM_INPUTS_MAXIMUM
 
 
-def aim_of(layer: Layer, model: ir.Model, before: ir.Model, context: Context) -> Aim | None:
-    """What a layer reads now, and what it should give; None where no sample reaches it.
+def aim_of(
+    layer: Layer, model: ir.Model, before: ir.Model, context: Context, kept: Kept = EVERYTHING
+) -> Aim | None:
+    """What a layer reads now, and what it should give; see `aims_of`."""
+    (found,) = aims_of([layer], model, before, context, kept)
+    return found
+
+
+def aims_of(
+    layers: Sequence[Layer],
+    model: ir.Model,
+    before: ir.Model,
+    context: Context,
+    kept: Kept = EVERYTHING,
+) -> list[Aim | None]:
+    """What layers read now, and what they should give; None where no sample reaches one.
 
     Args:
-        layer: of the model.
+        layers: of the model.
         model: as it is now.
         before: the same model, as it was.
         context: with samples.
+        kept: where the model has only some indices along an axis of a value, those.
     """
     twin, theirs = side_by_side(model, before)
-    given, others = _sum_of(layer)
-    aim = theirs[given.name or ""]
-    for other in values_of(twin, [v.name or "" for v in others]):
-        aim = _difference(aim, other, twin)
-    question = Question(
-        layer.source.name or "", "regression", patches=layer.patches(), aim=aim.name
-    )
-    seen = context.observe(twin, [question], remembers=False)[question]
+    questions = []
+    for layer in layers:
+        given, others = _sum_of(layer)
+        aim = theirs[given.name or ""]
+        for axis, indices in kept.get(given.name or "", {}).items():
+            aim = _picked(aim, axis, indices, twin)
+        for other in values_of(twin, [v.name or "" for v in others]):
+            aim = _difference(aim, other, twin)
+        source = layer.source.name or ""
+        questions.append(Question(source, "regression", patches=layer.patches(), aim=aim.name))
+    answers = context.observe(twin, questions, remembers=False)
+    pairs = zip(layers, questions, strict=True)
+    return [_aim(layer, answers[question]) for layer, question in pairs]
+
+
+def _aim(layer: Layer, seen: Statistics) -> Aim | None:
     if not isinstance(seen, Regression) or not seen.rows or not np.isfinite(seen.total).all():
         return None
     moments, cross, squares = seen.moments(central=layer.can_correct_bias)
@@ -126,6 +155,17 @@ def _is_alike(other: ir.Value, value: ir.Value) -> bool:
     if other.producer() is None or other.shape is None or value.shape is None:
         return False
     return other.shape == value.shape and other.dtype == value.dtype
+
+
+def _picked(value: ir.Value, axis: int, indices: np.ndarray, model: ir.Model) -> ir.Value:
+    names = Names(model)
+    picks = add_initializer(model.graph, tensor_of(indices, ""), names.new("picks"))
+    node = ir.node("Gather", [value, picks], {"axis": axis}, name="")
+    (output,) = node.outputs
+    output.name = names.new("aim")
+    output.type = value.type
+    model.graph.append(node)
+    return output
 
 
 def _difference(first: ir.Value, second: ir.Value, model: ir.Model) -> ir.Value:

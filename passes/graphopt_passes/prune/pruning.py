@@ -18,7 +18,7 @@ from graphopt.contract import Change, Context
 from graphopt.encoding import NODES_BYTES
 from graphopt.rewriting import Names
 from graphopt.validation import worst
-from graphopt_passes.prune.aims import Aim, aim_of, has_aim
+from graphopt_passes.prune.aims import Aim, aims_of, has_aim
 from graphopt_passes.prune.masks import Pattern, uniform
 from graphopt_passes.prune.sparsities import (
     ENTRY_BYTES,
@@ -167,22 +167,26 @@ class Pruning:
 
     def run(self, keeps: Sequence[int]) -> None:
         """Prune each weight to so many entries."""
-        before = self.model.clone()
-        for number, (target, keep) in enumerate(zip(self.targets, keeps, strict=True)):
-            self.context.progress(f"pruning weight {number + 1} of {len(self.targets)}")
-            factors = self.factors(target, keep)
-            selection = Selection(self.criterion, self.pattern, taps_of(target), factors)
-            aim = self._aim(target, before)
-            if aim is not None and target.layer is not None:
-                self._prune_to_aim(target, target.layer, aim, keep, selection)
-            else:
-                self._prune_alone(target, keep, selection)
-            self.change.count(f"weight of {target.operator} pruned")
+        before, number = self.model.clone(), 0
+        for together in _reading_the_same(self.targets):
+            aims = self._aims(together, before)
+            for target, aim in zip(together, aims, strict=True):
+                self.context.progress(f"pruning weight {number + 1} of {len(self.targets)}")
+                factors = self.factors(target, keeps[number])
+                selection = Selection(self.criterion, self.pattern, taps_of(target), factors)
+                if aim is not None and target.layer is not None:
+                    self._prune_to_aim(target, target.layer, aim, keeps[number], selection)
+                else:
+                    self._prune_alone(target, keeps[number], selection)
+                self.change.count(f"weight of {target.operator} pruned")
+                number += 1
 
-    def _aim(self, target: Target, before: ir.Model) -> Aim | None:
-        if self.context.observer is None or target.layer is None or not has_aim(target.layer):
-            return None
-        return aim_of(target.layer, self.model, before, self.context)
+    def _aims(self, targets: Sequence[Target], before: ir.Model) -> list[Aim | None]:
+        """What each layer should give; None for what is no layer, or is not looked at."""
+        layers = [target.layer for target in targets]
+        if self.context.observer is None or not all(one and has_aim(one) for one in layers):
+            return [None] * len(layers)
+        return aims_of([one for one in layers if one], self.model, before, self.context)
 
     def _prune_to_aim(
         self, target: Target, layer: Layer, aim: Aim, keep: int, selection: Selection
@@ -222,6 +226,18 @@ class Pruning:
         if self.numbers == ir.DataType.FLOAT:
             return weight
         return weight.astype(self.numbers.numpy()).astype(weight.dtype)
+
+
+def _reading_the_same(targets: Sequence[Target]) -> list[list[Target]]:
+    """The weights in order, those of one value next to each other together: they need one look."""
+    found: list[list[Target]] = []
+    for target in targets:
+        last = found[-1][-1].layer if found else None
+        if last is not None and target.layer is not None and last.source is target.layer.source:
+            found[-1].append(target)
+        else:
+            found.append([target])
+    return found
 
 
 def fewer_zeros(sparsity: float) -> float | None:

@@ -7,7 +7,7 @@ weights that take them out at zero, `remove` against `zeroed`.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -37,9 +37,10 @@ def remove(model: ir.Model, kept: Kept, context: Context) -> None:
         context: keeps the tensors.
 
     Raises:
-        ValueError: a group is frozen, or nothing of it would stay.
+        ValueError: a group is frozen, of another model, or nothing of it would stay.
     """
     masks = masks_of(kept)
+    _check_own(masks, set(values_of(model)))
     if not masks:
         return
     facts, opset = ShapeFacts(model), opset_of(model)
@@ -55,7 +56,7 @@ def remove(model: ir.Model, kept: Kept, context: Context) -> None:
             array = read_array(tensor)
             for axis, mask in by_axis.items():
                 array = np.compress(mask, array, axis)
-            _set_constant(value, context.tensor(array, value.name or "", tensor.dtype))
+            set_constant(value, context.tensor(array, value.name or "", tensor.dtype))
     infer_shapes(model)
 
 
@@ -67,11 +68,12 @@ def zeroed(model: ir.Model, kept: Kept) -> ir.Model:
         kept: what stays.
 
     Raises:
-        ValueError: a group is frozen, or nothing of it would stay.
+        ValueError: a group is frozen, of another model, or nothing of it would stay.
     """
     masks = masks_of(kept)
     copy = model.clone()
     copies = dict(zip(values_of(model), values_of(copy), strict=True))
+    _check_own(masks, copies)
     sinks: dict[ir.Value, dict[int, np.ndarray]] = defaultdict(dict)
     for group in kept:
         for consumer in group.consumers:
@@ -84,7 +86,7 @@ def zeroed(model: ir.Model, kept: Kept) -> ir.Model:
         array = np.array(read_array(tensor))
         for axis, mask in by_axis.items():
             np.moveaxis(array, axis, 0)[~mask] = 0
-        _set_constant(copies[value], tensor_of(array, value.name or "", tensor.dtype))
+        set_constant(copies[value], tensor_of(array, value.name or "", tensor.dtype))
     return copy
 
 
@@ -92,7 +94,7 @@ def masks_of(kept: Kept) -> Masks:
     """By value and axis: bool [size], the indices that stay; only where some do not.
 
     Raises:
-        ValueError: a group is frozen, or nothing of it would stay.
+        ValueError: a group is frozen, of another model, or nothing of it would stay.
     """
     masks: dict[tuple[ir.Value, int], np.ndarray] = {}
     for group, stays in kept.items():
@@ -113,6 +115,11 @@ def masks_of(kept: Kept) -> Masks:
     return masks
 
 
+def _check_own(masks: Masks, values: Container[ir.Value]) -> None:
+    if any(value not in values for value, _ in masks):
+        raise ValueError("the groups are of another model, or of this one before a change")
+
+
 def _by_value(masks: Masks) -> dict[ir.Value, dict[int, np.ndarray]]:
     found: dict[ir.Value, dict[int, np.ndarray]] = defaultdict(dict)
     for (value, axis), mask in masks.items():
@@ -120,7 +127,7 @@ def _by_value(masks: Masks) -> dict[ir.Value, dict[int, np.ndarray]]:
     return found
 
 
-def _set_constant(value: ir.Value, tensor: ir.TensorProtocol) -> None:
+def set_constant(value: ir.Value, tensor: ir.TensorProtocol) -> None:
     """Let an initializer, or the output of a Constant node, hold another tensor."""
     node = value.producer()
     if node is None:

@@ -1,0 +1,432 @@
+"""Removes the units and blocks of a model that its outputs need least, and refits what stays.
+
+What removing units costs the layers that read them is known from the moments of what these read
+(`unit_scores`); what that does to the outputs is measured, with half of the units of each group
+gone, and likewise for each residual block. So much of each goes as the budget asks (`unit_choice`).
+Then every layer, first to last, is refitted to what it gave before for the units that are left, of
+what it reads now (`aims`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.contract import Change, Context
+from graphopt.couplings import values_of
+from graphopt.groups import Consumer, Group, analyze
+from graphopt.layer_costs import macs_of_nodes, sizes_of_sample
+from graphopt.rewriting import Names
+from graphopt.validation import worst
+from graphopt_passes.prune.aims import Aim, Kept, aim_of, has_aim
+from graphopt_passes.prune.blocks import Block, blocks_of, drop_branch, means_of
+from graphopt_passes.prune.removal import masks_of, remove
+from graphopt_passes.prune.sinks import (
+    Sink,
+    batches,
+    sinks_of,
+    why_without_sinks,
+    write_shift,
+    write_sink,
+)
+from graphopt_passes.prune.support import Floats, damped
+from graphopt_passes.prune.unit_choice import BlockOption, Choosing, Chosen, UnitOptions
+from graphopt_passes.prune.unit_costs import Costs, Term, macs_terms, parameters_terms
+from graphopt_passes.prune.unit_scores import Curve, curve_of
+from graphopt_passes.quantize.layers import Layer, layer_of
+from graphopt_passes.quantize.narrow_weights import Target, shift_bias, targets_of
+
+COMPARED_SAMPLES, ALONE_SAMPLES, RUNS_MAXIMUM = 32, 8, 2048
+"""Errors are measured on so many samples, at most and at least, and in no more runs in all."""
+
+ROUNDS = 5
+"""How often the budget is corrected by what a model without the units was seen to cost."""
+
+UNCHANGED = 1e-8
+"""A layer that gives what it should, but for this share of its squares, is not refitted."""
+
+SHARE_MINIMUM = 0.1
+"""Of the units of each group stay at least."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prunable:
+    """A group, and what is known of it.
+
+    Attributes:
+        group: of the model.
+        curve: what it costs to remove units.
+        options: numbers of units that could stay, and what these do to the outputs.
+    """
+
+    group: Group
+    curve: Curve
+    options: UnitOptions
+
+
+@dataclass
+class Structures:
+    """Prunes one model.
+
+    Attributes:
+        model: rewritten in place, by `run`.
+        context: with samples.
+        change: told what is done, and what is left alone.
+        of_parameters: the budget is of parameters, and not of multiply-accumulates.
+        multiple: of which numbers of units are.
+        keep: names of groups that stay as they are.
+        drops_blocks: whole residual branches may go.
+        refits: what stays is refitted.
+    """
+
+    model: ir.Model
+    context: Context
+    change: Change
+    of_parameters: bool
+    multiple: int
+    keep: frozenset[str] = frozenset()
+    drops_blocks: bool = True
+    refits: bool = True
+    _measured: dict[int, Callable[[ir.Model], float]] = field(default_factory=dict)
+
+    # -------------------------------------------------------------- what there is
+
+    @cached_property
+    def all_groups(self) -> tuple[Group, ...]:
+        """Of the model, those that are frozen included."""
+        return analyze(self.model).all
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """Of which units can go."""
+        found = []
+        for group in self.all_groups:
+            reason = group.frozen or self._why_not(group)
+            if reason is None:
+                found.append(group)
+            else:
+                self.change.skip(group.name, reason)
+        return found
+
+    def _why_not(self, group: Group) -> str | None:
+        if group.name in self.keep:
+            return "it is to be kept"
+        if len(self._allowed(group)) == 1:
+            return f"its {group.units} units leave no smaller number that kernels like"
+        return why_without_sinks(group)
+
+    def _allowed(self, group: Group) -> np.ndarray:
+        """int64 [n]: how many units of a group may stay, rising; the last is all of them."""
+        step = self._step(group)
+        least = max(1, math.ceil(SHARE_MINIMUM * group.units))
+        counts = [n for n in range(step, group.units, step) if n >= least]
+        return np.array([*counts, group.units])
+
+    def _step(self, group: Group) -> int:
+        """Of which multiples of units stay, so that axes of weights have sizes that kernels like.
+
+        Half of a multiple where a group is small, if it alone makes an axis of a weight.
+        """
+        producer = group.producers[0]
+        place = group.place(producer.weight, producer.axis)
+        step = max(self.multiple // max(len(place.indices) // group.units, 1), 1)
+        while len(place.indices) == place.size and step > 1 and group.units < 2 * step:
+            step //= 2
+        return step
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Of dimensions that the file leaves open, as in the first sample."""
+        sample = next(iter(self.context.samples), None)
+        return {} if sample is None else sizes_of_sample(self.model, sample)
+
+    @cached_property
+    def macs(self) -> dict[ir.Node, int | None]:
+        """Multiply-accumulates of the nodes of the model."""
+        return macs_of_nodes(self.model, self.sizes)
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """Of which the branch can go."""
+        return blocks_of(self.model, self.macs) if self.drops_blocks else []
+
+    def _terms(self) -> list[Term]:
+        if self.of_parameters:
+            return parameters_terms(self.model)
+        return macs_terms(self.model, self.sizes)
+
+    def cost(self, model: ir.Model) -> float:
+        """What a model costs, in the unit of the budget."""
+        if self.of_parameters:
+            return sum(term.amount for term in parameters_terms(model))
+        return float(sum(macs or 0 for macs in macs_of_nodes(model, self.sizes).values()))
+
+    # -------------------------------------------------------------- what it does to the outputs
+
+    @cached_property
+    def prunable(self) -> list[Prunable]:
+        """The groups, in order, with what removing units of them does."""
+        found = []
+        for batch in batches(self.groups):
+            by_group = sinks_of(batch, self.model, self.context)
+            for group, sinks in by_group.items():
+                self.context.progress(f"looking at group {group.name}")
+                curve = curve_of(sinks)
+                square = self._square(self._with_half(group, sinks, curve))
+                allowed = self._allowed(group)
+                costs = curve.costs[group.units - allowed]
+                squares = square * costs / max(float(curve.costs[curve.half]), 1e-30)
+                found.append(Prunable(group, curve, UnitOptions(allowed, squares)))
+        return found
+
+    def _with_half(self, group: Group, sinks: Sequence[Sink], curve: Curve) -> ir.Model:
+        """A copy in which half of the units of a group count for nothing."""
+        copy, copies, nodes = self._copy()
+        names, context = Names(copy), replace(self.context, scratch=None)
+        for sink, matrix in zip(sinks, curve.halves, strict=True):
+            consumer = _consumer_in(sink.consumer, copies, nodes)
+            write_sink(sink, consumer, matrix, context)
+            write_shift(sink, consumer, sink.shift(matrix), names, context)
+        return copy
+
+    def _copy(self) -> tuple[ir.Model, dict[ir.Value, ir.Value], dict[ir.Node, ir.Node]]:
+        copy = self.model.clone()
+        copies = dict(zip(values_of(self.model), values_of(copy), strict=True))
+        nodes = dict(zip(self.model.graph.all_nodes(), copy.graph.all_nodes(), strict=True))
+        return copy, copies, nodes
+
+    @cached_property
+    def _means(self) -> dict[Block, np.ndarray]:
+        return means_of(self.blocks, self.model, self.context)
+
+    @cached_property
+    def block_options(self) -> list[BlockOption]:
+        """For each block whose mean is known, what it does to leave it out."""
+        found = []
+        for block, means in self._means.items():
+            self.context.progress(f"looking at block {block.name}")
+            copy, copies, _ = self._copy()
+            output, branch = copies[block.add.outputs[0]], copies[block.branch]
+            drop_branch(copy, output, branch, means, block.axis, self.context)
+            inner = frozenset(
+                number
+                for number, group in enumerate(self.groups)
+                if all(c.node in block.nodes for c in group.consumers)
+                and all(p.node in block.nodes for p in group.producers)
+            )
+            found.append(BlockOption(block.nodes, inner, self._square(copy)))
+        return found
+
+    def _square(self, model: ir.Model) -> float:
+        """What a model adds to the squared relative L2 error of the outputs, on their mean."""
+        samples = min(COMPARED_SAMPLES, RUNS_MAXIMUM // max(len(self.groups) + len(self.blocks), 1))
+        samples = max(samples, ALONE_SAMPLES)
+        if samples not in self._measured:
+            compare = self.context.against(self.model, samples)
+            self._measured[samples] = lambda one: _mean_square(
+                [worst([output]) ** 2 for output in compare(one)]
+            )
+        return self._measured[samples](model)
+
+    # -------------------------------------------------------------- the choice
+
+    @cached_property
+    def choosing(self) -> Choosing:
+        """What could be done."""
+        costs = Costs(self.groups, self._terms())
+        return Choosing(costs, [one.options for one in self.prunable], self.block_options)
+
+    def chosen(self, share: float) -> Chosen | None:
+        """The choice that costs so much of what the model costs at most; None where none does."""
+        total = self.cost(self.model)
+        limit = share * total
+        asked, best = limit * self.choosing.costs.total / max(total, 1e-30), None
+        for _ in range(ROUNDS):
+            chosen = self.choosing.within(asked)
+            seen = self.cost(self._without(chosen))
+            if seen <= limit:
+                best = chosen
+                if seen >= 0.995 * limit or asked >= self.choosing.costs.total:
+                    break
+            elif self.choosing.cost(chosen) > asked:
+                # The cheapest that there is.
+                self.change.note(f"at least {seen / total:.1%} have to stay")
+                break
+            asked = self.choosing.cost(chosen) * limit / max(seen, 1e-30)
+        return best
+
+    def _without(self, chosen: Chosen) -> ir.Model:
+        copy = self.model.clone()
+        groups = analyze(copy).all
+        numbers = {group: number for number, group in enumerate(self.all_groups)}
+        kept = {groups[numbers[g]]: stays for g, stays in self._kept(chosen).items()}
+        blocks = [self._dropped_names(number) for number in sorted(chosen.dropped)]
+        _remove(copy, kept, blocks, replace(self.context, scratch=None))
+        return copy
+
+    def _kept(self, chosen: Chosen) -> dict[Group, np.ndarray]:
+        inner = {n for b in chosen.dropped for n in self.block_options[b].inner}
+        return {
+            one.group: one.curve.kept(count)
+            for number, (one, count) in enumerate(zip(self.prunable, chosen.counts, strict=True))
+            if count < one.group.units and number not in inner
+        }
+
+    def _dropped_names(self, number: int) -> Dropped:
+        block, means = list(self._means.items())[number]
+        return Dropped(block.add.outputs[0].name or "", block.branch.name or "", means, block.axis)
+
+    # -------------------------------------------------------------- doing it
+
+    def run(self, share: float) -> bool:
+        """Prune to a share of what the model costs; False where that cannot be had."""
+        chosen = self.chosen(share)
+        if chosen is None:
+            return False
+        kept = self._kept(chosen)
+        self._tell(chosen, kept)
+        before = self.model.clone()
+        masks = masks_of(kept)
+        indices: dict[str, dict[int, np.ndarray]] = {}
+        for (value, axis), mask in masks.items():
+            indices.setdefault(value.name or "", {})[axis] = np.flatnonzero(mask)
+        blocks = [self._dropped_names(number) for number in sorted(chosen.dropped)]
+        self._fold(kept)
+        _remove(self.model, kept, blocks, self.context)
+        if self.refits:
+            self._refit(before, indices)
+        return True
+
+    def _tell(self, chosen: Chosen, kept: Mapping[Group, np.ndarray]) -> None:
+        for group, stays in kept.items():
+            self.change.count("unit removed", int((~stays).sum()))
+            self.change.note(f"{group.name}: {int(stays.sum())} of {group.units} units stay")
+        for number in sorted(chosen.dropped):
+            block = list(self._means)[number]
+            self.change.count("residual branch removed")
+            self.change.note(f"{block.name}: the branch {block.branch.name} is left out")
+        error = self.choosing.square(chosen) ** 0.5
+        self.change.note(f"relative L2 error before refitting, estimated: {error:.3g}")
+
+    def _fold(self, kept: Mapping[Group, np.ndarray]) -> None:
+        """Let weights that are not refitted make good for the units that they lose."""
+        gone: dict[Consumer, list[tuple[Group, np.ndarray]]] = {}
+        for group, stays in kept.items():
+            for consumer in group.consumers:
+                if not _is_refitted(consumer) and len(consumer.weight.uses()) == 1:
+                    gone.setdefault(consumer, []).append((group, stays))
+        for batch in batches(list({group for found in gone.values() for group, _ in found})):
+            for group, sinks in sinks_of(batch, self.model, self.context).items():
+                for sink in sinks:
+                    found = gone.get(sink.consumer)
+                    if found is None or found[0][0] is not group:
+                        continue
+                    columns = np.zeros(sink.matrix.shape[2], bool)
+                    for other, stays in found:
+                        place = other.place(sink.consumer.weight, sink.consumer.axis)
+                        taps = columns.size // place.size
+                        channels = place.indices[~stays[place.units]]
+                        columns[(channels[:, np.newaxis] * taps + np.arange(taps)).ravel()] = True
+                    write_sink(sink, sink.consumer, sink.without(columns), self.context)
+
+    def _refit(self, before: ir.Model, kept: Kept) -> None:
+        """Refit all layers, first to last, to what they gave."""
+        targets = [t for t in targets_of(self.model, 1, Change()) if _can_refit(t)]
+        places = {node: place for place, node in enumerate(self.model.graph)}
+        layers = [t.layer for t in targets if t.layer is not None]
+        layers.sort(key=lambda layer: places[layer.node])
+        for number, layer in enumerate(layers):
+            self.context.progress(f"refitting layer {number + 1} of {len(layers)}")
+            aim = aim_of(layer, self.model, before, self.context, kept)
+            if aim is not None:
+                self._refit_layer(layer, aim)
+
+    def _refit_layer(self, layer: Layer, aim: Aim) -> None:
+        weight = layer.matrix()
+        if _missed(weight, aim) <= UNCHANGED * float(aim.squares.sum()):
+            return
+        found = aim.weight(weight, damped(aim.moments, aim.rows))
+        value = layer.weight
+        tensor = value.const_value
+        assert tensor is not None
+        stored = layer.stored(found).astype(tensor.dtype.numpy())
+        value.const_value = self.context.tensor(stored, value.name or "")
+        if layer.can_correct_bias:
+            old = layer.bias()
+            shift = aim.bias(found) - (0.0 if old is None else old)
+            shift_bias(layer, shift, Names(self.model), self.context)
+        self.change.count(f"{layer.node.op_type} refitted")
+
+
+@dataclass(frozen=True, eq=False)
+class Dropped:
+    """A residual branch that goes.
+
+    Attributes:
+        output: name of the sum.
+        branch: name of what is added.
+        means: [channels], of the branch, of all its channels.
+        axis: of the channels.
+    """
+
+    output: str
+    branch: str
+    means: np.ndarray
+    axis: int
+
+
+def _remove(
+    model: ir.Model,
+    kept: Mapping[Group, np.ndarray],
+    blocks: Sequence[Dropped],
+    context: Context,
+) -> None:
+    """Remove units, then branches."""
+    masks = {(v.name, axis): mask for (v, axis), mask in masks_of(kept).items()}
+    remove(model, kept, context)
+    made = {o.name: o for node in model.graph for o in node.outputs}
+    for block in blocks:
+        mask = masks.get((block.branch, block.axis))
+        means = block.means if mask is None else block.means[mask]
+        drop_branch(model, made[block.output], made[block.branch], means, block.axis, context)
+
+
+def _consumer_in(
+    consumer: Consumer, copies: Mapping[ir.Value, ir.Value], nodes: Mapping[ir.Node, ir.Node]
+) -> Consumer:
+    data = None if consumer.data is None else copies[consumer.data]
+    return consumer._replace(node=nodes[consumer.node], weight=copies[consumer.weight], data=data)
+
+
+def _can_refit(target: Target) -> bool:
+    if target.layer is None or target.is_integer or target.in_body:
+        return False
+    return target.value.is_initializer() and has_aim(target.layer)
+
+
+def _is_refitted(consumer: Consumer) -> bool:
+    """Its weight is refitted after units are removed."""
+    node = consumer.node
+    if node.op_type not in ("Conv", "Gemm", "MatMul") or node.inputs[1] is not consumer.weight:
+        return False
+    rank = consumer.weight.shape.rank() if consumer.weight.shape is not None else 0
+    if node.op_type == "MatMul" and rank != 2:
+        return False
+    return len(consumer.weight.uses()) == 1 and has_aim(layer_of(node))
+
+
+def _missed(weight: Floats, aim: Aim) -> float:
+    """E |W z + b - t|^2 about the means, summed over the outputs."""
+    given = np.einsum("gnk,gnk->", weight @ aim.moments, weight)
+    return float(aim.squares.sum() - 2 * np.einsum("gnk,gnk->", weight, aim.cross) + given)
+
+
+def _mean_square(squares: Sequence[float]) -> float:
+    finite = [square for square in squares if math.isfinite(square)]
+    # What cannot be compared says nothing of how much a unit counts.
+    return max(math.fsum(finite) / len(finite), 0.0) if finite else math.inf
