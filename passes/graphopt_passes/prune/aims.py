@@ -18,6 +18,7 @@ from graphopt.observe import Question, Statistics
 from graphopt.operators import is_onnx
 from graphopt.regression import Regression
 from graphopt.rewriting import Names, add_initializer, only_reader, tensor_of
+from graphopt_passes.prune.support import ROUNDING
 from graphopt_passes.quantize.layers import GRAM_INPUTS_MAXIMUM, Layer, is_scaled
 from graphopt_passes.quantize.twins import side_by_side, values_of
 
@@ -71,10 +72,15 @@ class Aim:
             weight: of shape [group, outputs, inputs].
         """
         power = np.einsum("gnk,gnk->gn", np.matmul(weight, self.moments), weight)
-        usable = (power > 0) & (self.squares > 0)
+        usable = (power > self._rounding(weight)) & (self.squares > 0)
         ratio = np.divide(self.squares, power, out=np.ones_like(power), where=usable)
         gain = np.sqrt(np.minimum(ratio, GAIN_MAXIMUM**2))
         return np.asarray(weight * gain[:, :, np.newaxis])
+
+    def _rounding(self, weight: np.ndarray) -> np.ndarray:
+        """What may be seen of the variance of outputs where inputs do not vary at all."""
+        power = np.einsum("gkk->g", self.moments) + np.square(self.read_means).sum(axis=1)
+        return np.asarray(ROUNDING * power[:, np.newaxis] * np.square(weight).sum(axis=2))
 
     def bias(self, weight: np.ndarray) -> np.ndarray:
         """With which the means of the outputs are as they should be; [group * outputs]."""
