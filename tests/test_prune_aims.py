@@ -14,7 +14,7 @@ from graphopt.contract import Change, Context, Sample
 from graphopt.runtime import Session
 from graphopt.skeleton import infer_shapes, why_invalid
 from graphopt.testing import canonical, parse
-from graphopt_passes.prune.aims import GAIN_MAXIMUM, Aim, _sum_of, aim_of, has_aim
+from graphopt_passes.prune.aims import GAIN_MAXIMUM, Aim, aim_of, has_aim, sum_of
 from graphopt_passes.prune.pruning import Pruning
 from graphopt_passes.prune.support import UNSTRUCTURED, Criterion
 from graphopt_passes.quantize.layers import Layer, layer_of
@@ -182,14 +182,14 @@ def test_what_is_no_sum_of_alike_values_is_no_aim(name: str) -> None:
     weights = {"w": normal(0, 12, 12), "v": normal(1, 12, 12), "b": normal(2, 12)}
     model = parse(text, **weights, axes=np.array([0]))
     infer_shapes(model)
-    given, others = _sum_of(layer(model, "v"))
+    given, others = sum_of(layer(model, "v"))
     assert (given.name, others) == ("c", [])
 
 
 def test_an_output_of_the_graph_is_what_it_is() -> None:
     model = residual(RESIDUAL.replace("(float[A,B] y)", "(float[A,B] y, float[C,D] c)"))
     infer_shapes(model)
-    assert _sum_of(layer(model, "v"))[0].name == "c"
+    assert sum_of(layer(model, "v"))[0].name == "c"
 
 
 def test_an_add_in_a_body_is_no_sum_of_the_graph_outside() -> None:

@@ -122,7 +122,7 @@ def aims_of(
     twin, theirs = side_by_side(model, before)
     questions = []
     for layer in layers:
-        given, others = _sum_of(layer)
+        given, others = sum_of(layer)
         aim = theirs[given.name or ""]
         for axis, indices in kept.get(given.name or "", {}).items():
             aim = _picked(aim, axis, indices, twin)
@@ -142,7 +142,7 @@ def _aim(layer: Layer, seen: Statistics) -> Aim | None:
     return Aim(moments, cross, squares, seen.means, seen.aim_means, seen.rows)
 
 
-def _sum_of(layer: Layer) -> tuple[ir.Value, list[ir.Value]]:
+def sum_of(layer: Layer) -> tuple[ir.Value, list[ir.Value]]:
     """The sum that the output of the layer goes into, and what else does; or the output alone."""
     given, others = layer.node.outputs[0], []
     while (node := only_reader(given)) is not None and is_onnx(node, "Add"):

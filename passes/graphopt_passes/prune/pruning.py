@@ -18,7 +18,7 @@ from graphopt.contract import Change, Context
 from graphopt.encoding import NODES_BYTES
 from graphopt.rewriting import Names
 from graphopt.validation import worst
-from graphopt_passes.prune.aims import Aim, aims_of, has_aim
+from graphopt_passes.prune.aims import Aim, aims_of, has_aim, sum_of
 from graphopt_passes.prune.masks import Pattern, uniform
 from graphopt_passes.prune.sparsities import (
     ENTRY_BYTES,
@@ -229,11 +229,15 @@ class Pruning:
 
 
 def _reading_the_same(targets: Sequence[Target]) -> list[list[Target]]:
-    """The weights in order, those of one value next to each other together: they need one look."""
+    """The weights in order, those of one value next to each other together: they need one look.
+
+    But what is added to something makes good for what that has lost until its turn comes.
+    """
     found: list[list[Target]] = []
     for target in targets:
-        last = found[-1][-1].layer if found else None
-        if last is not None and target.layer is not None and last.source is target.layer.source:
+        last, own = found[-1][-1].layer if found else None, target.layer
+        alike = last is not None and own is not None and last.source is own.source
+        if alike and own is not None and not sum_of(own)[1]:
             found[-1].append(target)
         else:
             found.append([target])
