@@ -23,6 +23,9 @@ from graphopt_passes.quantize.layers import GRAM_INPUTS_MAXIMUM, Layer, is_scale
 from graphopt_passes.quantize.twins import side_by_side, values_of
 
 GAIN_MAXIMUM = 2.0
+GAIN_ROWS = 16
+"""Of so few rows half of the gain is believed: how outputs vary on one row is no variance."""
+
 Kept = Mapping[str, Mapping[int, np.ndarray]]
 """By the name of a value and an axis: int64 [n], the indices that stay, rising."""
 
@@ -75,7 +78,8 @@ class Aim:
         usable = (power > self._rounding(weight)) & (self.squares > 0)
         ratio = np.divide(self.squares, power, out=np.ones_like(power), where=usable)
         gain = np.sqrt(np.minimum(ratio, GAIN_MAXIMUM**2))
-        return np.asarray(weight * gain[:, :, np.newaxis])
+        believed = 1 + (gain - 1) * (self.rows / (self.rows + GAIN_ROWS))
+        return np.asarray(weight * believed[:, :, np.newaxis])
 
     def _rounding(self, weight: np.ndarray) -> np.ndarray:
         """What may be seen of the variance of outputs where inputs do not vary at all."""
