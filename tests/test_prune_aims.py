@@ -11,6 +11,7 @@ from observed import observer
 from on_codes import normal
 
 from graphopt.contract import Change, Context, Sample
+from graphopt.regression import Regression
 from graphopt.runtime import Session
 from graphopt.skeleton import infer_shapes, why_invalid
 from graphopt.testing import canonical, parse
@@ -259,7 +260,7 @@ def test_scaled_and_transposed_products_have_no_aim(node: str, fits: bool) -> No
 # ------------------------------------------------------------------ the variance
 
 
-def aim_of_rows(read: np.ndarray, given: np.ndarray) -> Aim:
+def aim_of_rows(read: np.ndarray, given: np.ndarray, rows: int = 10**9) -> Aim:
     z, t = read - read.mean(0), given - given.mean(0)
     return Aim(
         (z.T @ z / len(z))[None],
@@ -267,7 +268,7 @@ def aim_of_rows(read: np.ndarray, given: np.ndarray) -> Aim:
         np.square(t).mean(0)[None],
         read.mean(0)[None],
         given.mean(0)[None],
-        len(z),
+        rows,
     )
 
 
@@ -281,7 +282,7 @@ def test_outputs_vary_as_they_should() -> None:
     weight[0, :, :2] = 0
     repaired = found.with_variance(weight)
 
-    np.testing.assert_allclose((read @ repaired[0].T).var(0), given.var(0), rtol=1e-9)
+    np.testing.assert_allclose((read @ repaired[0].T).var(0), given.var(0), rtol=1e-7)
     np.testing.assert_array_equal(repaired == 0, weight == 0)
 
 
@@ -293,6 +294,26 @@ def test_the_gain_has_a_limit_and_nothing_stays_nothing() -> None:
     gains = found.with_variance(weight)[0].max(1) / [0.01, 4, 1, 1]
     np.testing.assert_allclose(gains, [GAIN_MAXIMUM, 0.25, 1, 0])
     still = aim_of_rows(read, np.ones((500, 4)))
+    np.testing.assert_array_equal(still.with_variance(weight), weight)
+
+
+def test_of_few_rows_little_of_the_gain_is_believed() -> None:
+    read = np.random.default_rng(0).normal(size=(500, 8))
+    weight = np.eye(4, 8)[np.newaxis] / 2
+    gains = [
+        aim_of_rows(read, read[:, :4], rows).with_variance(weight)[0, 0, 0] * 2
+        for rows in (0, 1, 16, 10**6)
+    ]
+    np.testing.assert_allclose(gains, [1, 1 + 1 / 17, 1.5, 2], rtol=1e-4)
+
+
+def test_where_nothing_varies_the_gain_is_1() -> None:
+    """What is left of sums in float32 is no variance."""
+    found = Regression()
+    found.add(np.repeat(normal(0, 1, 30) * 100, 60, 0), np.repeat(normal(1, 1, 4) * 100, 60, 0))
+    moments, cross, squares = found.moments(central=True)
+    still = Aim(moments, cross, squares + 1, found.means, found.aim_means, found.rows)
+    weight = normal(2, 1, 4, 30).astype(np.float64)
     np.testing.assert_array_equal(still.with_variance(weight), weight)
 
 
