@@ -340,17 +340,33 @@ class Structures:
         places = {node: place for place, node in enumerate(self.model.graph)}
         layers = [t.layer for t in targets if t.layer is not None]
         layers.sort(key=lambda layer: places[layer.node])
+        assert self.context.observer is not None
+        fitted, judged = self.context.observer.apart()
+        fits, judges = (replace(self.context, observer=one) for one in (fitted, judged))
         for number, layer in enumerate(layers):
             self.context.progress(f"refitting layer {number + 1} of {len(layers)}")
-            aim = aim_of(layer, self.model, before, self.context, kept)
-            if aim is not None:
-                self._refit_layer(layer, aim)
+            aim = aim_of(layer, self.model, before, fits, kept)
+            other = aim_of(layer, self.model, before, judges, kept)
+            if aim is not None and other is not None:
+                self._refit_layer(layer, aim, other)
 
-    def _refit_layer(self, layer: Layer, aim: Aim) -> None:
+    def _refit_layer(self, layer: Layer, aim: Aim, other: Aim) -> None:
         weight = layer.matrix()
         if _missed(weight, aim) <= UNCHANGED * float(aim.squares.sum()):
             return
-        found = aim.weight(weight, damped(aim.moments, aim.rows))
+        best, errs = None, []
+        diag = np.einsum("gkk->gk", aim.moments)
+        D = diag + 0.01 * diag.mean(axis=1, keepdims=True) + 1e-12
+        import os
+        for lam in [float(x) for x in os.environ.get("LAMS", "0.003,0.01,0.03,0.1,0.3,1,3").split(",")]:
+            m = aim.moments + lam * np.einsum("gk,kj->gkj", D, np.eye(diag.shape[1]))
+            found = aim.weight(weight, m)
+            e = _missed(found, other) / float(other.squares.sum())
+            errs.append(e)
+            if best is None or e < best[0]:
+                best = e, found, lam
+        print(layer.node.name, 'before %.4f %.4f'%(_missed(weight, aim)/ float(aim.squares.sum()), _missed(weight, other)/ float(other.squares.sum())), 'fit %.4f'%(_missed(best[1], aim)/float(aim.squares.sum())), best[2], ' '.join('%.4f'%e for e in errs))
+        found = best[1]
         value = layer.weight
         tensor = value.const_value
         assert tensor is not None
