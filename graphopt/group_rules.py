@@ -13,9 +13,9 @@ import numpy as np
 
 from graphopt.couplings import End, Site, broadcast_to
 from graphopt.movement_rules import MOVEMENTS
-from graphopt.operators import dropout_is_off
+from graphopt.operators import dropout_is_off, is_onnx
 from graphopt.packing import is_constant
-from graphopt.rewriting import stated_integers
+from graphopt.rewriting import input_of, small_integers, stated_integers
 
 Rule = Callable[[Site], None]
 
@@ -123,7 +123,7 @@ def _softmax(site: Site) -> None:
 
 def _cumsum(site: Site) -> None:
     source, target = site.input(0), site.output()
-    axes = stated_integers(site.node, "", 1)
+    axes = small_integers(input_of(site.node, 1))
     if source is not None and target is not None and axes:
         tie_all(site, source, target, [axis % source.rank for axis in axes])
 
@@ -132,11 +132,11 @@ def _reduce(site: Site) -> None:
     source, target = site.input(0), site.output()
     axes = stated_integers(site.node, "axes", 1)
     if source is None or target is None or axes is None:
-        return None
+        return
     if not axes and site.node.attributes.get_int("noop_with_empty_axes", 0) != 0:
-        return tie_all(site, source, target)
-    reduced = {axis % source.rank for axis in axes or range(source.rank)}
-    return _tie_kept(site, source, target, reduced)
+        tie_all(site, source, target)
+        return
+    _tie_kept(site, source, target, {axis % source.rank for axis in axes or range(source.rank)})
 
 
 def _arg_reduce(site: Site) -> None:
@@ -153,31 +153,21 @@ def _tie_kept(site: Site, source: End, target: End, reduced: set[int]) -> None:
         site.tie(source, axis, target, axis if keeps else place)
 
 
-def _depth_to_space(site: Site) -> None:
-    """A channel that is made is block * block channels: blocks apart (DCR), or together (CRD)."""
+def _depth_and_space(site: Site) -> None:
+    """One channel on the side of space is block * block channels on the side of depth.
+
+    These lie apart, each block of which holds all channels (DCR), or together (CRD).
+    """
     source, target = site.input(0), site.output()
     if source is None or target is None or target.rank != 4:
         return
     site.tie(source, 0, target, 0)
-    made, taken = target.size(1), source.size(1)
-    if made is not None and taken is not None:
-        index = np.arange(taken)
+    deep, wide = (source, target) if is_onnx(site.node, "DepthToSpace") else (target, source)
+    many, few = deep.size(1), wide.size(1)
+    if many is not None and few is not None:
+        index = np.arange(many)
         together = site.node.attributes.get_string("mode", "DCR") == "CRD"
-        site.tie(
-            source, 1, target, 1, index, index // (taken // made) if together else index % made
-        )
-
-
-def _space_to_depth(site: Site) -> None:
-    """A channel becomes block * block channels, each block of which holds all channels."""
-    source, target = site.input(0), site.output()
-    if source is None or target is None or target.rank != 4:
-        return
-    site.tie(source, 0, target, 0)
-    made, taken = target.size(1), source.size(1)
-    if made is not None and taken is not None:
-        index = np.arange(made)
-        site.tie(source, 1, target, 1, index % taken, index)
+        site.tie(deep, 1, wide, 1, index, index // (many // few) if together else index % few)
 
 
 # ------------------------------------------------------------------ weighted sums
@@ -382,7 +372,7 @@ RULES: dict[str, Rule] = {
     "Conv": _conv,
     "ConvTranspose": _conv_transpose,
     "CumSum": _cumsum,
-    "DepthToSpace": _depth_to_space,
+    "DepthToSpace": _depth_and_space,
     "Dropout": _dropout,
     "Einsum": _einsum,
     "Gemm": _gemm,
@@ -397,6 +387,6 @@ RULES: dict[str, Rule] = {
     "MeanVarianceNormalization": _mean_variance,
     "RMSNormalization": partial(_all_but, -1, True),
     "RNN": partial(_recurrent, 1),
-    "SpaceToDepth": _space_to_depth,
+    "SpaceToDepth": _depth_and_space,
 }  # fmt: skip
 """By operator of the standard domain."""

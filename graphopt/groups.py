@@ -13,7 +13,7 @@ So a model without some units computes what the model computes with these weight
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -129,6 +129,19 @@ class Groups:
 
     all: tuple[Group, ...]
 
+    def on(self, value: ir.Value, axis: int) -> tuple[Group, ...]:
+        """The groups that have units on an axis of a value: together they say what stays of it."""
+        return self._by_axis.get((value, axis), ())
+
+    @cached_property
+    def _by_axis(self) -> dict[tuple[ir.Value, int], tuple[Group, ...]]:
+        found: dict[tuple[ir.Value, int], tuple[Group, ...]] = {}
+        for group in self.all:
+            for place in group.places:
+                key = place.value, place.axis
+                found[key] = (*found.get(key, ()), group)
+        return found
+
     @cached_property
     def prunable(self) -> tuple[Group, ...]:
         """Those of which units can be removed."""
@@ -185,36 +198,49 @@ def _look_at(node: ir.Node, couplings: Couplings, opset: int) -> None:
 
 def _groups(couplings: Couplings) -> list[Group]:
     classes = couplings.classes()
+    unit_of = np.full(int(classes.max(initial=-1)) + 1, -1)
+    groups = []
+    for axes, why, members in _alike(couplings, classes):
+        unit_of[members] = np.arange(len(members))
+        groups.append(_group(couplings, classes, unit_of, axes, why))
+        unit_of[members] = -1
+    order_of = {producer: index for index, producer in enumerate(couplings.producers)}
+    groups.sort(key=lambda group: order_of[group.producers[0]])
+    return _named_apart(groups)
+
+
+def _alike(
+    couplings: Couplings, classes: np.ndarray
+) -> Iterator[tuple[list[int], tuple[str, ...], list[int]]]:
+    """Axes, reasons to be frozen, and the classes that have these; of what constants make."""
     atom_axes = couplings.atom_axes()
-    numbered = [(couplings.axis_number(p.weight, p.axis), p) for p in couplings.producers]
-    made = np.zeros(len(couplings.axes), bool)
-    made[[number for number, _ in numbered]] = True
-    is_made = np.zeros(int(classes.max(initial=-1)) + 1, bool)
-    is_made[classes[made[atom_axes]]] = True
+    is_made = _made_by_constants(couplings, classes, atom_axes)
     reasons: dict[int, dict[str, None]] = defaultdict(dict)
     for found, reason in couplings.frozen(classes):
         for one in found[is_made[found]].tolist():
             reasons[one][reason] = None
 
+    alike: dict[tuple[bytes, tuple[str, ...]], list[int]] = defaultdict(list)
     atoms = np.flatnonzero(is_made[classes])
-    by_key: dict[tuple[bytes, tuple[str, ...]], list[int]] = defaultdict(list)
-    order = atoms[np.lexsort((atom_axes[atoms], classes[atoms]))]
-    bounds = np.flatnonzero(np.diff(classes[order], prepend=-1))
-    for part in np.split(order, bounds[1:]) if order.size else ():
-        one = int(classes[part[0]])
-        axes = np.unique(atom_axes[part])
-        by_key[axes.tobytes(), tuple(reasons.get(one, ()))].append(one)
+    atoms = atoms[np.argsort(classes[atoms], kind="stable")]
+    starts = np.flatnonzero(np.diff(classes[atoms], prepend=-1))
+    for of_one in np.split(atoms, starts[1:]) if atoms.size else ():
+        one = int(classes[of_one[0]])
+        axes = np.unique(atom_axes[of_one])
+        alike[axes.tobytes(), tuple(reasons.get(one, ()))].append(one)
+    for (content, why), members in alike.items():
+        yield np.frombuffer(content, np.int64).tolist(), why, members
 
-    groups = []
-    unit_of = np.full(is_made.size, -1)
-    for (axes_bytes, why), members in by_key.items():
-        unit_of[members] = np.arange(len(members))
-        axes = np.frombuffer(axes_bytes, np.int64)
-        groups.append(_group(couplings, classes, unit_of, axes.tolist(), why))
-        unit_of[members] = -1
-    order_of = {producer: index for index, producer in enumerate(couplings.producers)}
-    groups.sort(key=lambda group: order_of[group.producers[0]])
-    return _named_apart(groups)
+
+def _made_by_constants(
+    couplings: Couplings, classes: np.ndarray, atom_axes: np.ndarray
+) -> np.ndarray:
+    """Bool [classes]: whether a constant makes channels of the class."""
+    made_axes = np.zeros(len(couplings.axes), bool)
+    made_axes[[couplings.axis_number(p.weight, p.axis) for p in couplings.producers]] = True
+    is_made = np.zeros(int(classes.max(initial=-1)) + 1, bool)
+    is_made[classes[made_axes[atom_axes]]] = True
+    return is_made
 
 
 def _named_apart(groups: Sequence[Group]) -> list[Group]:

@@ -14,6 +14,9 @@ from graphopt.packing import is_constant
 from graphopt.reshape_blocks import Block, cut, factors_of
 from graphopt.rewriting import constant_tensor, input_of, small_integers, stated_integers
 
+RESIZE_HAS_REGIONS = 11
+"""From this opset on, the regions of interest are an input before the scales."""
+
 HAS_WHERE = 9
 """From this opset on there is a Where."""
 
@@ -315,19 +318,26 @@ def _resize(site: Site) -> None:
     mode = attributes.get_string("coordinate_transformation_mode", "half_pixel")
     if mode == "tf_crop_and_resize" or "axes" in attributes:
         return
-    is_resize = is_onnx(site.node, "Resize") and site.opset > 10
-    scales = constant_tensor(input_of(site.node, 2 if is_resize else 1))
-    sizes = small_integers(input_of(site.node, 3)) if is_resize else None
-    factors = scales.numpy() if scales is not None and scales.size else None
-    if is_onnx(site.node, "Upsample") and "scales" in attributes:
-        factors = np.asarray(attributes["scales"].as_floats())
+    scales, sizes = _scales(site), None
+    if is_onnx(site.node, "Resize"):
+        sizes = site.couplings.facts.content(input_of(site.node, 3))
     for axis in range(source.rank):
-        scaled = factors is not None and len(factors) == source.rank and factors[axis] == 1
-        stated = (
-            sizes is not None and len(sizes) == source.rank and sizes[axis] == source.size(axis)
+        is_scaled_by_1 = scales is not None and len(scales) == source.rank and scales[axis] == 1
+        keeps = (
+            sizes is not None and len(sizes) == source.rank and sizes[axis] == source.sizes[axis]
         )
-        if scaled or stated:
+        if is_scaled_by_1 or keeps:
             site.tie(source, axis, target, axis)
+
+
+def _scales(site: Site) -> np.ndarray | None:
+    """By what a Resize or Upsample scales each axis; None where that is computed or not stated."""
+    node = site.node
+    if "scales" in node.attributes:
+        return np.asarray(node.attributes["scales"].as_floats())
+    after_regions = is_onnx(node, "Resize") and site.opset >= RESIZE_HAS_REGIONS
+    scales = constant_tensor(input_of(node, 2 if after_regions else 1))
+    return scales.numpy() if scales is not None and scales.size else None
 
 
 def _shape(site: Site) -> None:

@@ -233,9 +233,10 @@ class Choices:
                 else:
                     yield self._take(block, open_factors[0] if open_factors else None)
             if len(ambiguous) == len(waiting):
-                block, factor = self._best(ambiguous)
-                ambiguous.remove(block)
-                yield self._take(block, factor)
+                best = self._best(ambiguous)
+                ambiguous = [block for block in ambiguous if block not in best]
+                for block, factor in best.items():
+                    yield self._take(block, factor)
             waiting = ambiguous
 
     def _root(self, axis: int) -> int:
@@ -250,20 +251,28 @@ class Choices:
     def _roots(self, factor: Factor) -> set[int]:
         return {self._root(factor.input_axis), self._root(factor.output_axis)}
 
-    def _best(self, blocks: Sequence[Block]) -> tuple[Block, Factor]:
+    def _best(self, blocks: Sequence[Block]) -> dict[Block, Factor]:
+        """The best factor, and those as good that have to do with none of the others' axes."""
         touched: Counter[int] = Counter()
         for factor in self._taken:
             touched.update(self._roots(factor))
         for block in blocks:
             touched.update({root for f in self._open(block) for root in self._roots(f)})
-        candidates = [(block, factor) for block in blocks for factor in self._open(block)]
-
-        def score(candidate: tuple[Block, Factor]) -> tuple[bool, int, int]:
-            _, factor = candidate
-            roots = self._roots(factor)
-            return bool(roots & self._alive), sum(touched[r] for r in roots), factor.size
-
-        return max(candidates, key=score)
+        scores = {}
+        for block in blocks:
+            for factor in self._open(block):
+                roots = self._roots(factor)
+                is_alive = not roots.isdisjoint(self._alive)
+                scores[block, factor] = is_alive, sum(touched[r] for r in roots), factor.size
+        highest = max(scores.values())
+        best: dict[Block, Factor] = {}
+        taken: set[int] = set()
+        for (block, factor), score in scores.items():
+            roots = {self._root(axis) for axis in (*block.inputs, *block.outputs)}
+            if score == highest and taken.isdisjoint(roots):
+                best[block] = factor
+                taken |= roots
+        return best
 
     def _take(self, block: Block, factor: Factor | None) -> tuple[Block, Factor | None, str]:
         reason = (

@@ -227,6 +227,59 @@ def pooled(b: Builder) -> None:
     b.image(op, b.channels[source], source, kernel_shape=[3, 3], pads=[1, 1, 1, 1])
 
 
+def resized(b: Builder) -> None:
+    """Twice as large and back, by scales or sizes."""
+    source = conv(b)
+    channels = b.channels[source]
+    scales = b.constant(np.asarray([1, 1, 2, 2], np.float32))
+    large = b.one("Resize", source, b.constant(np.zeros(0, np.float32)), scales)
+    nothing = b.constant(np.zeros(0, np.float32))
+    if b.random.random() < 0.5 and b.batch == 2:
+        sizes = b.integers(2, channels, SIZE, SIZE)
+        b.image("Resize", channels, large, nothing, nothing, sizes)
+    else:
+        b.image("MaxPool", channels, large, kernel_shape=[2, 2], strides=[2, 2])
+
+
+def deepened(b: Builder) -> None:
+    source = conv(b, made=8)
+    mode = str(b.random.choice(["DCR", "CRD"]))
+    wide = b.one("DepthToSpace", source, blocksize=2, mode=mode)
+    b.image("SpaceToDepth", 8, b.one("Relu", wide), blocksize=2)
+
+
+def contracted(b: Builder) -> None:
+    source, made = conv(b), b.pick(4, 6)
+    weight = b.normal(b.channels[source], made)
+    if b.opset >= 12:
+        b.image("Einsum", made, source, weight, equation="nchw,cd->ndhw")
+
+
+def chosen(b: Builder) -> None:
+    """Where, Expand and Tile."""
+    source = conv(b)
+    channels = b.channels[source]
+    is_larger = b.one("Greater", source, b.normal(channels, 1, 1))
+    other = b.one("Expand", b.normal(1, channels, 1, 1), b.integers(1, channels, SIZE, 1))
+    other = b.one("Tile", other, b.integers(1, 1, 1, SIZE))
+    b.image("Where", channels, is_larger, source, other)
+
+
+def doubled(b: Builder) -> None:
+    source = conv(b, made=4)
+    b.image("Tile", 8, source, b.integers(1, 2, 1, 1))
+
+
+def centred(b: Builder) -> None:
+    """The mean of each image goes, and its largest column is added."""
+    source = b.any()
+    channels = b.channels[source]
+    pooled = b.one("GlobalAveragePool", source)
+    largest = b.one("ArgMax", source, axis=3, keepdims=1)
+    column = b.one("Cast", largest, to=TensorProto.FLOAT)
+    b.image("Add", channels, b.one("Sub", source, pooled), column)
+
+
 def tied(b: Builder) -> None:
     """One weight in two layers."""
     source = conv(b, made=6)
@@ -257,9 +310,10 @@ def watched(b: Builder) -> None:
 
 
 IMAGE_STEPS: tuple[Callable[[Builder], object], ...] = (
-    activated, at_the_end, concatenated, conv, depthwise, gathered, grouped, instance_normalized,
-    normalized, padded, pooled, prelu, residual, scaled, shuffled, sliced, split,
-    squeezed_and_excited, tied, transposed, unknown, watched,
+    activated, at_the_end, centred, chosen, concatenated, contracted, conv, deepened, depthwise,
+    doubled, gathered, grouped, instance_normalized, normalized, padded, pooled, prelu, residual,
+    resized, scaled, shuffled, sliced, split, squeezed_and_excited, tied, transposed, unknown,
+    watched,
 )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from observed import observer
 from graphopt.chunked import CHUNKS, Chunks
 from graphopt.contract import Sample
 from graphopt.observe import Question
-from graphopt.statistics import Gram, Patches, rows_of
+from graphopt.statistics import Patches, rows_of
 from graphopt.testing import parse
 
 GROUPED = Patches((3, 3), (2, 1), (1, 2), (1, 1, 1, 1), group=2)
@@ -29,7 +29,7 @@ def chunks_of(arrays: list[np.ndarray], patches: Patches | None = None) -> Chunk
 
 def moments_of(arrays: list[np.ndarray], patches: Patches | None, chunk: int) -> np.ndarray:
     """Of the rows of a chunk, all at once: of shape [group, inputs]."""
-    rows = [rows_of(a, patches, i) for i, a in enumerate(arrays) if i % CHUNKS == chunk]
+    rows = [rows_of(a, patches, i // CHUNKS) for i, a in enumerate(arrays) if i % CHUNKS == chunk]
     squares = np.square(np.concatenate(rows, axis=1), dtype=np.float64)
     return np.asarray(squares.mean(axis=1))
 
@@ -45,20 +45,6 @@ def test_moments_are_those_of_the_rows_of_each_chunk(patches: Patches | None) ->
     for chunk in range(CHUNKS):
         wanted = moments_of(arrays, patches, chunk)
         np.testing.assert_allclose(chunks.moments[chunk], wanted, rtol=1e-12)
-
-
-@pytest.mark.parametrize("patches", [None, GROUPED])
-def test_the_sum_over_chunks_is_the_diagonal_of_the_gram_matrix(patches: Patches | None) -> None:
-    arrays, gram = images(20), Gram(patches)
-    for array in arrays:
-        gram.add(array)
-
-    chunks = chunks_of(arrays, patches)
-
-    assert chunks.rows.sum() == gram.rows
-    diagonal = np.diagonal(gram.total, axis1=1, axis2=2)
-    # The products of the Gram matrix are added up in float32 within an array.
-    np.testing.assert_allclose(chunks.squares.sum(axis=0), diagonal, rtol=1e-5)
 
 
 def test_chunks_without_rows_have_no_moments() -> None:
@@ -92,20 +78,29 @@ def test_nothing_seen_is_no_moments() -> None:
     assert Chunks().moments.shape == (0, 0, 0)
 
 
-def test_equal_arrays_that_are_looked_at_whole_give_equal_chunks_to_the_last_bit() -> None:
-    array = images(1)[0]
+@pytest.mark.parametrize("patches", [None, GROUPED])
+def test_chunks_of_equal_arrays_are_equal_to_the_last_bit(patches: Patches | None) -> None:
+    few = images(3)
+    arrays = [array for array in few for _ in range(CHUNKS)]
 
-    moments = chunks_of([array] * (CHUNKS + 1)).moments
+    moments = chunks_of(arrays, patches).moments
 
-    # One row in each of the 64 stretches or fewer rows: 48 of 7.
-    assert moments.shape == (CHUNKS, 1, 7)
-    assert (moments[1:] == moments[1]).all()
+    assert len(moments) == CHUNKS
+    assert (moments[1:] == moments[0]).all()
+
+
+def test_chunks_of_more_and_of_fewer_arrays_that_are_all_the_same_are_equal() -> None:
+    array = images(1)[0][:, :, :2, :2]
+
+    moments = chunks_of([array] * (3 * CHUNKS + 5)).moments
+
+    assert (moments[1:] == moments[0]).all()
 
 
 def test_memory_does_not_grow_with_the_samples() -> None:
     few, many = chunks_of(images(1), GROUPED), chunks_of(images(40), GROUPED)
 
-    assert few.squares.nbytes == many.squares.nbytes == CHUNKS * 2 * 18 * 8
+    assert few.means.nbytes == many.means.nbytes == CHUNKS * 2 * 18 * 8
 
 
 def test_chunks_are_asked_for_like_other_statistics() -> None:

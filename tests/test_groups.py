@@ -210,9 +210,12 @@ def test_the_parts_of_a_concat_are_groups_of_their_own() -> None:
         "a = Relu(h) b = Conv(h, k) t = Concat<axis = 1>(a, b)", taken=13, k=(5, 8, 1, 1)
     )
 
-    groups = groups_of(model).prunable
+    found = groups_of(model)
+    groups = found.prunable
 
     assert [(g.name, g.units) for g in groups] == [("h", 8), ("b", 5)]
+    assert found.on(model.graph.initializers["v"], 1) == groups
+    assert found.on(model.graph.initializers["v"], 0) == found.frozen
     assert {c.weight.name for c in groups[0].consumers} == {"k", "v"}
     assert assert_law(model) == 2
 
@@ -451,6 +454,27 @@ def test_bounds_and_pads_as_attributes() -> None:
     (group,) = groups_of(model).prunable
 
     assert sorted(_together(group, "h", 1)) == [[1, 5], [2, 6], [3], [4]]
+    assert assert_law(model) == 1
+
+
+RESIZED = {
+    "scales": "f = Constant<value_floats = [1.0, 1.0, 2.0, 2.0]>() t = Resize(h, , f)",
+    "sizes": "s = Constant<value_ints = [2, 8, 2, 2]>() t = Resize(h, , , s)",
+    "computed sizes": """z = Shape(h) b = Constant<value_ints = [0]>()
+        e = Constant<value_ints = [1]>() n = Slice(z, b, e)
+        k = Constant<value_ints = [8, 6, 6]>() s = Concat<axis = 0>(n, k) t = Resize(h, , , s)""",
+}
+
+
+@pytest.mark.parametrize("body", RESIZED.values(), ids=RESIZED)
+def test_images_that_are_resized(body: str) -> None:
+    model = _images(body)
+    model.graph.inputs[0].shape = ir.Shape(["N", 3, 4, 4])
+
+    group = _group_of(model, "w")
+
+    assert group.frozen is None
+    assert _together(group, "t", 1) == _alone(8)
     assert assert_law(model) == 1
 
 

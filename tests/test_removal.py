@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 from generated_structures import structure
 from removed import assert_law, between_layers, groups_of, some_of, without
-from test_backend_cases import QUICK, cases
+from test_backend_cases import cases
 
 from graphopt.contract import Context
 from graphopt.errors import ModelError, SampleError
@@ -24,18 +24,18 @@ from graphopt_passes.prune.removal import remove, zeroed
 # ------------------------------------------------------------------ generated networks
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(50))
 def test_the_law_on_generated_networks(seed: int) -> None:
     assert_law(structure(seed))
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(20))
 def test_axes_may_come_to_size_1(seed: int) -> None:
     assert_law(structure(seed), share=0.0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", range(60, 1060, 50))
+@pytest.mark.parametrize("first", range(50, 1050, 50))
 def test_the_law_on_many_generated_networks(first: int) -> None:
     for seed in range(first, first + 50):
         assert_law(structure(seed))
@@ -51,8 +51,6 @@ def test_most_generated_networks_have_something_to_remove() -> None:
 # ------------------------------------------------------------------ the cases of ONNX's backends
 
 Feeds = Mapping[str, Any]
-
-OPERATORS = (*QUICK, "averagepool", "conv", "flatten", "instancenorm", "lstm", "reshape", "where")
 
 
 def _as_constants(case: Any, kept: int) -> tuple[ir.Model, dict[str, np.ndarray]] | None:
@@ -88,14 +86,6 @@ def _check_case(case: Any, kept: int) -> int:
             return groups
         groups += assert_law(model, [feeds], seeds=(0,))
     return groups
-
-
-@pytest.mark.parametrize("operator", OPERATORS)
-def test_the_law_on_operators_between_layers(operator: str) -> None:
-    names = (f"test_{operator}", f"test_basic_{operator}")
-    for case in cases():
-        if case.name.startswith(names):
-            _check_case(case, 1)
 
 
 @pytest.mark.slow
@@ -282,3 +272,14 @@ def test_frozen_groups_and_empty_masks_are_refused() -> None:
         remove(model, {group: np.zeros(4, bool)}, context)
     with pytest.raises(ValueError, match="4 units"):
         zeroed(model, {group: np.ones(3, bool)})
+
+
+def test_groups_of_another_model_are_refused() -> None:
+    model = _between("t = Relu(h)")
+    (group,) = groups_of(model).prunable
+    other, kept = model.clone(), {group: np.asarray([True, False, True, True])}
+
+    with pytest.raises(ValueError, match="of another model"):
+        remove(other, kept, Context(lambda: other))
+    with pytest.raises(ValueError, match="of another model"):
+        zeroed(other, kept)

@@ -6,7 +6,7 @@ other value has lost: it should give the sum as it was, less the other value as 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -14,13 +14,14 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.contract import Context
-from graphopt.observe import Question
+from graphopt.observe import Question, Statistics
 from graphopt.operators import is_onnx
 from graphopt.regression import Regression
 from graphopt.rewriting import Names, add_initializer, only_reader, tensor_of
 from graphopt_passes.quantize.layers import GRAM_INPUTS_MAXIMUM, Layer, is_scaled
 from graphopt_passes.quantize.twins import side_by_side, values_of
 
+GAIN_MAXIMUM = 2.0
 Kept = Mapping[str, Mapping[int, np.ndarray]]
 """By the name of a value and an axis: int64 [n], the indices that stay, rising."""
 
@@ -59,6 +60,22 @@ class Aim:
             near + np.linalg.solve(damped, rest.transpose(0, 2, 1)).transpose(0, 2, 1)
         )
 
+    def with_variance(self, weight: np.ndarray) -> np.ndarray:
+        """The weight with a gain for each output, so that it varies as it should.
+
+        Least squares with few entries give what they can foretell, which varies less; later layers
+        were made for what varied as before. That is the repair of activation statistics (arXiv
+        2605.21426): cifar_resnet20 with 70 % zeros loses 4.2 points with it, and 7.0 without.
+
+        Args:
+            weight: of shape [group, outputs, inputs].
+        """
+        power = np.einsum("gnk,gnk->gn", np.matmul(weight, self.moments), weight)
+        usable = (power > 0) & (self.squares > 0)
+        ratio = np.divide(self.squares, power, out=np.ones_like(power), where=usable)
+        gain = np.sqrt(np.minimum(ratio, GAIN_MAXIMUM**2))
+        return np.asarray(weight * gain[:, :, np.newaxis])
+
     def bias(self, weight: np.ndarray) -> np.ndarray:
         """With which the means of the outputs are as they should be; [group * outputs]."""
         given = np.einsum("gnk,gk->gn", weight, self.read_means)
@@ -75,26 +92,44 @@ def has_aim(layer: Layer) -> bool:
 def aim_of(
     layer: Layer, model: ir.Model, before: ir.Model, context: Context, kept: Kept = EVERYTHING
 ) -> Aim | None:
-    """What a layer reads now, and what it should give; None where no sample reaches it.
+    """What a layer reads now, and what it should give; see `aims_of`."""
+    (found,) = aims_of([layer], model, before, context, kept)
+    return found
+
+
+def aims_of(
+    layers: Sequence[Layer],
+    model: ir.Model,
+    before: ir.Model,
+    context: Context,
+    kept: Kept = EVERYTHING,
+) -> list[Aim | None]:
+    """What layers read now, and what they should give; None where no sample reaches one.
 
     Args:
-        layer: of the model.
+        layers: of the model.
         model: as it is now.
         before: the same model, as it was.
         context: with samples.
         kept: where the model has only some indices along an axis of a value, those.
     """
     twin, theirs = side_by_side(model, before)
-    given, others = _sum_of(layer)
-    aim = theirs[given.name or ""]
-    for axis, indices in kept.get(given.name or "", {}).items():
-        aim = _picked(aim, axis, indices, twin)
-    for other in values_of(twin, [v.name or "" for v in others]):
-        aim = _difference(aim, other, twin)
-    question = Question(
-        layer.source.name or "", "regression", patches=layer.patches(), aim=aim.name
-    )
-    seen = context.observe(twin, [question], remembers=False)[question]
+    questions = []
+    for layer in layers:
+        given, others = _sum_of(layer)
+        aim = theirs[given.name or ""]
+        for axis, indices in kept.get(given.name or "", {}).items():
+            aim = _picked(aim, axis, indices, twin)
+        for other in values_of(twin, [v.name or "" for v in others]):
+            aim = _difference(aim, other, twin)
+        source = layer.source.name or ""
+        questions.append(Question(source, "regression", patches=layer.patches(), aim=aim.name))
+    answers = context.observe(twin, questions, remembers=False)
+    pairs = zip(layers, questions, strict=True)
+    return [_aim(layer, answers[question]) for layer, question in pairs]
+
+
+def _aim(layer: Layer, seen: Statistics) -> Aim | None:
     if not isinstance(seen, Regression) or not seen.rows or not np.isfinite(seen.total).all():
         return None
     moments, cross, squares = seen.moments(central=layer.can_correct_bias)

@@ -86,12 +86,16 @@ def _blocks_at(
 
 def _is_alike(*values: ir.Value) -> bool:
     shapes = {tuple(map(str, v.shape)) if v.shape is not None else None for v in values}
-    return len(shapes) == 1 and None not in shapes and all(
-        v.dtype in (None, ir.DataType.FLOAT) for v in values
+    return (
+        len(shapes) == 1
+        and None not in shapes
+        and all(v.dtype in (None, ir.DataType.FLOAT) for v in values)
     )
 
 
-def _needed_by(value: ir.Value, reader: ir.Node, places: Mapping[ir.Node, int]) -> frozenset[ir.Node]:
+def _needed_by(
+    value: ir.Value, reader: ir.Node, places: Mapping[ir.Node, int]
+) -> frozenset[ir.Node]:
     """The nodes that nothing but a reader of the value needs.
 
     They are looked at from the last to the first, so that what reads one is decided before it.
@@ -121,9 +125,7 @@ def places_of(model: ir.Model) -> dict[ir.Node, int]:
     return {node: place for place, node in enumerate(model.graph)}
 
 
-def means_of(
-    blocks: Iterable[Block], model: ir.Model, context: Context
-) -> dict[Block, np.ndarray]:
+def means_of(blocks: Iterable[Block], model: ir.Model, context: Context) -> dict[Block, np.ndarray]:
     """What each branch adds on the mean, float64 [channels]; without those that never ran."""
     asked = {block: block.question for block in blocks}
     answers = context.observe(model, asked.values(), remembers=False) if asked else {}
@@ -137,7 +139,11 @@ def means_of(
 
 
 def drop_branch(
-    model: ir.Model, output: ir.Value, branch: ir.Value, means: np.ndarray, axis: int,
+    model: ir.Model,
+    output: ir.Value,
+    branch: ir.Value,
+    means: np.ndarray,
+    axis: int,
     context: Context,
 ) -> None:
     """Let a sum add a constant in the place of a branch.

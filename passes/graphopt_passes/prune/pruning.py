@@ -2,14 +2,15 @@
 
 With samples, every layer is asked for what it gave before any weight was pruned, of what it reads
 now (`aims`): so it makes good for what was lost before it. Least squares say what it would become
-without zeros, the criterion which entries stay, least squares again what these become; the bias
-makes the means right, and a gain the variances.
+without zeros, the criterion which entries stay, least squares again what these become, and the
+bias makes the means right, and a gain the variances.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import onnx_ir as ir
@@ -17,8 +18,9 @@ import onnx_ir as ir
 from graphopt.contract import Change, Context
 from graphopt.encoding import NODES_BYTES
 from graphopt.rewriting import Names
-from graphopt_passes.prune.aims import Aim, aim_of, has_aim
-from graphopt_passes.prune.masks import Pattern
+from graphopt.validation import worst
+from graphopt_passes.prune.aims import Aim, aims_of, has_aim
+from graphopt_passes.prune.masks import Pattern, uniform
 from graphopt_passes.prune.sparsities import (
     ENTRY_BYTES,
     PROBED,
@@ -36,39 +38,73 @@ from graphopt_passes.prune.support import (
     pruned,
     refitted,
 )
-from graphopt_passes.prune.weights import taps_of
-from graphopt_passes.quantize.allocation import closest_within
+from graphopt_passes.prune.weights import prunable_weights, taps_of
+from graphopt_passes.quantize.allocation import Choice, closest_within, smallest_within
 from graphopt_passes.quantize.layers import Layer
 from graphopt_passes.quantize.narrow_weights import Target, shift_bias
-from graphopt_passes.quantize.narrowing import Narrowing, problem_of
+from graphopt_passes.quantize.narrowing import COMPARED_SAMPLES, Narrowing, problem_of
 
-Factors = Callable[[ir.Model, Target, int], Floats | None]
+Factors = Callable[[Target, int], Floats | None]
 """What the worth of the entries of a weight is multiplied with, given how many stay."""
 
+ROUNDS = 3
+"""How often a limit on what is foretold is corrected by what was seen."""
 
-@dataclass(frozen=True)
+MILDER = 0.1
+"""Less sparsity, where it was too much."""
+
+NEAR = 0.9
+"""An error of so much of what is allowed needs no further round."""
+
+
+@dataclass
 class Pruning:
     """Prunes the weights of one model.
 
     Attributes:
         model: rewritten in place.
         context: with samples, or without.
-        targets: of the model, in the order in which they run.
         criterion: by which entries stay.
         pattern: in which they do.
-        change: told what is done.
+        change: told what is done, and what is left alone.
+        min_elements: smaller weights stay.
         factors: see `Factors`.
-        numbers: in which the entries that stay are stored.
+        numbers: the type whose numbers the entries that stay become.
     """
 
     model: ir.Model
     context: Context
-    targets: Sequence[Target]
     criterion: Criterion
     pattern: Pattern
     change: Change
+    min_elements: int = 1
     factors: Factors = lambda *_: None
     numbers: ir.DataType = ir.DataType.FLOAT
+
+    @cached_property
+    def targets(self) -> list[Target]:
+        """What is pruned, in the order in which it runs."""
+        return prunable_weights(self.model, self.min_elements, self.pattern, self.change)
+
+    def apply(self, sparsity: float, error: float, layers: str) -> None:
+        """Prune all weights, to a share of zeros or, where an error is given, within it.
+
+        Args:
+            sparsity: of all entries.
+            error: see `within`; 0 for none.
+            layers: "by-loss" or "uniform".
+        """
+        if not self.targets:
+            return
+        density = self.pattern.fixed_density
+        sizes = [target.size for target in self.targets]
+        if density is not None or layers == "uniform":
+            kept = (1 - sparsity) if density is None else density
+            self.run([int(keep) for keep in uniform(sizes, round(sum(sizes) * kept))])
+        else:
+            self.run(self.within(error) if error else self.by_loss(sparsity))
+
+    # -------------------------------------------------------------- how many entries stay
 
     def by_loss(self, sparsity: float) -> list[int]:
         """How many entries each weight keeps, so that the outputs change least.
@@ -77,17 +113,40 @@ class Pruning:
             sparsity: share of all entries that is to go.
         """
         total = round(sum(target.size for target in self.targets) * (1 - sparsity))
-        choices = self._narrowing().choices
-        chosen = closest_within(choices, ENTRY_BYTES * total + NODES_BYTES * len(choices))
-        keeps = [
-            target.size if index == 0 else Pruned(SPARSITIES[-index], self.criterion).keep(target)
-            for target, index in zip(self.targets, chosen, strict=True)
-        ]
+        bytes_of_all = ENTRY_BYTES * total + NODES_BYTES * len(self.targets)
+        keeps = self._keeps(closest_within(self._choices, bytes_of_all))
         # Weights that stay as they are leave the bytes of their nodes.
         keeps[int(np.argmax(keeps))] -= max(sum(keeps) - total, 0)
         return keeps
 
-    def _narrowing(self) -> Narrowing:
+    def within(self, error: float) -> list[int]:
+        """How few entries weights can keep for what they add to be seen to be no more than that.
+
+        Args:
+            error: relative L2 error of the worst output, on the calibration samples.
+        """
+        compare = self.context.against(self.context.original, COMPARED_SAMPLES)
+        before = max(worst([output]) ** 2 for output in compare(self.model))
+        asked, best = error**2, [target.size for target in self.targets]
+        for _ in range(ROUNDS):
+            keeps = self._keeps(smallest_within(self._choices, asked))
+            trial = replace(
+                self,
+                model=self.model.clone(),
+                context=replace(self.context, scratch=None),
+                change=Change(),
+            )
+            trial.run(keeps)
+            seen = max(worst([output]) ** 2 for output in compare(trial.model)) - before
+            if seen <= error**2 and sum(keeps) < sum(best):
+                best = keeps
+            if NEAR * error <= max(seen, 0.0) ** 0.5 <= error:
+                break
+            asked *= NEAR**2 * error**2 / max(seen, 0.1 * error**2)
+        return best
+
+    @cached_property
+    def _choices(self) -> list[list[Choice]]:
         forms = [Pruned(sparsity, self.criterion) for sparsity in reversed(SPARSITIES)]
         return Narrowing(
             self.model,
@@ -97,26 +156,38 @@ class Pruning:
             estimates_of_pruned,
             Change(),
             self.targets,
-        )
+        ).choices
+
+    def _keeps(self, chosen: Sequence[int]) -> list[int]:
+        return [
+            target.size if index == 0 else Pruned(SPARSITIES[-index], self.criterion).keep(target)
+            for target, index in zip(self.targets, chosen, strict=True)
+        ]
+
+    # -------------------------------------------------------------- pruning
 
     def run(self, keeps: Sequence[int]) -> None:
         """Prune each weight to so many entries."""
-        before = self.model.clone()
-        for number, (target, keep) in enumerate(zip(self.targets, keeps, strict=True)):
-            self.context.progress(f"pruning weight {number + 1} of {len(self.targets)}")
-            factors = self.factors(self.model, target, keep)
-            selection = Selection(self.criterion, self.pattern, taps_of(target), factors)
-            aim = self._aim(target, before)
-            if aim is not None and target.layer is not None:
-                self._prune_to_aim(target, target.layer, aim, keep, selection)
-            else:
-                self._prune_alone(target, keep, selection)
-            self.change.count(f"weight of {target.operator} pruned")
+        before, number = self.model.clone(), 0
+        for together in _reading_the_same(self.targets):
+            aims = self._aims(together, before)
+            for target, aim in zip(together, aims, strict=True):
+                self.context.progress(f"pruning weight {number + 1} of {len(self.targets)}")
+                factors = self.factors(target, keeps[number])
+                selection = Selection(self.criterion, self.pattern, taps_of(target), factors)
+                if aim is not None and target.layer is not None:
+                    self._prune_to_aim(target, target.layer, aim, keeps[number], selection)
+                else:
+                    self._prune_alone(target, keeps[number], selection)
+                self.change.count(f"weight of {target.operator} pruned")
+                number += 1
 
-    def _aim(self, target: Target, before: ir.Model) -> Aim | None:
-        if self.context.observer is None or target.layer is None or not has_aim(target.layer):
-            return None
-        return aim_of(target.layer, self.model, before, self.context)
+    def _aims(self, targets: Sequence[Target], before: ir.Model) -> list[Aim | None]:
+        """What each layer should give; None for what is no layer, or is not looked at."""
+        layers = [target.layer for target in targets]
+        if self.context.observer is None or not all(one and has_aim(one) for one in layers):
+            return [None] * len(layers)
+        return aims_of([one for one in layers if one], self.model, before, self.context)
 
     def _prune_to_aim(
         self, target: Target, layer: Layer, aim: Aim, keep: int, selection: Selection
@@ -130,13 +201,13 @@ class Pruning:
             found = refitted(flat, moments, mask)
         else:
             found = pruned(flat, moments, keep, selection)
-        found = self._rounded(found.reshape(wanted.shape))
+        grouped = self._rounded(aim.with_variance(found.reshape(wanted.shape)))
         target.value.const_value = self.context.tensor(
-            layer.stored(found).astype(target.dtype.numpy()), target.name
+            layer.stored(grouped).astype(target.dtype.numpy()), target.name
         )
         if layer.can_correct_bias:
             old = layer.bias()
-            shift = aim.bias(found) - (0.0 if old is None else old)
+            shift = aim.bias(grouped) - (0.0 if old is None else old)
             shift_bias(layer, shift, Names(self.model), self.context)
 
     def _prune_alone(self, target: Target, keep: int, selection: Selection) -> None:
@@ -144,7 +215,7 @@ class Pruning:
         asked = target.asked if self.context.observer is not None else ()
         answers = self.context.observe(self.model, asked) if asked else {}
         problem = problem_of(target, answers)
-        if problem.gram is None and self.criterion != "magnitude":
+        if problem.gram is None:
             selection = replace(selection, criterion="magnitude")
         found = pruned(problem.weight, moments_of(problem), keep, selection)
         target.value.const_value = self.context.tensor(
@@ -152,7 +223,24 @@ class Pruning:
         )
 
     def _rounded(self, weight: Floats) -> Floats:
-        """As it will be stored."""
+        """As the numbers will be stored."""
         if self.numbers == ir.DataType.FLOAT:
             return weight
         return weight.astype(self.numbers.numpy()).astype(weight.dtype)
+
+
+def _reading_the_same(targets: Sequence[Target]) -> list[list[Target]]:
+    """The weights in order, those of one value next to each other together: they need one look."""
+    found: list[list[Target]] = []
+    for target in targets:
+        last = found[-1][-1].layer if found else None
+        if last is not None and target.layer is not None and last.source is target.layer.source:
+            found[-1].append(target)
+        else:
+            found.append([target])
+    return found
+
+
+def fewer_zeros(sparsity: float) -> float | None:
+    """A milder sparsity to try where one changes the outputs too much; None where none is left."""
+    return round(sparsity - MILDER, 3) if sparsity >= 2 * MILDER else None

@@ -7,7 +7,7 @@ weights that take them out at zero, `remove` against `zeroed`.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -37,9 +37,10 @@ def remove(model: ir.Model, kept: Kept, context: Context) -> None:
         context: keeps the tensors.
 
     Raises:
-        ValueError: a group is frozen, or nothing of it would stay.
+        ValueError: a group is frozen, of another model, or nothing of it would stay.
     """
     masks = masks_of(kept)
+    _check_own(masks, set(values_of(model)))
     if not masks:
         return
     facts, opset = ShapeFacts(model), opset_of(model)
@@ -67,11 +68,12 @@ def zeroed(model: ir.Model, kept: Kept) -> ir.Model:
         kept: what stays.
 
     Raises:
-        ValueError: a group is frozen, or nothing of it would stay.
+        ValueError: a group is frozen, of another model, or nothing of it would stay.
     """
     masks = masks_of(kept)
     copy = model.clone()
     copies = dict(zip(values_of(model), values_of(copy), strict=True))
+    _check_own(masks, copies)
     sinks: dict[ir.Value, dict[int, np.ndarray]] = defaultdict(dict)
     for group in kept:
         for consumer in group.consumers:
@@ -92,7 +94,7 @@ def masks_of(kept: Kept) -> Masks:
     """By value and axis: bool [size], the indices that stay; only where some do not.
 
     Raises:
-        ValueError: a group is frozen, or nothing of it would stay.
+        ValueError: a group is frozen, of another model, or nothing of it would stay.
     """
     masks: dict[tuple[ir.Value, int], np.ndarray] = {}
     for group, stays in kept.items():
@@ -111,6 +113,11 @@ def masks_of(kept: Kept) -> Masks:
                 masks[key] = np.ones(place.size, bool)
             masks[key][place.indices] = stays[place.units]
     return masks
+
+
+def _check_own(masks: Masks, values: Container[ir.Value]) -> None:
+    if any(value not in values for value, _ in masks):
+        raise ValueError("the groups are of another model, or of this one before a change")
 
 
 def _by_value(masks: Masks) -> dict[ir.Value, dict[int, np.ndarray]]:

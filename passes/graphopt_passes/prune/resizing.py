@@ -82,7 +82,7 @@ class Resizing:
         if numbers is not None:
             changed = [sizes.get(place, number) for place, number in enumerate(numbers)]
             if changed != list(numbers):
-                self.state(node, "shape", index, changed)
+                self.state(node, "sizes", index, changed)
             return
         if not sizes:
             return
@@ -278,14 +278,12 @@ def _fix_squeeze(resizing: Resizing, node: ir.Node) -> None:
 
 
 def _fix_resize(resizing: Resizing, node: ir.Node) -> None:
-    target = node.outputs[0]
-    sizes = small_integers(input_of(node, 3))
-    if not sizes:
+    target, sizes = node.outputs[0], input_of(node, 3)
+    if sizes is None or resizing.sizes(sizes) == (0,):
         return
-    masks = [resizing.mask(target, axis) for axis in range(len(sizes))]
-    kept = [s if m is None else int(m.sum()) for s, m in zip(sizes, masks, strict=True)]
-    if kept != list(sizes):
-        resizing.state(node, "sizes", 3, kept)
+    masks = {axis: resizing.mask(target, axis) for axis in range(len(resizing.sizes(target)))}
+    kept = {axis: int(mask.sum()) for axis, mask in masks.items() if mask is not None}
+    resizing.restate(node, 3, kept)
 
 
 FIXES: dict[str, Callable[[Resizing, ir.Node], None]] = {

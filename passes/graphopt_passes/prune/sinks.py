@@ -109,9 +109,7 @@ def batches(groups: Sequence[Group]) -> Iterator[list[Group]]:
         yield batch
 
 
-def sinks_of(
-    groups: Iterable[Group], model: ir.Model, context: Context
-) -> dict[Group, list[Sink]]:
+def sinks_of(groups: Iterable[Group], model: ir.Model, context: Context) -> dict[Group, list[Sink]]:
     """The consumers of groups as matrices, with what the samples say of their inputs.
 
     Args:

@@ -409,18 +409,14 @@ def _remove(
     for block in blocks:
         mask = masks.get((block.branch, block.axis))
         means = block.means if mask is None else block.means[mask]
-        drop_branch(
-            model, made[block.output], made[block.branch], means, block.axis, context
-        )
+        drop_branch(model, made[block.output], made[block.branch], means, block.axis, context)
 
 
 def _consumer_in(
     consumer: Consumer, copies: Mapping[ir.Value, ir.Value], nodes: Mapping[ir.Node, ir.Node]
 ) -> Consumer:
     data = None if consumer.data is None else copies[consumer.data]
-    return consumer._replace(
-        node=nodes[consumer.node], weight=copies[consumer.weight], data=data
-    )
+    return consumer._replace(node=nodes[consumer.node], weight=copies[consumer.weight], data=data)
 
 
 def _can_refit(target: Target) -> bool:

@@ -158,7 +158,8 @@ def refitted(weight: Floats, moments: Floats, mask: Mask, steps: int = CONJUGATE
         scaled = rest / curvature
         before, power = power, np.einsum("gnk,gnk->gn", rest, scaled)
         step = scaled + _ratio(power, before) * step
-    return _flat(found).astype(weight.dtype)
+    # Not -0.0, which is stored as a number.
+    return _flat(np.where(stays, found, 0.0)).astype(weight.dtype)
 
 
 def _ratio(above: Floats, below: Floats) -> Floats:

@@ -41,7 +41,7 @@ class Curve:
         return max(len(self.order) // 2, 1)
 
     def kept(self, count: int) -> np.ndarray:
-        """bool [units]: those that stay where so many do."""
+        """Bool [units]: those that stay where so many do."""
         stays = np.zeros(len(self.order), bool)
         stays[self.order[len(self.order) - count :]] = True
         return stays
