@@ -26,7 +26,7 @@ from graphopt.operators import is_onnx
 from graphopt.rewriting import Names, constant_tensor, input_of
 from graphopt.statistics import Gram, Patches
 from graphopt_passes.prune.removal import set_constant
-from graphopt_passes.prune.support import Floats, damped
+from graphopt_passes.prune.support import Floats
 from graphopt_passes.quantize.layers import GRAM_INPUTS_MAXIMUM, Layer, layer_of
 from graphopt_passes.quantize.narrow_weights import shift_bias
 
@@ -36,6 +36,31 @@ TYPES = (ir.DataType.FLOAT, ir.DataType.DOUBLE)
 
 GRAM_BYTES_MAXIMUM = 256 << 20
 """Of the moments that are looked at together."""
+
+
+ROWS_ALIKE = 5
+"""Rows of one sample are much alike: so many say as much as one of another sample."""
+
+RIDGES = (0.003, 1.0)
+"""Share of the diagonal that is added to moments, at least and at most."""
+
+
+def shrunk(moments: Floats, rows: int) -> Floats:
+    """Moments with a share of their diagonal added to it: more, the fewer rows were seen.
+
+    Where samples are few, a weight that makes good for others on these samples does not on others.
+
+    Args:
+        moments: of shape [groups, inputs, inputs].
+        rows: of which they are made.
+    """
+    inputs = moments.shape[-1]
+    share = np.clip(ROWS_ALIKE * inputs / max(rows, 1), *RIDGES)
+    diagonal = np.einsum("gkk->gk", moments)
+    mean = np.maximum(diagonal.mean(axis=1, keepdims=True), 0)
+    # Where no input is ever other than zero, any weight will do.
+    added = np.where(mean > 0, share * (np.maximum(diagonal, 0) + 0.01 * mean), 1.0)
+    return np.asarray(moments + added[:, :, np.newaxis] * np.eye(inputs))
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +167,7 @@ def _sink(consumer: Consumer, channels: np.ndarray, gram: Gram | None) -> Sink:
         identity = np.broadcast_to(np.eye(inputs), (len(matrix), inputs, inputs))
         return Sink(consumer, matrix, np.array(identity), None, columns)
     central = _corrects_bias(consumer)
-    moments = damped(gram.covariance if central else gram.mean, gram.rows)
+    moments = shrunk(gram.covariance if central else gram.mean, gram.rows)
     return Sink(consumer, matrix, moments, gram.means if central else None, columns)
 
 

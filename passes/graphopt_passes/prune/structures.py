@@ -29,12 +29,13 @@ from graphopt_passes.prune.removal import masks_of, remove
 from graphopt_passes.prune.sinks import (
     Sink,
     batches,
+    shrunk,
     sinks_of,
     why_without_sinks,
     write_shift,
     write_sink,
 )
-from graphopt_passes.prune.support import Floats, damped
+from graphopt_passes.prune.support import Floats
 from graphopt_passes.prune.unit_choice import BlockOption, Choosing, Chosen, UnitOptions
 from graphopt_passes.prune.unit_costs import Costs, Term, macs_terms, parameters_terms
 from graphopt_passes.prune.unit_scores import Curve, curve_of
@@ -93,6 +94,13 @@ class Structures:
     drops_blocks: bool = True
     refits: bool = True
     _measured: dict[int, Callable[[ir.Model], float]] = field(default_factory=dict)
+
+    @cached_property
+    def _apart(self) -> tuple[Context, Context]:
+        """To look at what layers read, and to measure what removing their inputs does."""
+        assert self.context.observer is not None
+        fitted, judged = self.context.observer.apart()
+        return replace(self.context, observer=fitted), replace(self.context, observer=judged)
 
     # -------------------------------------------------------------- what there is
 
@@ -173,7 +181,7 @@ class Structures:
         """The groups, in order, with what removing units of them does."""
         found = []
         for batch in batches(self.groups):
-            by_group = sinks_of(batch, self.model, self.context)
+            by_group = sinks_of(batch, self.model, self._apart[0])
             for group, sinks in by_group.items():
                 self.context.progress(f"looking at group {group.name}")
                 curve = curve_of(sinks)
@@ -202,7 +210,7 @@ class Structures:
 
     @cached_property
     def _means(self) -> dict[Block, np.ndarray]:
-        return means_of(self.blocks, self.model, self.context)
+        return means_of(self.blocks, self.model, self._apart[0])
 
     @cached_property
     def block_options(self) -> list[BlockOption]:
@@ -227,7 +235,7 @@ class Structures:
         samples = min(COMPARED_SAMPLES, RUNS_MAXIMUM // max(len(self.groups) + len(self.blocks), 1))
         samples = max(samples, ALONE_SAMPLES)
         if samples not in self._measured:
-            compare = self.context.against(self.model, samples)
+            compare = self._apart[1].against(self.model, samples)
             self._measured[samples] = lambda one: _mean_square(
                 [worst([output]) ** 2 for output in compare(one)]
             )
@@ -350,7 +358,7 @@ class Structures:
         weight = layer.matrix()
         if _missed(weight, aim) <= UNCHANGED * float(aim.squares.sum()):
             return
-        found = aim.weight(weight, damped(aim.moments, aim.rows))
+        found = aim.weight(weight, shrunk(aim.moments, aim.rows))
         value = layer.weight
         tensor = value.const_value
         assert tensor is not None
