@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 from functools import cache
 
@@ -300,6 +301,23 @@ def test_what_cannot_be_looked_at_goes_by_itself(node: str) -> None:
         after.graph.initializers["b"].const_value.numpy(),  # type: ignore[union-attr]
         normal(1, 40),
     )
+
+
+@pytest.mark.parametrize("one", [DENSE, PruneMagnitude(form="dense")], ids=lambda one: one.name)
+def test_no_matrix_is_made_of_very_many_inputs(one: Pass) -> None:
+    """A product of 30,000 inputs: the moments alone would take 7 GB."""
+    model = parse(
+        "agraph (float[N,30000] x, float[30000,4] w) => (float[A,B] y) { y = MatMul(x, w) }",
+        w=normal(0, 30000, 4),
+    )
+    tracemalloc.start()
+    after, _ = pruned(one, model, [{"x": normal(1, 2, 30000)}] * 2)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 100 << 20
+    array, old = weights(after)["w"], weights(model)["w"]
+    assert np.mean(array == 0) == 0.5
+    np.testing.assert_array_equal(array != 0, np.abs(old) >= np.median(np.abs(old)))
 
 
 # ------------------------------------------------------------------ before and after other passes
