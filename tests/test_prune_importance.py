@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 from functools import cache
 
@@ -29,10 +30,12 @@ from graphopt_passes.prune.prune_stability import PruneStability
 DENSE = PruneImportance(min_elements=100, form="dense")
 
 
+QUICK = ["products", *(pytest.param(name, marks=pytest.mark.slow) for name in ("convs", "lstm"))]
+
 # ------------------------------------------------------------------ how many
 
 
-@pytest.mark.parametrize("sparsity", [0.02, 0.99])
+@pytest.mark.parametrize("sparsity", [pytest.param(0.02, marks=pytest.mark.slow), 0.99])
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_so_many_numbers_become_zero(name: str, sparsity: float) -> None:
     model = MODELS[name]()
@@ -81,7 +84,7 @@ def test_where_it_matters_more_stays() -> None:
     assert error(model, after, held_out) < 0.7 * error(model, even, held_out)
 
 
-@pytest.mark.parametrize("name", sorted(MODELS))
+@pytest.mark.parametrize("name", QUICK)
 def test_an_error_limits_what_is_done(name: str, limit: float = 0.1) -> None:
     model = MODELS[name]()
     given = samples(model, 3)
@@ -138,7 +141,7 @@ def test_patterns_hold(name: str, pattern: str) -> None:
 # ------------------------------------------------------------------ how well
 
 
-@pytest.mark.parametrize("name", sorted(MODELS))
+@pytest.mark.parametrize("name", QUICK)
 def test_it_loses_less_than_by_magnitude(name: str) -> None:
     model = MODELS[name]()
     given, held_out = samples(model, 12), samples(model, 4, seed=1)
@@ -209,7 +212,7 @@ def test_a_trained_classifier_of_digits_by_what_is_sure() -> None:
 # ------------------------------------------------------------------ what samples can be
 
 
-@pytest.mark.parametrize("number", [0.0, 2.0, 1000.0])
+@pytest.mark.parametrize("number", [0.0, 1000.0])
 @pytest.mark.parametrize(
     "name, count, criterion", [("products", 1, "second-order"), ("convs", 3, "activations")]
 )
@@ -244,7 +247,7 @@ def test_channels_that_are_never_other_than_zero_lose_their_weights() -> None:
     assert gone[6:12].mean() > 0.7 > 0.4 > gone[12:].mean()
 
 
-@pytest.mark.parametrize("fill", [0.0, -3.0])
+@pytest.mark.parametrize("fill", [0.0, pytest.param(-3.0, marks=pytest.mark.slow)])
 def test_weights_of_one_number(fill: float) -> None:
     model = products()
     model.graph.initializers["u"].const_value = ir.tensor(np.full((32, 32), fill, np.float32))
@@ -300,6 +303,23 @@ def test_what_cannot_be_looked_at_goes_by_itself(node: str) -> None:
     )
 
 
+@pytest.mark.parametrize("one", [DENSE, PruneMagnitude(form="dense")], ids=lambda one: one.name)
+def test_no_matrix_is_made_of_very_many_inputs(one: Pass) -> None:
+    """A product of 30,000 inputs: the moments alone would take 7 GB."""
+    model = parse(
+        "agraph (float[N,30000] x, float[30000,4] w) => (float[A,B] y) { y = MatMul(x, w) }",
+        w=normal(0, 30000, 4),
+    )
+    tracemalloc.start()
+    after, _ = pruned(one, model, [{"x": normal(1, 2, 30000)}] * 2)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 100 << 20
+    array, old = weights(after)["w"], weights(model)["w"]
+    assert np.mean(array == 0) == 0.5
+    np.testing.assert_array_equal(array != 0, np.abs(old) >= np.median(np.abs(old)))
+
+
 # ------------------------------------------------------------------ before and after other passes
 
 LARGE = """
@@ -316,10 +336,10 @@ def large() -> ir.Model:
     "later",
     [
         "cluster-weights{clusters=16,keep-zeros=true}",
-        "quantize-weights",
+        pytest.param("quantize-weights", marks=pytest.mark.slow),
         "quantize-static",
         "prune-importance{sparsity=0.7}",
-        "prune-magnitude{sparsity=0.7,layers=uniform}",
+        pytest.param("prune-magnitude{sparsity=0.7,layers=uniform}", marks=pytest.mark.slow),
     ],
 )
 def test_later_passes_keep_zeros(later: str) -> None:

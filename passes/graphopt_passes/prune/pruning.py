@@ -33,6 +33,7 @@ from graphopt_passes.prune.support import (
     Floats,
     Selection,
     damped,
+    largest_alone,
     mask_of,
     pruned,
     refitted,
@@ -214,9 +215,11 @@ class Pruning:
         asked = target.asked if self.context.observer is not None else ()
         answers = self.context.observe(self.model, asked) if asked else {}
         problem = problem_of(target, answers)
-        if problem.gram is None:
-            selection = replace(selection, criterion="magnitude")
-        found = pruned(problem.weight, moments_of(problem), keep, selection)
+        moments = moments_of(problem)
+        if moments is None:
+            found = largest_alone(problem.weight, keep, selection)
+        else:
+            found = pruned(problem.weight, moments, keep, selection)
         target.value.const_value = self.context.tensor(
             target.stored(self._rounded(found)).astype(target.dtype.numpy()), target.name
         )

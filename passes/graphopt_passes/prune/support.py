@@ -125,6 +125,11 @@ def pruned(weight: Floats, moments: Floats, keep: int, selection: Selection) -> 
     return refitted(weight, moments, mask_of(weight, moments, keep, selection))
 
 
+def largest_alone(weight: Floats, keep: int, selection: Selection) -> Floats:
+    """The weight with its `keep` largest entries, where nothing is known of what it reads."""
+    return np.where(selection.largest(np.abs(weight), keep), weight, weight.dtype.type(0))
+
+
 def mask_of(weight: Floats, moments: Floats, keep: int, selection: Selection) -> Mask:
     """Which entries stay; see `pruned`."""
     if selection.criterion != "second-order":
