@@ -180,6 +180,7 @@ def logits(one: Pass | None) -> np.ndarray:
     return found
 
 
+@pytest.mark.slow
 def test_a_trained_classifier_of_digits_loses_less_than_by_magnitude() -> None:
     """On images that no pass saw: 85 % zeros, by magnitude, refitted, and by importance."""
     passes = {
