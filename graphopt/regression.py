@@ -39,8 +39,12 @@ class Regression:
 
         Args:
             array: [..., inputs]; for a Conv [batch, channels, ...].
-            aim: [..., outputs]; for a Conv [batch, outputs, ...], as the Conv gives it.
+            aim: [..., outputs]; for a Conv [batch, outputs, ...], as the Conv gives it. An array
+                of any other number of rows is left out, with what is read.
         """
+        if not self._belong_together(array, aim):
+            self.arrays += 1
+            return
         with np.errstate(over="ignore"):
             read = np.asarray(chosen_rows(array, self.patches, self.arrays), np.float32)
             given = np.asarray(self._aims_of(aim, read.shape[2]), np.float32)
@@ -66,6 +70,12 @@ class Regression:
                 new += old
         self.total, self.cross, self.sums, self.aims, self.squares = found
         self.rows += read.shape[1]
+
+    def _belong_together(self, array: np.ndarray, aim: np.ndarray) -> bool:
+        """There is a row that the layer should give for each that it reads."""
+        if self.patches is None:
+            return array.shape[:-1] == aim.shape[:-1]
+        return (len(aim), *aim.shape[2:]) == (len(array), *self.patches.places(array.shape[2:]))
 
     def _aims_of(self, aim: np.ndarray, inputs: int) -> np.ndarray:
         """Rows at the same places as those of what is read: [group, rows, outputs of a group]."""

@@ -243,6 +243,12 @@ class Patches:
         moved: np.ndarray = np.moveaxis(apart, 1, 0)
         return moved
 
+    def places(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        """How many windows there are along each axis of an image of these sizes."""
+        padded = (size + sum(p) for size, p in zip(sizes, self.padding(sizes), strict=True))
+        windows = zip(padded, self.kernel, self.strides, self.dilations, strict=True)
+        return tuple((size - (k - 1) * d - 1) // step + 1 for size, k, step, d in windows)
+
     def padding(self, sizes: tuple[int, ...]) -> list[tuple[int, int]]:
         """What is added before and after along each axis of an image of these sizes."""
         rank = len(self.kernel)

@@ -345,7 +345,7 @@ def test_a_value_that_is_not_there_is_a_clear_error_before_anything_runs(
 
 def test_questions_are_of_kinds_that_there_are() -> None:
     with pytest.raises(
-        ValueError, match="one of spread, gram, rows, reservoir, chunks; not 'grams'"
+        ValueError, match="one of spread, gram, rows, reservoir, regression, chunks; not 'grams'"
     ):
         Question("a", "grams")
 

@@ -94,6 +94,12 @@ def test_the_law_on_all_operators_between_layers(kept: int) -> None:
     assert sum(_check_case(case, kept) for case in cases()) > 500
 
 
+@pytest.mark.slow
+def test_every_case_can_be_analyzed() -> None:
+    for case in cases():
+        groups_of(ir.from_proto(case.model))
+
+
 # ------------------------------------------------------------------ what is written
 
 ROWS = np.arange(12, dtype=np.float32).reshape(3, 4)

@@ -46,7 +46,7 @@ class PruneImportance(Pass):
 
     Raises:
         SpecError: there is no such pattern, or an error is asked for of one that says how many
-            entries stay.
+            entries stay, or for uniform layers.
     """
 
     name: ClassVar[str] = "prune-importance"
@@ -69,6 +69,8 @@ class PruneImportance(Pass):
         super().__post_init__()
         if pattern_of(self.pattern).fixed_density is not None and self.error:
             raise SpecError(f"pattern {self.pattern} says how many entries stay; leave error away")
+        if self.layers == "uniform" and self.error:
+            raise SpecError("an error is spread over layers by loss; leave error or layers away")
 
     def refuse(self, model: ir.Model, context: Context) -> str | None:
         """Refuse opsets before that of the nodes that are written."""

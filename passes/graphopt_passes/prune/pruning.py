@@ -12,14 +12,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import numpy as np
 import onnx_ir as ir
 
+from graphopt.content import read_array
 from graphopt.contract import Change, Context
 from graphopt.encoding import NODES_BYTES
 from graphopt.rewriting import Names
-from graphopt.validation import worst
-from graphopt_passes.prune.aims import Aim, aims_of, has_aim
+from graphopt.validation import OutputError, worst
+from graphopt_passes.prune.aims import Aim, aims_of, has_aim, sum_of
 from graphopt_passes.prune.masks import Pattern, uniform
 from graphopt_passes.prune.sparsities import (
     ENTRY_BYTES,
@@ -34,6 +34,7 @@ from graphopt_passes.prune.support import (
     Floats,
     Selection,
     damped,
+    largest_alone,
     mask_of,
     pruned,
     refitted,
@@ -70,6 +71,7 @@ class Pruning:
         min_elements: smaller weights stay.
         factors: see `Factors`.
         numbers: the type whose numbers the entries that stay become.
+        gains_of_sums: layers that make good for what others have lost get gains, too; see `run`.
     """
 
     model: ir.Model
@@ -80,6 +82,7 @@ class Pruning:
     min_elements: int = 1
     factors: Factors = lambda *_: None
     numbers: ir.DataType = ir.DataType.FLOAT
+    gains_of_sums: bool = False
 
     @cached_property
     def targets(self) -> list[Target]:
@@ -115,9 +118,9 @@ class Pruning:
         total = round(sum(target.size for target in self.targets) * (1 - sparsity))
         bytes_of_all = ENTRY_BYTES * total + NODES_BYTES * len(self.targets)
         keeps = self._keeps(closest_within(self._choices, bytes_of_all))
-        # Weights that stay as they are leave the bytes of their nodes.
-        keeps[int(np.argmax(keeps))] -= max(sum(keeps) - total, 0)
-        return keeps
+        # Weights that stay as they are leave the bytes of their nodes, and there may be more zeros
+        # than are chosen from.
+        return [int(keep) for keep in uniform(keeps, min(total, sum(keeps)))]
 
     def within(self, error: float) -> list[int]:
         """How few entries weights can keep for what they add to be seen to be no more than that.
@@ -126,18 +129,13 @@ class Pruning:
             error: relative L2 error of the worst output, on the calibration samples.
         """
         compare = self.context.against(self.context.original, COMPARED_SAMPLES)
-        before = max(worst([output]) ** 2 for output in compare(self.model))
+        before = _square(compare(self.model))
         asked, best = error**2, [target.size for target in self.targets]
         for _ in range(ROUNDS):
             keeps = self._keeps(smallest_within(self._choices, asked))
-            trial = replace(
-                self,
-                model=self.model.clone(),
-                context=replace(self.context, scratch=None),
-                change=Change(),
-            )
+            trial = self._trial(self.gains_of_sums)
             trial.run(keeps)
-            seen = max(worst([output]) ** 2 for output in compare(trial.model)) - before
+            seen = _square(compare(trial.model)) - before
             if seen <= error**2 and sum(keeps) < sum(best):
                 best = keeps
             if NEAR * error <= max(seen, 0.0) ** 0.5 <= error:
@@ -167,7 +165,34 @@ class Pruning:
     # -------------------------------------------------------------- pruning
 
     def run(self, keeps: Sequence[int]) -> None:
-        """Prune each weight to so many entries."""
+        """Prune each weight to so many entries.
+
+        Whether layers that are added to something, and make good for what that has lost, should
+        also vary as they did, is tried: networks of residual blocks differ in that.
+        """
+        sums = any(one.layer is not None and sum_of(one.layer)[1] for one in self.targets)
+        if not sums or self.context.observer is None:
+            self._run(keeps)
+            return
+        compare = self.context.against(self.model, COMPARED_SAMPLES)
+        trials = [self._trial(gains) for gains in (False, True)]
+        for trial in trials:
+            trial._run(keeps)
+        best = min(trials, key=lambda trial: _square(compare(trial.model)))
+        _adopt(self.model, best.model, self.context)
+        self.change.counts.update(best.change.counts)
+
+    def _trial(self, gains_of_sums: bool) -> Pruning:
+        """The same on a clone; what is tried goes to no file."""
+        return replace(
+            self,
+            model=self.model.clone(),
+            context=replace(self.context, scratch=None),
+            change=Change(),
+            gains_of_sums=gains_of_sums,
+        )
+
+    def _run(self, keeps: Sequence[int]) -> None:
         before, number = self.model.clone(), 0
         for together in _reading_the_same(self.targets):
             aims = self._aims(together, before)
@@ -192,7 +217,7 @@ class Pruning:
     def _prune_to_aim(
         self, target: Target, layer: Layer, aim: Aim, keep: int, selection: Selection
     ) -> None:
-        weight, moments = layer.matrix(), damped(aim.moments, aim.rows)
+        weight, moments = layer.matrix(), damped(aim.moments, aim.rows, aim.read_means)
         wanted = aim.weight(weight, moments)
         flat = wanted.reshape(-1, wanted.shape[2])
         if self.criterion == "magnitude":
@@ -201,7 +226,10 @@ class Pruning:
             found = refitted(flat, moments, mask)
         else:
             found = pruned(flat, moments, keep, selection)
-        grouped = self._rounded(aim.with_variance(found.reshape(wanted.shape)))
+        grouped = found.reshape(wanted.shape)
+        if self.gains_of_sums or not aim.makes_good:
+            grouped = aim.with_variance(grouped)
+        grouped = self._rounded(grouped)
         target.value.const_value = self.context.tensor(
             layer.stored(grouped).astype(target.dtype.numpy()), target.name
         )
@@ -215,9 +243,11 @@ class Pruning:
         asked = target.asked if self.context.observer is not None else ()
         answers = self.context.observe(self.model, asked) if asked else {}
         problem = problem_of(target, answers)
-        if problem.gram is None:
-            selection = replace(selection, criterion="magnitude")
-        found = pruned(problem.weight, moments_of(problem), keep, selection)
+        moments = moments_of(problem)
+        if moments is None:
+            found = largest_alone(problem.weight, keep, selection)
+        else:
+            found = pruned(problem.weight, moments, keep, selection)
         target.value.const_value = self.context.tensor(
             target.stored(self._rounded(found)).astype(target.dtype.numpy()), target.name
         )
@@ -230,15 +260,42 @@ class Pruning:
 
 
 def _reading_the_same(targets: Sequence[Target]) -> list[list[Target]]:
-    """The weights in order, those of one value next to each other together: they need one look."""
+    """The weights in order, those of one value next to each other together: they need one look.
+
+    But what is added to something makes good for what that has lost until its turn comes.
+    """
     found: list[list[Target]] = []
     for target in targets:
-        last = found[-1][-1].layer if found else None
-        if last is not None and target.layer is not None and last.source is target.layer.source:
+        last, own = found[-1][-1].layer if found else None, target.layer
+        alike = last is not None and own is not None and last.source is own.source
+        if alike and own is not None and not sum_of(own)[1]:
             found[-1].append(target)
         else:
             found.append([target])
     return found
+
+
+def _square(outputs: Sequence[OutputError]) -> float:
+    """The squared relative L2 error of the worst output."""
+    return max(worst([output]) ** 2 for output in outputs)
+
+
+def _adopt(model: ir.Model, pruned_clone: ir.Model, context: Context) -> None:
+    """Let the nodes of a model read the constants that those of its clone have come to read."""
+    for node, twin in zip(model.graph, pruned_clone.graph, strict=True):
+        node.resize_inputs(len(twin.inputs))
+        for index, (own, other) in enumerate(zip(tuple(node.inputs), twin.inputs, strict=True)):
+            if other is None or other.const_value is None or other.producer() is not None:
+                continue
+            if own is not None and own.const_value is other.const_value:
+                continue
+            name, array = other.name or "", read_array(other.const_value)
+            if name in model.graph.initializers:
+                own = model.graph.initializers[name]
+                own.const_value = context.tensor(array, name)
+            else:
+                own = context.initializer(model.graph, array, name)
+            node.replace_input_with(index, own)
 
 
 def fewer_zeros(sparsity: float) -> float | None:

@@ -14,6 +14,7 @@ from graphopt_passes.prune.support import (
     Floats,
     Selection,
     damped,
+    largest_alone,
     refitted,
     squared_error,
     worth_of,
@@ -76,22 +77,23 @@ class Pruned:
 
     def solve(self, problem: Problem) -> Solution:
         """The weight, refitted; all entries are chosen at once, by what they are worth."""
-        moments = moments_of(problem)
-        selection = Selection(self.criterion)
-        mask = selection.largest(
-            worth_of(problem.weight, moments, self.criterion), self.keep(problem.target)
-        )
-        matrix = refitted(problem.weight, moments, mask, _STEPS)
+        weight, moments = problem.weight, moments_of(problem)
+        selection, keep = Selection(self.criterion), self.keep(problem.target)
+        if moments is None:
+            return Dense((), writer=_write, matrix=largest_alone(weight, keep, selection))
+        mask = selection.largest(worth_of(weight, moments, self.criterion), keep)
+        matrix = refitted(weight, moments, mask, _STEPS)
         return Dense((), writer=_write, matrix=matrix)
 
 
-def moments_of(problem: Problem) -> Floats:
-    """What the weight is multiplied with, of shape [G, K, K]; the identity if it is not known."""
+def moments_of(problem: Problem) -> Floats | None:
+    """What the weight is multiplied with, of shape [G, K, K], damped; None if it is not known."""
     inputs = problem.weight.shape[1]
     if problem.gram is None:
-        return np.eye(inputs)[np.newaxis]
+        return None
     gram = np.asarray(problem.gram, np.float64).reshape(-1, inputs, inputs)
-    return damped(gram, np.iinfo(np.int32).max)
+    means = None if problem.means is None else problem.means[: len(gram)]
+    return damped(gram, np.iinfo(np.int32).max, means)
 
 
 def estimates_of_pruned(problem: Problem, forms: Sequence[Form]) -> list[float]:
@@ -103,10 +105,13 @@ def estimates_of_pruned(problem: Problem, forms: Sequence[Form]) -> list[float]:
     moments = moments_of(problem)
     sparse = [form for form in forms if isinstance(form, Pruned)]
     probe = next(form for form in sparse if form.sparsity == PROBED)
-    worth = np.square(worth_of(problem.weight, moments, probe.criterion), dtype=np.float64)
-    costs = np.concatenate([[0.0], np.cumsum(np.sort(worth, axis=None))])
-    tried = squared_error(problem.weight, probe.solve(problem).numbers(), moments)
-    scale = tried / max(costs[worth.size - probe.keep(problem.target)], 1e-300)
+    weight, scale = problem.weight, 1.0
+    worth = np.abs(weight) if moments is None else worth_of(weight, moments, probe.criterion)
+    squares = np.sort(np.square(worth, dtype=np.float64), axis=None)
+    costs = np.concatenate([[0.0], np.cumsum(squares)])
+    if moments is not None:
+        tried = squared_error(weight, probe.solve(problem).numbers(), moments)
+        scale = tried / max(costs[worth.size - probe.keep(problem.target)], 1e-300)
     return [float(costs[worth.size - form.keep(problem.target)] * scale) for form in sparse]
 
 

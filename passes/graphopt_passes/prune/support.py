@@ -30,6 +30,9 @@ Criterion = Literal["magnitude", "activations", "second-order"]
 DAMPING = 0.003
 """Share of the mean of the diagonal that is added to it at least."""
 
+ROUNDING = 1e-6
+"""Of second moments, for each input: what less of their variance is, float32 makes of sums."""
+
 EXACT_PRODUCTS_MAXIMUM = 3e8
 """Removing one entry after the other takes N K^3 products; more are not worth the wait."""
 
@@ -69,18 +72,22 @@ class Selection:
         return self.pattern.largest(np.square(weighed), keep, self.taps)
 
 
-def damped(moments: Floats, rows: int) -> Floats:
+def damped(moments: Floats, rows: int, means: Floats | None = None) -> Floats:
     """Moments with a share of the mean of the diagonal added to it: more, the fewer rows were seen.
 
     Args:
         moments: of shape [G, K, K].
         rows: of which they are made.
+        means: about which they are, of shape [G, K]; None for 0.
     """
     inputs = moments.shape[-1]
-    mean = np.einsum("gkk->g", moments)[:, np.newaxis, np.newaxis] / inputs
+    mean = np.einsum("gkk->g", moments) / inputs
+    power = mean if means is None else mean + np.square(means).mean(axis=1)
     share = max(DAMPING, inputs / max(rows, 1))
+    ridge = np.maximum(share * mean, ROUNDING * inputs * power)
     # Where no input is ever other than zero, any weight will do.
-    return np.asarray(moments + np.where(mean > 0, share * mean, 1.0) * np.eye(inputs))
+    ridge = np.where(power > 0, ridge, 1.0)[:, np.newaxis, np.newaxis]
+    return np.asarray(moments + ridge * np.eye(inputs))
 
 
 def squared_error(weight: Floats, pruned: Floats, moments: Floats) -> float:
@@ -116,6 +123,11 @@ def pruned(weight: Floats, moments: Floats, keep: int, selection: Selection) -> 
     if keep >= weight.size and selection.pattern.fixed_density is None:
         return weight
     return refitted(weight, moments, mask_of(weight, moments, keep, selection))
+
+
+def largest_alone(weight: Floats, keep: int, selection: Selection) -> Floats:
+    """The weight with its `keep` largest entries, where nothing is known of what it reads."""
+    return np.where(selection.largest(np.abs(weight), keep), weight, weight.dtype.type(0))
 
 
 def mask_of(weight: Floats, moments: Floats, keep: int, selection: Selection) -> Mask:

@@ -108,4 +108,5 @@ class Sureness:
         values = (model.graph.initializers.get(target.name) for model in models)
         tensors = (value.const_value for value in values if value is not None)
         arrays = (read_array(tensor) for tensor in tensors if tensor is not None)
-        return [target.rows_of(array) for array in arrays if array.shape == target.shape]
+        alike = (array for array in arrays if array.shape == target.shape)
+        return [target.rows_of(array) for array in alike if np.isfinite(array).all()]

@@ -117,7 +117,9 @@ class Layer:
 
     @property
     def has_gram(self) -> bool:
-        """Its inputs are few enough to look at their products."""
+        """Its inputs are the last axis of what it reads, and few enough for their products."""
+        if self.node.attributes.get_int("transA", False):
+            return False
         return self.dimensions[2] <= GRAM_INPUTS_MAXIMUM
 
     def ask(self, about: str) -> Question:

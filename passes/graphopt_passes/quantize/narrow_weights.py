@@ -368,7 +368,7 @@ def _products_of(value: ir.Value, shared: Axes, model: ir.Model) -> Iterator[Que
             data, across = node.inputs[0], node.attributes.get_int("transB", 0)
             if data is None or data.dtype != ir.DataType.FLOAT or constant_tensor(data) is not None:
                 continue
-            if shared == (across,):
+            if shared == (across,) and not node.attributes.get_int("transA", 0):
                 yield Question(data.name or "", "gram")
 
 
