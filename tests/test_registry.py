@@ -89,6 +89,7 @@ NOT_PASSES = {
     "twins.py",
     "unit_choice.py",
     "unit_costs.py",
+    "unit_refitting.py",
     "unit_scores.py",
     "units.py",
     "views.py",

@@ -101,8 +101,16 @@ def _needed_by(
     They are looked at from the last to the first, so that what reads one is decided before it.
     """
     found: set[ir.Node] = set()
-    waiting = [(-places[node], node) for node in (value.producer(),) if node in places]
-    seen = {node for _, node in waiting}
+    waiting: list[tuple[int, ir.Node]] = []
+    seen: set[ir.Node] = set()
+
+    def look_at(values: Iterable[ir.Value | None]) -> None:
+        for node in dict.fromkeys(v.producer() for v in values if v is not None):
+            if node is not None and node in places and node not in seen:
+                seen.add(node)
+                heapq.heappush(waiting, (-places[node], node))
+
+    look_at([value])
     while waiting:
         _, node = heapq.heappop(waiting)
         readers = {u.node for o in node.outputs if o is not value for u in o.uses()}
@@ -110,13 +118,9 @@ def _needed_by(
             readers |= {use.node for use in value.uses()} - {reader}
         if any(o.is_graph_output() for o in node.outputs) or not readers <= found:
             continue
-        if any(subgraphs(node)):
-            continue
-        found.add(node)
-        for made in {v.producer() for v in node.inputs if v is not None} - seen:
-            if made in places:
-                seen.add(made)
-                heapq.heappush(waiting, (-places[made], made))
+        if not any(subgraphs(node)):
+            found.add(node)
+            look_at(node.inputs)
     return frozenset(found)
 
 

@@ -1,8 +1,8 @@
-"""prune-structures: remove channels, heads, hidden units and residual branches, and refit the rest."""
+"""prune-structures: remove channels, heads, hidden units and branches, and refit the rest."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 import onnx_ir as ir
@@ -13,6 +13,9 @@ from graphopt_passes.quantize.granularity import WEIGHTS
 
 MULTIPLES = {"cpu": 8, "cuda": 8}
 """Of how many channels kernels work on at a time; see `prune-structures{multiple}`."""
+
+LEAST = 0.95
+"""Of the budget; a smaller part to go is not worth a try."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,14 @@ class PruneStructures(Pass):
     refit: bool = True
     keep: str = ""
 
+    def narrow(self) -> PruneStructures | None:
+        """Half as much goes; None where that is next to nothing."""
+        if self.parameters:
+            milder = 1 - (1 - self.parameters) / 2
+            return replace(self, parameters=milder) if milder <= LEAST else None
+        milder = 1 - (1 - self.macs) / 2
+        return replace(self, macs=milder) if milder <= LEAST else None
+
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Prune to the budget."""
         change = Change()
@@ -56,6 +67,5 @@ class PruneStructures(Pass):
         )
         if not structures.groups and not structures.blocks:
             return change
-        if not structures.run(self.parameters or self.macs):
-            change.counts.clear()
+        structures.run(self.parameters or self.macs)
         return change

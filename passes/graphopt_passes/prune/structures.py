@@ -23,33 +23,26 @@ from graphopt.groups import Consumer, Group, analyze
 from graphopt.layer_costs import macs_of_nodes, sizes_of_sample
 from graphopt.rewriting import Names
 from graphopt.validation import worst
-from graphopt_passes.prune.aims import Aim, Kept, aim_of, has_aim
 from graphopt_passes.prune.blocks import Block, blocks_of, drop_branch, means_of
 from graphopt_passes.prune.removal import masks_of, remove
 from graphopt_passes.prune.sinks import (
     Sink,
     batches,
-    shrunk,
     sinks_of,
     why_without_sinks,
     write_shift,
     write_sink,
 )
-from graphopt_passes.prune.support import Floats
 from graphopt_passes.prune.unit_choice import BlockOption, Choosing, Chosen, UnitOptions
 from graphopt_passes.prune.unit_costs import Costs, Term, macs_terms, parameters_terms
+from graphopt_passes.prune.unit_refitting import is_refitted, refit_units
 from graphopt_passes.prune.unit_scores import Curve, curve_of
-from graphopt_passes.quantize.layers import Layer, layer_of
-from graphopt_passes.quantize.narrow_weights import Target, shift_bias, targets_of
 
 COMPARED_SAMPLES, ALONE_SAMPLES, RUNS_MAXIMUM = 32, 8, 2048
 """Errors are measured on so many samples, at most and at least, and in no more runs in all."""
 
 ROUNDS = 5
 """How often the budget is corrected by what a model without the units was seen to cost."""
-
-UNCHANGED = 1e-8
-"""A layer that gives what it should, but for this share of its squares, is not refitted."""
 
 SHARE_MINIMUM = 0.1
 """Of the units of each group stay at least."""
@@ -307,7 +300,7 @@ class Structures:
         self._fold(kept)
         _remove(self.model, kept, blocks, self.context)
         if self.refits:
-            self._refit(before, indices)
+            refit_units(self.model, before, self.context, self.change, indices)
         return True
 
     def _tell(self, chosen: Chosen, kept: Mapping[Group, np.ndarray]) -> None:
@@ -326,7 +319,7 @@ class Structures:
         gone: dict[Consumer, list[tuple[Group, np.ndarray]]] = {}
         for group, stays in kept.items():
             for consumer in group.consumers:
-                if not _is_refitted(consumer) and len(consumer.weight.uses()) == 1:
+                if not is_refitted(consumer) and len(consumer.weight.uses()) == 1:
                     gone.setdefault(consumer, []).append((group, stays))
         for batch in batches(list({group for found in gone.values() for group, _ in found})):
             for group, sinks in sinks_of(batch, self.model, self.context).items():
@@ -341,34 +334,6 @@ class Structures:
                         channels = place.indices[~stays[place.units]]
                         columns[(channels[:, np.newaxis] * taps + np.arange(taps)).ravel()] = True
                     write_sink(sink, sink.consumer, sink.without(columns), self.context)
-
-    def _refit(self, before: ir.Model, kept: Kept) -> None:
-        """Refit all layers, first to last, to what they gave."""
-        targets = [t for t in targets_of(self.model, 1, Change()) if _can_refit(t)]
-        places = {node: place for place, node in enumerate(self.model.graph)}
-        layers = [t.layer for t in targets if t.layer is not None]
-        layers.sort(key=lambda layer: places[layer.node])
-        for number, layer in enumerate(layers):
-            self.context.progress(f"refitting layer {number + 1} of {len(layers)}")
-            aim = aim_of(layer, self.model, before, self.context, kept)
-            if aim is not None:
-                self._refit_layer(layer, aim)
-
-    def _refit_layer(self, layer: Layer, aim: Aim) -> None:
-        weight = layer.matrix()
-        if _missed(weight, aim) <= UNCHANGED * float(aim.squares.sum()):
-            return
-        found = aim.weight(weight, shrunk(aim.moments, aim.rows))
-        value = layer.weight
-        tensor = value.const_value
-        assert tensor is not None
-        stored = layer.stored(found).astype(tensor.dtype.numpy())
-        value.const_value = self.context.tensor(stored, value.name or "")
-        if layer.can_correct_bias:
-            old = layer.bias()
-            shift = aim.bias(found) - (0.0 if old is None else old)
-            shift_bias(layer, shift, Names(self.model), self.context)
-        self.change.count(f"{layer.node.op_type} refitted")
 
 
 @dataclass(frozen=True, eq=False)
@@ -409,29 +374,6 @@ def _consumer_in(
 ) -> Consumer:
     data = None if consumer.data is None else copies[consumer.data]
     return consumer._replace(node=nodes[consumer.node], weight=copies[consumer.weight], data=data)
-
-
-def _can_refit(target: Target) -> bool:
-    if target.layer is None or target.is_integer or target.in_body:
-        return False
-    return target.value.is_initializer() and has_aim(target.layer)
-
-
-def _is_refitted(consumer: Consumer) -> bool:
-    """Its weight is refitted after units are removed."""
-    node = consumer.node
-    if node.op_type not in ("Conv", "Gemm", "MatMul") or node.inputs[1] is not consumer.weight:
-        return False
-    rank = consumer.weight.shape.rank() if consumer.weight.shape is not None else 0
-    if node.op_type == "MatMul" and rank != 2:
-        return False
-    return len(consumer.weight.uses()) == 1 and has_aim(layer_of(node))
-
-
-def _missed(weight: Floats, aim: Aim) -> float:
-    """E |W z + b - t|^2 about the means, summed over the outputs."""
-    given = np.einsum("gnk,gnk->", weight @ aim.moments, weight)
-    return float(aim.squares.sum() - 2 * np.einsum("gnk,gnk->", weight, aim.cross) + given)
 
 
 def _mean_square(squares: Sequence[float]) -> float:

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from graphopt.groups import Group
 from graphopt.layer_costs import macs_of_nodes
 from graphopt.multiply_accumulates import operands_of
-from graphopt.operators import all_graphs
+from graphopt.operators import all_graphs, is_onnx
 from graphopt.rewriting import constant_tensor
 
 Axis = tuple[ir.Value, int]
@@ -136,7 +136,10 @@ def macs_terms(model: ir.Model, sizes: Mapping[str, int]) -> list[Term]:
 
 
 def parameters_terms(model: ir.Model) -> list[Term]:
-    """The numbers in the weights of a model."""
+    """The numbers in the weights of a model: what products read, and tables that are looked up.
+
+    Masks, positions and the like are none.
+    """
     found = []
     for graph in all_graphs(model):
         for value in graph.initializers.values():
@@ -144,8 +147,10 @@ def parameters_terms(model: ir.Model) -> list[Term]:
             if tensor is None or not tensor.dtype.is_floating_point() or not len(tensor.shape):
                 continue
             nodes = tuple(use.node for use in value.uses())
+            if not any(operands_of(node) or is_onnx(node, "Gather") for node in nodes):
+                continue
             # A weight that several nodes read goes with none of them alone.
-            owner = nodes[:1] if len(nodes) == 1 else ()
+            owner = nodes if len(nodes) == 1 else ()
             axes = tuple((value, axis) for axis in range(len(tensor.shape)))
             found.append(Term(tensor.size, axes, owner))
     return found

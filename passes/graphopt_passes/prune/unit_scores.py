@@ -56,7 +56,8 @@ def curve_of(sinks: Sequence[Sink]) -> Curve:
     units = len(sinks[0].columns)
     states = [_State(sink) for sink in sinks]
     left = np.arange(units)
-    order, costs = [], [0.0]
+    order: list[int] = []
+    costs = [0.0]
     halves: tuple[Floats, ...] = ()
     half = max(units // 2, 1)
     while len(left) > 1:
@@ -66,7 +67,7 @@ def curve_of(sinks: Sequence[Sink]) -> Curve:
             count = min(count, half - len(order))
         gone = np.argsort(each, kind="stable")[:count]
         for index in gone:
-            order.append(left[index])
+            order.append(int(left[index]))
             costs.append(costs[-1] + max(float(each[index]), 0.0))
         for state in states:
             state.remove(left[gone])
