@@ -72,18 +72,19 @@ class Selection:
         return self.pattern.largest(np.square(weighed), keep, self.taps)
 
 
-def damped(moments: Floats, rows: int, means: Floats | None = None) -> Floats:
+def damped(moments: Floats, rows: int, means: Floats | None = None, factor: float = 1.0) -> Floats:
     """Moments with a share of the mean of the diagonal added to it: more, the fewer rows were seen.
 
     Args:
         moments: of shape [G, K, K].
         rows: of which they are made.
         means: about which they are, of shape [G, K]; None for 0.
+        factor: so many times the usual share.
     """
     inputs = moments.shape[-1]
     mean = np.einsum("gkk->g", moments) / inputs
     power = mean if means is None else mean + np.square(means).mean(axis=1)
-    share = max(DAMPING, inputs / max(rows, 1))
+    share = factor * max(DAMPING, inputs / max(rows, 1))
     ridge = np.maximum(share * mean, ROUNDING * inputs * power)
     # Where no input is ever other than zero, any weight will do.
     ridge = np.where(power > 0, ridge, 1.0)[:, np.newaxis, np.newaxis]
