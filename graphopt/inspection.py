@@ -10,10 +10,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
 from graphopt.content import equal_groups
+from graphopt.groups import analyze
 from graphopt.layer_costs import NO_SIZES, LayerCost, free_sizes, layers_of_model
 from graphopt.operators import (
     ONNX_DOMAINS,
@@ -128,6 +130,8 @@ class Inspection:
         assumed: of these, the names of those that nobody gave a size, which count 1.
         random_operators: how many nodes of each that gives other results at every run.
         state: pairs of output and input that look like carried state.
+        groups: channels, heads and hidden units that can only be removed together, as
+            `graphopt.groups.Group.describe` gives them; those that cannot, with the reason.
     """
 
     inputs: tuple[Port, ...]
@@ -152,6 +156,7 @@ class Inspection:
     assumed: tuple[str, ...]
     random_operators: dict[str, int]
     state: tuple[tuple[str, str], ...]
+    groups: tuple[dict[str, Any], ...]
 
 
 def inspect_model(model: ir.Model, sizes: Mapping[str, int] = NO_SIZES) -> Inspection:
@@ -200,7 +205,14 @@ def inspect_model(model: ir.Model, sizes: Mapping[str, int] = NO_SIZES) -> Inspe
         assumed=tuple(name for name in free if name not in sizes),
         random_operators=_counted(filter(is_random, nodes)),
         state=guess_state(model),
+        groups=_groups(model),
     )
+
+
+def _groups(model: ir.Model) -> tuple[dict[str, Any], ...]:
+    copy = model.clone()
+    infer_shapes(copy, follows_elements=not has_long_vectors(copy))
+    return tuple(analyze(copy).describe())
 
 
 def _port(value: ir.Value) -> Port:
