@@ -33,6 +33,9 @@ from graphopt.zeros import FLOATS, ZeroCounts
 
 LARGEST_COUNT = 10
 
+INDICES_MAXIMUM = 1 << 22
+"""Along the axes of weights; of more, groups would take too much memory."""
+
 
 @dataclass(frozen=True)
 class Port:
@@ -132,6 +135,7 @@ class Inspection:
         state: pairs of output and input that look like carried state.
         groups: channels, heads and hidden units that can only be removed together, as
             `graphopt.groups.Group.describe` gives them; those that cannot, with the reason.
+            Empty where weights have very long axes.
     """
 
     inputs: tuple[Port, ...]
@@ -210,6 +214,10 @@ def inspect_model(model: ir.Model, sizes: Mapping[str, int] = NO_SIZES) -> Inspe
 
 
 def _groups(model: ir.Model) -> tuple[dict[str, Any], ...]:
+    weights = [value for graph in all_graphs(model) for value in graph.initializers.values()]
+    shapes = [value.shape.numpy() for value in weights if value.shape is not None]
+    if sum(sum(shape) for shape in shapes) > INDICES_MAXIMUM:
+        return ()
     copy = model.clone()
     infer_shapes(copy, follows_elements=not has_long_vectors(copy))
     return tuple(analyze(copy).describe())

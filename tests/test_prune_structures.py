@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import onnx_ir as ir
 import pytest
 from generated_structures import structure
 from observed import observer
+from rich.console import Console
 
 import graphopt
 from graphopt.contract import Change, Context, Sample
@@ -16,6 +18,7 @@ from graphopt.gate import interface_of, why_other_interface
 from graphopt.groups import analyze
 from graphopt.layer_costs import macs_of_nodes
 from graphopt.random_samples import random_samples
+from graphopt.report import render_inspection
 from graphopt.runtime import Session
 from graphopt.skeleton import infer_shapes, why_invalid
 from graphopt.testing import canonical, parse
@@ -421,6 +424,17 @@ def test_a_cheap_block_goes_before_units() -> None:
 
     assert choosing.within(0.5 * costs.total).dropped == {0}
     assert {node.op_type for node in block.nodes} == {"Conv", "Relu"}
+
+
+def test_inspect_says_what_goes_together_and_what_must_stay() -> None:
+    found, tried = graphopt.inspect(cnn())
+
+    assert [group["units"] for group in found.groups] == [16, 16, 4]
+    assert found.groups[0]["frozen"] is None
+    assert "output of the model" in found.groups[2]["frozen"]
+    shown = Console(width=200, file=StringIO())
+    shown.print(render_inspection(found, tried, groups=True))
+    assert "removable" in shown.file.getvalue()  # type: ignore[attr-defined]
 
 
 # ------------------------------------------------------------------ laws on generated models
