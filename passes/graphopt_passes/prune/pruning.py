@@ -3,7 +3,7 @@
 With samples, every layer is asked for what it gave before any weight was pruned, of what it reads
 now (`aims`): so it makes good for what was lost before it. Least squares say what it would become
 without zeros, the criterion which entries stay, least squares again what these become, and the
-bias makes the means right, and a gain the variances.
+bias makes the means right. A gain makes the variances right, where that helps the outputs.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 import onnx_ir as ir
 
@@ -48,6 +49,8 @@ from graphopt_passes.quantize.narrowing import COMPARED_SAMPLES, Narrowing, prob
 Factors = Callable[[Target, int], Floats | None]
 """What the worth of the entries of a weight is multiplied with, given how many stay."""
 
+Gains = Literal["none", "alone", "all"]
+
 ROUNDS = 3
 """How often a limit on what is foretold is corrected by what was seen."""
 
@@ -71,7 +74,8 @@ class Pruning:
         min_elements: smaller weights stay.
         factors: see `Factors`.
         numbers: the type whose numbers the entries that stay become.
-        gains_of_sums: layers that make good for what others have lost get gains, too; see `run`.
+        gains: which layers vary as they did: "none", those that make good for no other one
+            ("alone"), or "all"; see `run`.
     """
 
     model: ir.Model
@@ -82,7 +86,7 @@ class Pruning:
     min_elements: int = 1
     factors: Factors = lambda *_: None
     numbers: ir.DataType = ir.DataType.FLOAT
-    gains_of_sums: bool = False
+    gains: Gains = "none"
 
     @cached_property
     def targets(self) -> list[Target]:
@@ -133,7 +137,7 @@ class Pruning:
         asked, best = error**2, [target.size for target in self.targets]
         for _ in range(ROUNDS):
             keeps = self._keeps(smallest_within(self._choices, asked))
-            trial = self._trial(self.gains_of_sums)
+            trial = self._trial(self.gains)
             trial.run(keeps)
             seen = _square(compare(trial.model)) - before
             if seen <= error**2 and sum(keeps) < sum(best):
@@ -167,29 +171,31 @@ class Pruning:
     def run(self, keeps: Sequence[int]) -> None:
         """Prune each weight to so many entries.
 
-        Whether layers that are added to something, and make good for what that has lost, should
-        also vary as they did, is tried: networks of residual blocks differ in that.
+        Least squares with few entries give what they can foretell, which varies less than what
+        later layers were made for. Whether gains are to make up for that is tried, on the outputs:
+        residual networks lose a third less with them, and others more.
         """
-        sums = any(one.layer is not None and sum_of(one.layer)[1] for one in self.targets)
-        if not sums or self.context.observer is None:
+        if self.context.observer is None:
             self._run(keeps)
             return
+        sums = any(one.layer is not None and sum_of(one.layer)[1] for one in self.targets)
         compare = self.context.against(self.model, COMPARED_SAMPLES)
-        trials = [self._trial(gains) for gains in (False, True)]
+        gains: tuple[Gains, ...] = ("none", "alone", "all") if sums else ("none", "all")
+        trials = [self._trial(one) for one in gains]
         for trial in trials:
             trial._run(keeps)
         best = min(trials, key=lambda trial: _square(compare(trial.model)))
         _adopt(self.model, best.model, self.context)
         self.change.counts.update(best.change.counts)
 
-    def _trial(self, gains_of_sums: bool) -> Pruning:
+    def _trial(self, gains: Gains) -> Pruning:
         """The same on a clone; what is tried goes to no file."""
         return replace(
             self,
             model=self.model.clone(),
             context=replace(self.context, scratch=None),
             change=Change(),
-            gains_of_sums=gains_of_sums,
+            gains=gains,
         )
 
     def _run(self, keeps: Sequence[int]) -> None:
@@ -227,7 +233,7 @@ class Pruning:
         else:
             found = pruned(flat, moments, keep, selection)
         grouped = found.reshape(wanted.shape)
-        if self.gains_of_sums or not aim.makes_good:
+        if self.gains == "all" or (self.gains == "alone" and not aim.makes_good):
             grouped = aim.with_variance(grouped)
         grouped = self._rounded(grouped)
         target.value.const_value = self.context.tensor(
