@@ -255,6 +255,13 @@ def inspect(
         ),
     ] = None,
     samples: SamplesPath = None,
+    groups: Annotated[
+        bool,
+        typer.Option(
+            "--groups",
+            help="Show which channels, heads and hidden units go together, and which must stay.",
+        ),
+    ] = False,
     json: Json = None,
 ) -> None:
     """Show what is in MODEL, what each layer costs, and what the recipe basic would do.
@@ -266,7 +273,7 @@ def inspect(
     sizes = _sizes(size)
     with _progress() as progress:
         found, tried = graphopt.inspect(model, sizes=sizes, samples=samples, progress=progress)
-    shown = report.render_inspection(found, tried)
+    shown = report.render_inspection(found, tried, groups)
     _show(shown, json, lambda: json_report.inspection_to_json(found, tried))
 
 

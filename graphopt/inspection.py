@@ -10,10 +10,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
 from graphopt.content import equal_groups
+from graphopt.groups import analyze
 from graphopt.layer_costs import NO_SIZES, LayerCost, free_sizes, layers_of_model
 from graphopt.operators import (
     ONNX_DOMAINS,
@@ -30,6 +32,9 @@ from graphopt.state import guess_state
 from graphopt.zeros import FLOATS, ZeroCounts
 
 LARGEST_COUNT = 10
+
+INDICES_MAXIMUM = 1 << 22
+"""Along the axes of weights; of more, groups would take too much memory."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,9 @@ class Inspection:
         assumed: of these, the names of those that nobody gave a size, which count 1.
         random_operators: how many nodes of each that gives other results at every run.
         state: pairs of output and input that look like carried state.
+        groups: channels, heads and hidden units that can only be removed together, as
+            `graphopt.groups.Group.describe` gives them; those that cannot, with the reason.
+            Empty where weights have very long axes.
     """
 
     inputs: tuple[Port, ...]
@@ -152,6 +160,7 @@ class Inspection:
     assumed: tuple[str, ...]
     random_operators: dict[str, int]
     state: tuple[tuple[str, str], ...]
+    groups: tuple[dict[str, Any], ...]
 
 
 def inspect_model(model: ir.Model, sizes: Mapping[str, int] = NO_SIZES) -> Inspection:
@@ -200,7 +209,18 @@ def inspect_model(model: ir.Model, sizes: Mapping[str, int] = NO_SIZES) -> Inspe
         assumed=tuple(name for name in free if name not in sizes),
         random_operators=_counted(filter(is_random, nodes)),
         state=guess_state(model),
+        groups=_groups(model),
     )
+
+
+def _groups(model: ir.Model) -> tuple[dict[str, Any], ...]:
+    weights = [value for graph in all_graphs(model) for value in graph.initializers.values()]
+    shapes = [value.shape.numpy() for value in weights if value.shape is not None]
+    if sum(sum(shape) for shape in shapes) > INDICES_MAXIMUM:
+        return ()
+    copy = model.clone()
+    infer_shapes(copy, follows_elements=not has_long_vectors(copy))
+    return tuple(analyze(copy).describe())
 
 
 def _port(value: ir.Value) -> Port:

@@ -202,8 +202,8 @@ def render_sharing(found: Sharing) -> RenderableType:
     return Group(table, "", *(Text(line, style="bold") for line in lines), *notes)
 
 
-def render_inspection(found: Inspection, tried: Run) -> RenderableType:
-    """What is in a model, and what `basic` would do to it."""
+def render_inspection(found: Inspection, tried: Run, groups: bool = False) -> RenderableType:
+    """What is in a model, and what `basic` would do to it; with `groups`, what goes together."""
     facts = _table("", "")
     facts.show_header = False
     for port in found.inputs:
@@ -227,6 +227,8 @@ def render_inspection(found: Inspection, tried: Run) -> RenderableType:
     parts: list[RenderableType] = [facts, ""]
     if found.macs or any(layer.macs is None for layer in found.layers):
         parts += [*_layers(found), ""]
+    if groups:
+        parts += [_groups(found), ""]
     if kept:
         parts += [Text("basic would:", style="bold"), _ledger(kept)]
         parts += [_sizes(tried.original, tried.optimized)]
@@ -257,6 +259,23 @@ def _weight_rows(found: Inspection) -> Iterator[tuple[str, str]]:
         yield "", f"and {len(found.duplicates) - SHOWN_DUPLICATES} groups more (--json)"
     if found.zero_share is not None:
         yield "zeros", f"{found.zero_share:.1%} of the floating-point weights"
+
+
+def _groups(found: Inspection) -> RenderableType:
+    """The groups of units that can only be removed together, and why some cannot."""
+    table = _table("group", ">units", "made by", "read by", "removable")
+    for group in found.groups:
+        made, read = ([e["node"] for e in group[side]] for side in ("producers", "consumers"))
+        why = f"no: {group['frozen']}" if group["frozen"] else "yes"
+        table.add_row(group["name"], str(group["units"]), _some(made), _some(read), why)
+    return table
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few of some names, and how many more there are."""
+    distinct = list(dict.fromkeys(names))
+    more = len(distinct) - SHOWN_NAMES
+    return ", ".join(distinct[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def _layers(found: Inspection) -> Iterator[RenderableType]:

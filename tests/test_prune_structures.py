@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
+from generated_structures import structure
+from observed import observer
+from rich.console import Console
 
 import graphopt
 from graphopt.contract import Change, Context, Sample
 from graphopt.gate import interface_of, why_other_interface
 from graphopt.groups import analyze
 from graphopt.layer_costs import macs_of_nodes
-from graphopt.observe import Observer
-from graphopt.recording import Feed
+from graphopt.random_samples import random_samples
+from graphopt.report import render_inspection
 from graphopt.runtime import Session
-from graphopt.samples import read_samples
-from graphopt.signature import signature
 from graphopt.skeleton import infer_shapes, why_invalid
-from graphopt.testing import parse
+from graphopt.testing import canonical, parse
 from graphopt_passes.prune.blocks import blocks_of
 from graphopt_passes.prune.prune_structures import PruneStructures
 from graphopt_passes.prune.sinks import sinks_of
@@ -104,10 +106,8 @@ def samples(model: ir.Model, count: int = 12) -> list[Sample]:
 
 
 def context_of(model: ir.Model, given: list[Sample]) -> Context:
-    inputs = signature(model)
     original = model.clone()
-    observer = Observer(Feed(read_samples(given, inputs), inputs))
-    return Context(lambda: original, samples=given, observer=observer)
+    return Context(lambda: original, samples=given, observer=observer(model, given))
 
 
 def applied(one: PruneStructures, model: ir.Model, given: list[Sample] | None = None) -> Change:
@@ -424,3 +424,48 @@ def test_a_cheap_block_goes_before_units() -> None:
 
     assert choosing.within(0.5 * costs.total).dropped == {0}
     assert {node.op_type for node in block.nodes} == {"Conv", "Relu"}
+
+
+def test_inspect_says_what_goes_together_and_what_must_stay() -> None:
+    found, tried = graphopt.inspect(cnn())
+
+    assert [group["units"] for group in found.groups] == [16, 16, 4]
+    assert found.groups[0]["frozen"] is None
+    assert "output of the model" in found.groups[2]["frozen"]
+    shown = Console(width=200, file=StringIO())
+    shown.print(render_inspection(found, tried, groups=True))
+    assert "removable" in shown.file.getvalue()  # type: ignore[attr-defined]
+
+
+# ------------------------------------------------------------------ laws on generated models
+
+
+def check(model: ir.Model, one: PruneStructures) -> bool:
+    """Whether the pass changed the model; asserts that the result is valid and within budget."""
+    infer_shapes(model)
+    text, after = canonical(model), model.clone()
+    given = random_samples(model, 3)
+    context = Context(lambda: model, given, observer=observer(model, given))
+    change = one.apply(after, context)
+    assert canonical(model) == text, "the original was written over"
+    if not change:
+        assert canonical(after) == text, "unreported change"
+        return False
+    assert why_invalid(after) is None, why_invalid(after)
+    assert why_other_interface(interface_of(model), interface_of(after)) is None
+    assert macs(after) <= one.macs * macs(model)
+    Session(after).run(given[0])
+    return True
+
+
+def test_laws_of_prune_structures() -> None:
+    assert sum(check(structure(seed), PruneStructures(multiple=1)) for seed in range(5)) > 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(5, 205, 20))
+def test_laws_of_prune_structures_on_many_models(first: int) -> None:
+    passes = [PruneStructures(multiple=1), PruneStructures(macs=0.5, multiple=2)]
+    seeds = range(first, first + 20)
+
+    assert sum(check(structure(seed), passes[seed % 2]) for seed in seeds) > 8

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from graphopt.contract import Change, Context
 from graphopt.groups import Consumer
 from graphopt.rewriting import Names
-from graphopt_passes.prune.aims import Aim, Kept, aim_of, has_aim
+from graphopt_passes.prune.aims import Aim, Kept, aims_of, has_aim, sum_of
 from graphopt_passes.prune.sinks import shrunk
 from graphopt_passes.prune.support import Floats
 from graphopt_passes.quantize.layers import Layer, layer_of
@@ -40,11 +40,28 @@ def refit_units(
     layers = [t.layer for t in targets if t.layer is not None]
     layers.sort(key=lambda layer: places[layer.node])
     read = _read_by(layers)
-    for number, layer in enumerate(layers):
+    number = 0
+    for together in _reading_the_same(layers):
         context.progress(f"refitting layer {number + 1} of {len(layers)}")
-        aim = aim_of(layer, model, before, context, kept)
-        if aim is not None:
-            _refit_layer(layer, aim, model, context, change, is_last=layer.node not in read)
+        aims = aims_of(together, model, before, context, kept)
+        number += len(together)
+        for layer, aim in zip(together, aims, strict=True):
+            if aim is not None:
+                _refit_layer(layer, aim, model, context, change, is_last=layer.node not in read)
+
+
+def _reading_the_same(layers: Sequence[Layer]) -> list[list[Layer]]:
+    """The layers in order, those of one value next to each other together: they need one look.
+
+    But what is added to something makes good for what that has lost until its turn comes.
+    """
+    found: list[list[Layer]] = []
+    for layer in layers:
+        if found and found[-1][-1].source is layer.source and not sum_of(layer)[1]:
+            found[-1].append(layer)
+        else:
+            found.append([layer])
+    return found
 
 
 def _refit_layer(
