@@ -265,7 +265,17 @@ def _with_probes(
         probes[name] = probe
     # onnxruntime would run the nodes behind them, too.
     RemoveUnusedNodesPass()(probed)
+    _drop_unread_initializers(probed)
     return probed, probes
+
+
+def _drop_unread_initializers(model: ir.Model) -> None:
+    """Remove those of the main graph that only bodies of removed nodes read."""
+    read = {value for graph in all_graphs(model) for node in graph for value in node.inputs}
+    read.update(model.graph.inputs, *(graph.outputs for graph in all_graphs(model)))
+    for name, value in list(model.graph.initializers.items()):
+        if value not in read:
+            del model.graph.initializers[name]
 
 
 def _named(graph: ir.Graph) -> Iterator[ir.Value]:

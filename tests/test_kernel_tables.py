@@ -493,6 +493,7 @@ def test_a_table_in_eight_bits_gets_fewer() -> None:
 # ------------------------------------------------------------------ unpacked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_unpacking_a_table_changes_no_bit(bits: int, dtype: type) -> None:

@@ -33,8 +33,8 @@ from graphopt.testing import assert_equivalent, canonical
 from graphopt.validation import Comparison, why_over
 
 LOSSLESS = [n for n in pass_names() if pass_class(n).effect is not Effect.LOSSY]
-QUICK, QUICK_ACTIONS_MINIMUM = range(60), 1
-MANY, MANY_ACTIONS_MINIMUM = range(60, 460), 10
+QUICK, QUICK_ACTIONS_MINIMUM = range(24), 1
+MANY, MANY_ACTIONS_MINIMUM = range(24, 460), 10
 RECIPE = range(12, 2012)
 
 FOCUS: dict[str, tuple[Step, ...]] = {

@@ -154,7 +154,10 @@ def test_split_is_fixed_and_stratified() -> None:
 
 
 @exports
-@pytest.mark.parametrize("name", CLASSIFIERS)
+@pytest.mark.parametrize(
+    "name",
+    [CLASSIFIERS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in CLASSIFIERS[1:])],
+)
 def test_export_agrees_with_the_module_at_any_batch(name: str, tmp_path: Path) -> None:
     task = classifier(name)
     import torch

@@ -53,6 +53,7 @@ def test_so_many_numbers_become_zero(name: str, sparsity: float) -> None:
         assert abs(np.mean(array == 0) - sparsity) < 1.5 / array.size
 
 
+@pytest.mark.slow
 def test_many_small_weights_lose_as_many_as_are_asked() -> None:
     """What nodes would take in the file is left where a weight stays, which adds up."""
     text = ", ".join(f"float[16,16] w{n}" for n in range(12))
@@ -94,6 +95,7 @@ def test_an_error_limits_what_is_done(name: str, limit: float = 0.1) -> None:
     assert 0.5 * limit < found <= 1.001 * limit
 
 
+@pytest.mark.slow
 def test_more_error_means_more_zeros() -> None:
     model = products()
     given = samples(model, 3)
@@ -101,6 +103,7 @@ def test_more_error_means_more_zeros() -> None:
     assert found[0] < 0.2 and found[-1] > 0.6
 
 
+@pytest.mark.slow
 def test_an_error_that_nothing_keeps_prunes_nothing() -> None:
     model = products()
     after, _ = pruned(replace(DENSE, error=1e-7), model, samples(model, 3))
@@ -248,6 +251,7 @@ def test_channels_that_are_never_other_than_zero_lose_their_weights() -> None:
     assert gone[6:12].mean() > 0.7 > 0.4 > gone[12:].mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fill", [0.0, pytest.param(-3.0, marks=pytest.mark.slow)])
 def test_weights_of_one_number(fill: float) -> None:
     model = products()

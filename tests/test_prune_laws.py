@@ -57,12 +57,12 @@ def check(seed: int) -> bool:
 
 
 def test_laws_of_pruning() -> None:
-    assert sum(map(check, range(12))) > 2
+    assert sum(map(check, range(6))) > 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(4))
 def test_laws_of_pruning_on_many_graphs(part: int) -> None:
-    seeds = range(12 + part, 412, 4)
+    seeds = range(6 + part, 406, 4)
 
     assert sum(map(check, seeds)) > len(seeds) / 5

@@ -405,6 +405,7 @@ def test_wrong_options_are_told_in_words(text: str, reason: str) -> None:
         parse_passes(f"prune-magnitude{{{text}}}")
 
 
+@pytest.mark.slow
 def test_a_budget_makes_it_milder() -> None:
     model = large()
     run = graphopt.optimize(

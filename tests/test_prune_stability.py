@@ -66,6 +66,7 @@ def test_what_is_the_same_in_all_chunks_is_pruned_by_importance(
     ]
 
 
+@pytest.mark.slow
 def test_also_within_an_error() -> None:
     model = products()
     given = samples(model, 1) * 2
@@ -153,6 +154,7 @@ def test_checkpoints_that_are_the_model_change_nothing(tmp_path: Path) -> None:
     assert change.notes[-1] == "3 of 3 weights are in checkpoints, too"
 
 
+@pytest.mark.slow
 def test_what_differs_between_checkpoints_goes(tmp_path: Path) -> None:
     model = products()
     given, own = samples(model, 4), weights(products())["u"]
@@ -167,6 +169,7 @@ def test_what_differs_between_checkpoints_goes(tmp_path: Path) -> None:
     assert gone[0] > gone[1] + 0.15
 
 
+@pytest.mark.slow
 def test_other_shapes_and_no_numbers_are_not_looked_at(tmp_path: Path) -> None:
     model = products()
     given = samples(model, 2)
