@@ -77,7 +77,7 @@ class Pruning:
         factors: see `Factors`.
         numbers: the type whose numbers the entries that stay become.
         gains: which layers vary as they did: "none", those that make good for no other one
-            ("alone"), or "all"; see `run`, which chooses.
+            ("alone"), or "all"; None for what serves the outputs best.
         ridge: so many times the usual share is added to the diagonal of moments; likewise.
     """
 
@@ -89,7 +89,7 @@ class Pruning:
     min_elements: int = 1
     factors: Factors = lambda *_: None
     numbers: ir.DataType = ir.DataType.FLOAT
-    gains: Gains = "none"
+    gains: Gains | None = None
     ridge: float = 1.0
 
     @cached_property
@@ -141,8 +141,9 @@ class Pruning:
         asked, best = error**2, [target.size for target in self.targets]
         for _ in range(ROUNDS):
             keeps = self._keeps(smallest_within(self._choices, asked))
-            trial = self._trial(replace(self.context, scratch=None), self.gains, self.ridge)
-            trial.run(keeps)
+            self._tune(keeps)
+            trial = self._trial(replace(self.context, scratch=None))
+            trial._run(keeps)
             seen = _square(compare(trial.model)) - before
             if seen <= error**2 and sum(keeps) < sum(best):
                 best = keeps
@@ -174,50 +175,41 @@ class Pruning:
 
     def run(self, keeps: Sequence[int]) -> None:
         """Prune each weight to so many entries."""
-        if self.context.observer is not None:
-            self.gains, self.ridge = self._tuned(keeps)
+        self._tune(keeps)
         self._run(keeps)
 
-    def _tuned(self, keeps: Sequence[int]) -> tuple[Gains, float]:
-        """The gains and the ridge that serve samples best by which nothing was fitted.
+    def _tune(self, keeps: Sequence[int]) -> None:
+        """Choose, once, gains and ridge that serve samples best by which nothing was fitted.
 
         Least squares with few entries give what they can foretell, which varies less than what
         later layers were made for: residual networks lose a third less with gains, others more.
         And how much of what few samples show is chance, their number alone does not say.
         """
-        assert self.context.observer is not None
+        if self.gains is not None or self.context.observer is None:
+            return
         fitted, judged = self.context.observer.apart()
         compare = replace(self.context, observer=judged).against(self.model, COMPARED_SAMPLES)
         few = replace(self.context, observer=fitted, scratch=None)
 
         def error(gains: Gains, ridge: float) -> float:
-            trial = self._trial(few, gains, ridge)
+            trial = replace(self._trial(few), gains=gains, ridge=ridge)
             trial._run(keeps)
             return _square(compare(trial.model))
 
         sums = any(one.layer is not None and sum_of(one.layer)[1] for one in self.targets)
         tried: tuple[Gains, ...] = ("none", "alone", "all") if sums else ("none", "all")
         found = {gains: error(gains, self.ridge) for gains in tried}
-        gains = min(found, key=lambda one: found[one])
-        ridge = self.ridge
-        while ridge < RIDGE_MAXIMUM:
-            more = error(gains, RIDGE_STEP * ridge)
-            if more >= found[gains]:
+        self.gains = best = min(tried, key=lambda one: found[one])
+        least = found[best]
+        while self.ridge < RIDGE_MAXIMUM:
+            square = error(best, RIDGE_STEP * self.ridge)
+            if square >= least:
                 break
-            ridge, found[gains] = RIDGE_STEP * ridge, more
-        self.context.progress(f"gains: {gains}, ridge: {ridge:g}")
-        return gains, ridge
+            self.ridge, least = RIDGE_STEP * self.ridge, square
 
-    def _trial(self, context: Context, gains: Gains, ridge: float) -> Pruning:
+    def _trial(self, context: Context) -> Pruning:
         """The same on a clone."""
-        return replace(
-            self,
-            model=self.model.clone(),
-            context=context,
-            change=Change(),
-            gains=gains,
-            ridge=ridge,
-        )
+        return replace(self, model=self.model.clone(), context=context, change=Change())
 
     def _run(self, keeps: Sequence[int]) -> None:
         before, number = self.model.clone(), 0
