@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, ClassVar
 
 import onnx_ir as ir
@@ -71,7 +72,10 @@ class PruneStability(Pass):
             raise SpecError("kappa is of mode=keep-uncertain; leave it away, or take that mode")
 
     def refuse(self, model: ir.Model, context: Context) -> str | None:
-        """Refuse opsets before that of the nodes that are written."""
+        """Refuse opsets before that of the nodes that are written, and checkpoints without file."""
+        missing = next((path for path in self.checkpoints if not Path(path).is_file()), None)
+        if missing is not None:
+            return f"there is no checkpoint at {missing}"
         return why_not_stored(model, self.form)
 
     def apply(self, model: ir.Model, context: Context) -> Change:
