@@ -311,10 +311,21 @@ def test_groups_that_are_to_stay() -> None:
     infer_shapes(model)
     first = analyze(model).prunable[0].name
 
-    change = applied(PruneStructures(macs=0.8, multiple=1, keep=first), model)
+    change = applied(PruneStructures(macs=0.8, multiple=1, keep=(first,)), model)
 
     assert any(s.node == first and s.reason == "it is to be kept" for s in change.skips)
     assert model.graph.initializers["w1"].shape == ir.Shape([16, 3, 3, 3])
+
+
+def test_a_group_that_is_not_there_is_refused() -> None:
+    model = cnn()
+    infer_shapes(model)
+    first = analyze(model).prunable[0].name
+
+    reason = PruneStructures(keep=(f"{first}x",)).refuse(model, Context(lambda: model))
+
+    assert reason == f"no group is called '{first}x'; did you mean {first!r}?"
+    assert PruneStructures(keep=(first,)).refuse(model, Context(lambda: model)) is None
 
 
 def test_codes_are_left_alone() -> None:

@@ -8,6 +8,8 @@ from typing import Annotated, ClassVar
 import onnx_ir as ir
 
 from graphopt.contract import Bounds, Change, Context, Effect, Pass
+from graphopt.errors import did_you_mean
+from graphopt.groups import analyze
 from graphopt_passes.prune.structures import Structures
 from graphopt_passes.quantize.granularity import WEIGHTS
 
@@ -22,13 +24,25 @@ LEAST = 0.95
 class PruneStructures(Pass):
     """Remove channels, heads, hidden units and residual branches, and refit the rest.
 
+    What can only be removed together is a group of units; `graphopt inspect --groups` shows them,
+    and what keeps others. What it costs the layers that read a group to lose units, while the rest
+    of their inputs make good for it, gives an order (structured optimal brain surgeon; ZipLM, arXiv
+    2302.04089). What half of a group is worth to the outputs, and each residual branch, is measured
+    on samples that gave no moments. So much goes of each as the budget asks at the least error, and
+    then each layer, first to last, is refitted to what it gave, of what it reads now. Labels are
+    not needed.
+
+    The result is a smaller dense model: it is faster, and takes less memory, wherever it runs. What
+    a compact network has lost so, least squares cannot bring back: look at what the metric says.
+
     Attributes:
         macs: share of the multiply-accumulates that stays.
         parameters: share of the parameters that stays; 0 where the budget is `macs`.
-        multiple: numbers of channels that stay are multiples of it; 0 for what kernels like.
+        multiple: numbers of channels that stay are multiples of it; 0 for 8. onnxruntime's float
+            kernels on AVX512 take 16 at a time.
         blocks: whole residual branches may go.
         refit: layers are refitted to what they gave.
-        keep: names of groups that stay as they are, with spaces between them.
+        keep: names of groups that stay as they are.
     """
 
     name: ClassVar[str] = "prune-structures"
@@ -42,7 +56,15 @@ class PruneStructures(Pass):
     multiple: Annotated[int, Bounds(0, 256)] = 0
     blocks: bool = True
     refit: bool = True
-    keep: str = ""
+    keep: tuple[str, ...] = ()
+
+    def refuse(self, model: ir.Model, context: Context) -> str | None:
+        """Refuse names that no group has."""
+        known = {group.name for group in analyze(model).all} if self.keep else set()
+        unknown = next((name for name in self.keep if name not in known), None)
+        if unknown is None:
+            return None
+        return f"no group is called {unknown!r}{did_you_mean(unknown, known)}"
 
     def narrow(self) -> PruneStructures | None:
         """Half as much goes; None where that is next to nothing."""
@@ -61,7 +83,7 @@ class PruneStructures(Pass):
             change,
             of_parameters=self.parameters > 0,
             multiple=self.multiple or MULTIPLES[context.provider],
-            keep=frozenset(self.keep.split()),
+            keep=frozenset(self.keep),
             drops_blocks=self.blocks,
             refits=self.refit,
         )
