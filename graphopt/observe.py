@@ -15,12 +15,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from graphopt.chunked import Chunks
 from graphopt.content import digest
 from graphopt.errors import GraphoptError
-from graphopt.operators import all_graphs
+from graphopt.operators import all_graphs, subgraphs
 from graphopt.recording import Feed, Recording, compare, record
 from graphopt.regression import Regression
 from graphopt.runtime import Session
@@ -263,19 +262,31 @@ def _with_probes(
         graph.append(node)
         graph.outputs.append(node.outputs[0])
         probes[name] = probe
-    # onnxruntime would run the nodes behind them, too.
-    RemoveUnusedNodesPass()(probed)
-    _drop_unread_initializers(probed)
+    _keep_what_leads_to_outputs(graph)
     return probed, probes
 
 
-def _drop_unread_initializers(model: ir.Model) -> None:
-    """Remove those of the main graph that only bodies of removed nodes read."""
-    read = {value for graph in all_graphs(model) for node in graph for value in node.inputs}
-    read.update(model.graph.inputs, *(graph.outputs for graph in all_graphs(model)))
-    for name, value in list(model.graph.initializers.items()):
-        if value not in read:
-            del model.graph.initializers[name]
+def _keep_what_leads_to_outputs(graph: ir.Graph) -> None:
+    """Remove what is behind the outputs: onnxruntime would run it, too.
+
+    Graphs with If, Loop or Scan stay whole: what their bodies read, the inputs of nodes do not say.
+    """
+    if any(subgraphs(node) for node in graph):
+        return
+    needed: set[ir.Node] = set()
+    read = set[ir.Value | None](graph.inputs)
+    waiting: list[ir.Value | None] = list(graph.outputs)
+    while waiting:
+        value = waiting.pop()
+        read.add(value)
+        node = None if value is None else value.producer()
+        if node is not None and node not in needed:
+            needed.add(node)
+            waiting += node.inputs
+    for node in reversed([node for node in graph if node not in needed]):
+        graph.remove(node)
+    for name in [name for name, value in graph.initializers.items() if value not in read]:
+        del graph.initializers[name]
 
 
 def _named(graph: ir.Graph) -> Iterator[ir.Value]:
