@@ -269,7 +269,8 @@ def _with_probes(
 def _keep_what_leads_to_outputs(graph: ir.Graph) -> None:
     """Remove what is behind the outputs: onnxruntime would run it, too.
 
-    Graphs with If, Loop or Scan stay whole: what their bodies read, the inputs of nodes do not say.
+    Graphs with If, Loop or Scan stay whole: onnxruntime 1.32 takes the branch of a known condition
+    into the graph, and then misses values that nothing else in the graph reads.
     """
     if any(subgraphs(node) for node in graph):
         return

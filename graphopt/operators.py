@@ -23,6 +23,7 @@ RANDOM = frozenset(
     }
 )
 
+RECURRENT = ("GRU", "LSTM", "RNN")
 
 BROADCASTING = frozenset(
     {

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import onnx_ir as ir
 
+from graphopt.operators import RECURRENT
 from graphopt.rewriting import input_of, stated_integers
 from graphopt.sizes import (
     Size,
@@ -422,7 +423,6 @@ RandomUniformLike Reciprocal Relu ReverseSequence Round ScatterElements ScatterN
 Sin Softmax Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu Trilu
 """
 _BROADCASTING = "BitwiseAnd BitwiseOr BitwiseXor Mean Pow Sum Xor"
-_RECURRENT = "GRU LSTM RNN"
 _BATCHED = """
 AveragePool Conv ConvInteger ConvTranspose DepthToSpace GlobalAveragePool GlobalLpPool GlobalMaxPool
 LpPool MaxPool QLinearConv SpaceToDepth
@@ -437,7 +437,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_BROADCASTING.split(), broadcast),
     **dict.fromkeys(_BATCHED.split(), _batch_of_first),
     **dict.fromkeys(_REDUCING.split(), _reduced),
-    **dict.fromkeys(_RECURRENT.split(), _recurrent),
+    **dict.fromkeys(RECURRENT, _recurrent),
     "ArgMax": _argument,
     "ArgMin": _argument,
     "Concat": _concat,

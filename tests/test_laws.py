@@ -34,7 +34,7 @@ from graphopt.validation import Comparison, why_over
 
 LOSSLESS = [n for n in pass_names() if pass_class(n).effect is not Effect.LOSSY]
 QUICK, QUICK_ACTIONS_MINIMUM = range(24), 1
-MANY, MANY_ACTIONS_MINIMUM = range(24, 360), 10
+MANY, MANY_ACTIONS_MINIMUM = range(24, 460), 10
 RECIPE = range(12, 2012)
 
 FOCUS: dict[str, tuple[Step, ...]] = {

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from graphopt.contract import Context
+from graphopt.contract import Context, Sample
 from graphopt.errors import GraphoptError, ModelError, SampleError
 from graphopt.observe import Observer, Question, content_key
 from graphopt.recording import Feed
@@ -697,3 +697,40 @@ def test_a_context_without_samples_says_so() -> None:
         context.observe(model, [Question("a")])
     with pytest.raises(SampleError, match="no samples to compare models on"):
         context.compare(model, model, 1)
+
+
+# ------------------------------------------------------------------ what is behind
+
+
+def test_nodes_behind_what_is_asked_do_not_run() -> None:
+    text = """agraph (float[2] x) => (float[2] y) <int64[1] far = {9}> {
+        a = Neg(x)
+        b = Gather(a, far)
+        y = Add(a, b)
+    }"""
+    samples: list[Sample] = [{"x": np.float32([1, 2])}]
+    model = parse(text)
+
+    found = observer(model, samples)(model, [Question("a")])[Question("a")]
+
+    assert isinstance(found, Spread) and found.low == -2
+    assert len(list(model.graph)) == 3
+    with pytest.raises(GraphoptError):
+        observer(model, samples)(model, [Question("b")])
+
+
+def test_what_only_a_body_reads_is_there() -> None:
+    text = """agraph (float[2] x, bool c) => (float[2] y) <float[2] v = {3, 4}> {
+        a = Neg(x)
+        y = If (c) <then_branch = t () => (float[2] p) { p = Add(a, v) },
+                    else_branch = e () => (float[2] q) { q = Sub(a, v) }>
+        z = Relu(a)
+    }"""
+    samples: list[Sample] = [{"x": np.float32([1, 2]), "c": np.bool_(True)}]
+    model = parse(text)
+    asked = [Question("a"), Question("y")]
+
+    found = observer(model, samples)(model, asked)
+
+    spreads = [found[question] for question in asked]
+    assert [s.high for s in spreads if isinstance(s, Spread)] == [-1, 2]

@@ -16,8 +16,8 @@ from graphopt.runtime import Session
 from graphopt.skeleton import infer_shapes, why_invalid
 from graphopt.testing import canonical, parse
 from graphopt_passes.prune.aims import GAIN_MAXIMUM, Aim, aim_of, has_aim, sum_of
+from graphopt_passes.prune.entries import UNSTRUCTURED, Criterion
 from graphopt_passes.prune.pruning import Pruning
-from graphopt_passes.prune.support import UNSTRUCTURED, Criterion
 from graphopt_passes.quantize.layers import Layer, layer_of
 from graphopt_passes.quantize.twins import side_by_side, values_of
 

@@ -84,7 +84,7 @@ NOT_PASSES = {
     "storing.py",
     "stretches.py",
     "structures.py",
-    "support.py",
+    "entries.py",
     "sureness.py",
     "twins.py",
     "unit_choice.py",

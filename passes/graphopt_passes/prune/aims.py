@@ -18,8 +18,9 @@ from graphopt.observe import Question, Statistics
 from graphopt.operators import is_onnx
 from graphopt.regression import Regression
 from graphopt.rewriting import Names, add_initializer, only_reader, tensor_of
-from graphopt_passes.prune.support import ROUNDING
+from graphopt_passes.prune.entries import ROUNDING
 from graphopt_passes.quantize.layers import GRAM_INPUTS_MAXIMUM, Layer, is_scaled
+from graphopt_passes.quantize.narrow_weights import shift_bias
 from graphopt_passes.quantize.twins import side_by_side, values_of
 
 GAIN_MAXIMUM = 2.0
@@ -83,6 +84,11 @@ class Aim:
         believed = 1 + (gain - 1) * (self.rows / (self.rows + GAIN_ROWS))
         return np.asarray(weight * believed[:, :, np.newaxis])
 
+    def missed(self, weight: np.ndarray) -> float:
+        """E |W z + b - t|^2 with the best bias, if there is one; summed over the outputs."""
+        given = np.einsum("gnk,gnk->", np.matmul(weight, self.moments), weight)
+        return float(self.squares.sum() - 2 * np.einsum("gnk,gnk->", weight, self.cross) + given)
+
     def _rounding(self, weight: np.ndarray) -> np.ndarray:
         """What may be seen of the variance of outputs where inputs do not vary at all."""
         power = np.einsum("gkk->g", self.moments) + np.square(self.read_means).sum(axis=1)
@@ -92,6 +98,42 @@ class Aim:
         """With which the means of the outputs are as they should be; [group * outputs]."""
         given = np.einsum("gnk,gk->gn", weight, self.read_means)
         return np.asarray((self.given_means - given).reshape(-1))
+
+
+def give(layer: Layer, weight: np.ndarray, aim: Aim, names: Names, context: Context) -> None:
+    """Let a layer have another weight, and the bias with which its means are right.
+
+    Args:
+        layer: rewritten in place.
+        weight: of shape [group, outputs, inputs].
+        aim: of the layer.
+        names: of its model.
+        context: keeps what is large.
+    """
+    value, tensor = layer.weight, layer.weight.const_value
+    assert tensor is not None
+    array = layer.stored(weight).astype(tensor.dtype.numpy())
+    value.const_value = context.tensor(array, value.name or "")
+    if layer.can_correct_bias:
+        old = layer.bias()
+        shift_bias(layer, aim.bias(weight) - (0.0 if old is None else old), names, context)
+
+
+def reading_the_same(layers: Sequence[Layer | None]) -> list[list[Layer | None]]:
+    """Layers in order, those of one value next to each other together: they need one look.
+
+    But what is added to something makes good for what that has lost until its turn comes. None
+    stands for what is no layer, and is by itself.
+    """
+    found: list[list[Layer | None]] = []
+    for layer in layers:
+        last = found[-1][-1] if found else None
+        alike = last is not None and layer is not None and last.source is layer.source
+        if alike and layer is not None and not sum_of(layer)[1]:
+            found[-1].append(layer)
+        else:
+            found.append([layer])
+    return found
 
 
 def has_aim(layer: Layer) -> bool:

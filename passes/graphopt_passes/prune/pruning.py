@@ -19,17 +19,8 @@ from graphopt.contract import Change, Context
 from graphopt.encoding import NODES_BYTES
 from graphopt.rewriting import Names
 from graphopt.validation import OutputError, worst
-from graphopt_passes.prune.aims import Aim, aims_of, has_aim, sum_of
-from graphopt_passes.prune.masks import Pattern, uniform
-from graphopt_passes.prune.sparsities import (
-    ENTRY_BYTES,
-    PROBED,
-    SPARSITIES,
-    Pruned,
-    estimates_of_pruned,
-    moments_of,
-)
-from graphopt_passes.prune.support import (
+from graphopt_passes.prune.aims import Aim, aims_of, give, has_aim, reading_the_same, sum_of
+from graphopt_passes.prune.entries import (
     Criterion,
     Floats,
     Selection,
@@ -39,10 +30,19 @@ from graphopt_passes.prune.support import (
     pruned,
     refitted,
 )
+from graphopt_passes.prune.masks import Pattern, uniform
+from graphopt_passes.prune.sparsities import (
+    ENTRY_BYTES,
+    PROBED,
+    SPARSITIES,
+    Pruned,
+    estimates_of_pruned,
+    moments_of,
+)
 from graphopt_passes.prune.weights import prunable_weights, taps_of
 from graphopt_passes.quantize.allocation import Choice, closest_within, smallest_within
 from graphopt_passes.quantize.layers import Layer
-from graphopt_passes.quantize.narrow_weights import Target, shift_bias
+from graphopt_passes.quantize.narrow_weights import Target
 from graphopt_passes.quantize.narrowing import COMPARED_SAMPLES, Narrowing, problem_of
 
 Factors = Callable[[Target, int], Floats | None]
@@ -213,29 +213,27 @@ class Pruning:
 
     def _run(self, keeps: Sequence[int]) -> None:
         before, number = self.model.clone(), 0
-        for together in _reading_the_same(self.targets):
-            aims = self._aims(together, before)
-            for target, aim in zip(together, aims, strict=True):
+        for together in reading_the_same([target.layer for target in self.targets]):
+            for layer, aim in zip(together, self._aims(together, before), strict=True):
                 self.context.progress(f"pruning weight {number + 1} of {len(self.targets)}")
-                factors = self.factors(target, keeps[number])
+                target, keep = self.targets[number], keeps[number]
+                factors = self.factors(target, keep)
                 selection = Selection(self.criterion, self.pattern, taps_of(target), factors)
-                if aim is not None and target.layer is not None:
-                    self._prune_to_aim(target, target.layer, aim, keeps[number], selection)
+                if aim is not None and layer is not None:
+                    self._prune_to_aim(layer, aim, keep, selection)
                 else:
-                    self._prune_alone(target, keeps[number], selection)
+                    self._prune_alone(target, keep, selection)
                 self.change.count(f"weight of {target.operator} pruned")
                 number += 1
 
-    def _aims(self, targets: Sequence[Target], before: ir.Model) -> list[Aim | None]:
+    def _aims(self, layers: Sequence[Layer | None], before: ir.Model) -> list[Aim | None]:
         """What each layer should give; None for what is no layer, or is not looked at."""
-        layers = [target.layer for target in targets]
-        if self.context.observer is None or not all(one and has_aim(one) for one in layers):
+        looked_at = [layer for layer in layers if layer is not None and has_aim(layer)]
+        if self.context.observer is None or len(looked_at) < len(layers):
             return [None] * len(layers)
-        return aims_of([one for one in layers if one], self.model, before, self.context)
+        return aims_of(looked_at, self.model, before, self.context)
 
-    def _prune_to_aim(
-        self, target: Target, layer: Layer, aim: Aim, keep: int, selection: Selection
-    ) -> None:
+    def _prune_to_aim(self, layer: Layer, aim: Aim, keep: int, selection: Selection) -> None:
         weight, moments = layer.matrix(), damped(aim.moments, aim.rows, aim.read_means, self.ridge)
         wanted = aim.weight(weight, moments)
         flat = wanted.reshape(-1, wanted.shape[2])
@@ -248,14 +246,7 @@ class Pruning:
         grouped = found.reshape(wanted.shape)
         if self.gains == "all" or (self.gains == "alone" and not aim.makes_good):
             grouped = aim.with_variance(grouped)
-        grouped = self._rounded(grouped)
-        target.value.const_value = self.context.tensor(
-            layer.stored(grouped).astype(target.dtype.numpy()), target.name
-        )
-        if layer.can_correct_bias:
-            old = layer.bias()
-            shift = aim.bias(grouped) - (0.0 if old is None else old)
-            shift_bias(layer, shift, Names(self.model), self.context)
+        give(layer, self._rounded(grouped), aim, Names(self.model), self.context)
 
     def _prune_alone(self, target: Target, keep: int, selection: Selection) -> None:
         """Where nothing says what a weight should give but the weight itself."""
@@ -276,22 +267,6 @@ class Pruning:
         if self.numbers == ir.DataType.FLOAT:
             return weight
         return weight.astype(self.numbers.numpy()).astype(weight.dtype)
-
-
-def _reading_the_same(targets: Sequence[Target]) -> list[list[Target]]:
-    """The weights in order, those of one value next to each other together: they need one look.
-
-    But what is added to something makes good for what that has lost until its turn comes.
-    """
-    found: list[list[Target]] = []
-    for target in targets:
-        last, own = found[-1][-1].layer if found else None, target.layer
-        alike = last is not None and own is not None and last.source is own.source
-        if alike and own is not None and not sum_of(own)[1]:
-            found[-1].append(target)
-        else:
-            found.append([target])
-    return found
 
 
 def _square(outputs: Sequence[OutputError]) -> float:

@@ -22,15 +22,13 @@ from graphopt.content import read_array
 from graphopt.contract import Context
 from graphopt.groups import Consumer, Group
 from graphopt.observe import Question
-from graphopt.operators import is_onnx
+from graphopt.operators import RECURRENT, is_onnx
 from graphopt.rewriting import Names, constant_tensor, input_of
 from graphopt.statistics import Gram, Patches
+from graphopt_passes.prune.entries import Floats
 from graphopt_passes.prune.removal import set_constant
-from graphopt_passes.prune.support import Floats
 from graphopt_passes.quantize.layers import GRAM_INPUTS_MAXIMUM, Layer, layer_of
 from graphopt_passes.quantize.narrow_weights import shift_bias
-
-RECURRENT = ("GRU", "LSTM", "RNN")
 
 TYPES = (ir.DataType.FLOAT, ir.DataType.DOUBLE)
 

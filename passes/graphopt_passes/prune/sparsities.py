@@ -9,7 +9,7 @@ import numpy as np
 
 from graphopt.contract import Context
 from graphopt.encoding import Encoding
-from graphopt_passes.prune.support import (
+from graphopt_passes.prune.entries import (
     Criterion,
     Floats,
     Selection,

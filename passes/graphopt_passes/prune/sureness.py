@@ -13,9 +13,9 @@ from graphopt.chunked import Chunks
 from graphopt.content import read_array
 from graphopt.contract import Change, Context
 from graphopt.observe import Answers, Question
+from graphopt_passes.prune.entries import Floats
 from graphopt_passes.prune.masks import Unstructured
 from graphopt_passes.prune.stability import Mode, checkpoint_factors, factors, mask_stability
-from graphopt_passes.prune.support import Floats
 from graphopt_passes.prune.weights import taps_of
 from graphopt_passes.quantize.narrow_weights import Target
 
@@ -39,7 +39,8 @@ class Sureness:
     mode: Mode
     kappa: float
     checkpoints: Sequence[ir.Model] = ()
-    _alike: dict[str, tuple[float, float, int]] = field(default_factory=dict)
+    _alike: dict[tuple[str, int], tuple[float, float, int]] = field(default_factory=dict)
+    _last: dict[str, tuple[float, float, int]] = field(default_factory=dict)
 
     def factors(self, target: Target, keep: int) -> Floats:
         """What the worth of each entry is multiplied with, of shape [N, K].
@@ -55,18 +56,21 @@ class Sureness:
             pattern, taps, ones = Unstructured(), taps_of(target), found
             what = (weight, moments, keep)
             found = factors(*what, self.mode, self.kappa, self._generator(target), pattern, taps)
-            self._alike[target.name] = (
-                mask_stability(*what, ones, self._generator(target), pattern, taps),
-                mask_stability(*what, found, self._generator(target), pattern, taps),
-                target.size,
-            )
+            if (target.name, keep) not in self._alike:
+                self._alike[target.name, keep] = (
+                    mask_stability(*what, ones, self._generator(target), pattern, taps),
+                    mask_stability(*what, found, self._generator(target), pattern, taps),
+                    target.size,
+                )
+            # Told of what was asked for last.
+            self._last[target.name] = self._alike[target.name, keep]
         seen = self._seen(target)
         return found if len(seen) < 2 else found * checkpoint_factors(np.stack(seen))
 
     def tell(self, change: Change) -> None:
         """Say how alike the masks of resamples are."""
-        if self._alike:
-            plain, sure, sizes = np.array(list(self._alike.values())).T
+        if self._last:
+            plain, sure, sizes = np.array(list(self._last.values())).T
             alike = [float(np.average(shares, weights=sizes)) for shares in (plain, sure)]
             change.note(
                 f"masks of {len(sizes)} weights are alike between resamples of the samples to a "

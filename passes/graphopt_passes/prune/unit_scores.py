@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from graphopt_passes.prune.entries import Floats
 from graphopt_passes.prune.sinks import Sink
-from graphopt_passes.prune.support import Floats
 
 AT_ONCE = 48
 """Of so many units that are left, one goes at once."""

@@ -9,13 +9,11 @@ import onnx_ir as ir
 
 from graphopt.contract import Change
 from graphopt.observe import Question
-from graphopt.operators import is_onnx
+from graphopt.operators import RECURRENT, is_onnx
 from graphopt.rewriting import only_reader
 from graphopt_passes.prune.masks import Pattern
 from graphopt_passes.quantize.layers import GRAM_INPUTS_MAXIMUM
 from graphopt_passes.quantize.narrow_weights import Target, targets_of
-
-RECURRENT = ("GRU", "LSTM", "RNN")
 
 
 def prunable_weights(

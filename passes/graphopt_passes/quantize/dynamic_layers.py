@@ -14,7 +14,6 @@ from graphopt.rewriting import constant_tensor, input_of
 from graphopt_passes.quantize.columns import CODE_MAXIMUM
 
 PRODUCTS = ("Gemm", "MatMul")
-RECURRENT = ("GRU", "LSTM", "RNN")
 
 INPUTS_MAXIMUM = (2**31 - 1) // (255 * CODE_MAXIMUM)
 """Sums of more products of codes may not fit into 32 bits."""

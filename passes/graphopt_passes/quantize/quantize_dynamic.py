@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.contract import Bounds, Change, Context, Effect, Pass
-from graphopt.operators import is_onnx
+from graphopt.operators import RECURRENT, is_onnx
 from graphopt.rewriting import Names, why_too_old
 from graphopt.skeleton import known_shape
 from graphopt_passes.quantize.activations import Activations, least_rows, observe_activations
@@ -30,7 +30,6 @@ from graphopt_passes.quantize.dynamic_costs import (
 )
 from graphopt_passes.quantize.dynamic_layers import (
     PRODUCTS,
-    RECURRENT,
     Candidate,
     NotQuantized,
     candidate_of,

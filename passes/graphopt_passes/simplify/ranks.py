@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import onnx_ir as ir
 
-from graphopt.operators import all_graphs, is_onnx, subgraphs
+from graphopt.operators import RECURRENT, all_graphs, is_onnx, subgraphs
 from graphopt.rewriting import input_of, stated_integers
 from graphopt.skeleton import known_shape
 
@@ -37,7 +37,6 @@ _SAME_RANK = frozenset(
         "Tanh",
     }
 )
-_RECURRENT = ("GRU", "LSTM", "RNN")
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
 _POOLS = ("AveragePool", "LpPool", "MaxPool")
 
@@ -125,7 +124,7 @@ def _both(first: Ranks, second: Ranks) -> Ranks:
 
 def _stated_ranks(node: ir.Node, index: int) -> Ranks:
     """The ranks that onnxruntime accepts at an input; None where that depends."""
-    if is_onnx(node, *_RECURRENT):
+    if is_onnx(node, *RECURRENT):
         return frozenset({3}) if index in (0, 5, 6) else None
     if is_onnx(node, "Gemm") and index < 2:
         # The first may be a vector, the specification notwithstanding.

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphopt_passes.prune.masks import Blocks, OfEach, Pattern, Unstructured
-from graphopt_passes.prune.support import (
+from graphopt_passes.prune.entries import (
     DAMPING,
     EXACT_PRODUCTS_MAXIMUM,
     Criterion,
@@ -25,6 +24,7 @@ from graphopt_passes.prune.support import (
     squared_error,
     worth_of,
 )
+from graphopt_passes.prune.masks import Blocks, OfEach, Pattern, Unstructured
 
 CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
 PATTERNS: tuple[Pattern, ...] = (Unstructured(), OfEach(2, 4), Blocks(2, 3))
