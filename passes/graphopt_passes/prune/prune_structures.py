@@ -49,7 +49,7 @@ class PruneStructures(Pass):
     effect: ClassVar[Effect] = Effect.LOSSY
     operators: ClassVar[frozenset[str] | None] = frozenset(WEIGHTS)
     needs_samples: ClassVar[bool] = True
-    max_error: ClassVar[float] = 0.5
+    max_error: ClassVar[float] = 0.15
 
     macs: Annotated[float, Bounds(0.01, 1.0)] = 0.7
     parameters: Annotated[float, Bounds(0.0, 1.0)] = 0.0
