@@ -34,7 +34,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
@@ -170,6 +170,11 @@ class Context:
         if self.observer is None:
             raise SampleError("there are no samples to observe the model on")
         return self.observer(model, questions, remembers)
+
+    def varied(self) -> Context:
+        """The same, but images are observed also mirrored and magnified, where they are few."""
+        varied = None if self.observer is None else self.observer.varied()
+        return self if varied is None else replace(self, observer=varied)
 
     def compare(
         self, first: ir.Model, second: ir.Model, samples_maximum: int

@@ -19,6 +19,7 @@ import onnx_ir as ir
 from graphopt.chunked import Chunks
 from graphopt.content import digest
 from graphopt.errors import GraphoptError
+from graphopt.frontier import Frontier
 from graphopt.operators import all_graphs, subgraphs
 from graphopt.recording import Feed, Recording, compare, record
 from graphopt.regression import Regression
@@ -27,6 +28,7 @@ from graphopt.samples import SHARED_BELOW
 from graphopt.serializing import nothing, stubbed
 from graphopt.statistics import Gram, Patches, Reservoir, Rows, Spread
 from graphopt.validation import OutputError
+from graphopt.variations import varied
 
 WAVE_BYTES = 512 << 20
 """Values of one sample that are looked at together may take so much."""
@@ -111,6 +113,7 @@ class Observer:
     _known: dict[str, dict[Question, Statistics]] = field(default_factory=dict)
     _recordings: dict[str, Recording] = field(default_factory=dict)
     _apart: tuple[Observer, Observer] | None = None
+    _frontier: Frontier = field(default_factory=Frontier)
 
     def __call__(
         self, model: ir.Model, questions: Iterable[Question], remembers: bool = True
@@ -120,7 +123,8 @@ class Observer:
         Args:
             model: not modified. Its nodes and values may be named as the caller likes.
             questions: on values of the main graph: outputs of nodes, or inputs.
-            remembers: the answers, until the run ends; else the model is looked at anew.
+            remembers: the answers, until the run ends. Else the model is looked at anew, from where
+                the last such look ended as far as nothing before has changed.
 
         Raises:
             GraphoptError: the main graph has no such value, or it is no tensor; or onnxruntime does
@@ -129,8 +133,9 @@ class Observer:
         asked = list(dict.fromkeys(questions))
         known = self._known.setdefault(content_key(model), {}) if remembers else {}
         open_questions = [q for q in asked if q not in known]
-        for wave in self._waves(model, open_questions):
-            known.update(self._observe(model, wave))
+        resumes = not remembers and not self.feed.state
+        for wave in self._waves(model, open_questions, resumes):
+            known.update(self._observe(model, wave, resumes))
         return {q: known[q] for q in asked}
 
     def apart(self) -> tuple[Observer, Observer]:
@@ -144,10 +149,18 @@ class Observer:
             fitted, judged = self.feed.split(count)
             few = fitted is judged
             self._apart = (
-                self if few else replace(self, feed=fitted, _known={}, _recordings={}),
-                self if few else replace(self, feed=judged, _known={}, _recordings={}),
+                self if few else self._of(fitted),
+                self if few else self._of(judged),
             )
         return self._apart
+
+    def varied(self) -> Observer | None:
+        """One that sees images also mirrored and magnified; None where that says no more."""
+        samples = None if self.feed.state else varied(self.feed.samples)
+        return None if samples is None else self._of(replace(self.feed, samples=samples))
+
+    def _of(self, feed: Feed) -> Observer:
+        return Observer(feed, self.provider, self.wave_bytes)
 
     def compare(
         self, first: ir.Model, second: ir.Model, samples_maximum: int
@@ -181,25 +194,30 @@ class Observer:
         return compare_with
 
     def _observe(
-        self, model: ir.Model, questions: Sequence[Question]
+        self, model: ir.Model, questions: Sequence[Question], resumes: bool
     ) -> dict[Question, Statistics]:
         found = {q: q.start() for q in questions}
         names = list(dict.fromkeys(name for q in questions for name in q.values))
-        for outputs in self._run(model, names, self.feed):
+        for outputs in self._run(model, names, self.feed, resumes=resumes, keeps=resumes):
             for question, statistics in found.items():
                 arrays = [outputs[name] for name in question.values]
                 if all(array.dtype.type in FLOATS for array in arrays):
                     statistics.add(*arrays)
         return found
 
-    def _waves(self, model: ir.Model, questions: Sequence[Question]) -> Iterator[list[Question]]:
+    def _waves(
+        self, model: ir.Model, questions: Sequence[Question], resumes: bool
+    ) -> Iterator[list[Question]]:
         """The questions in groups whose values fit into memory together, each value in one."""
         if not questions:
             return
         by_value: dict[str, list[Question]] = defaultdict(list)
         for question in questions:
             by_value[question.value].append(question)
-        sizes = self._sizes_bytes(model, {name for q in questions for name in q.values})
+        if resumes and len(by_value) == 1:
+            yield list(questions)
+            return
+        sizes = self._sizes_bytes(model, {name for q in questions for name in q.values}, resumes)
         wave: list[Question] = []
         total = 0
         for asked in by_value.values():
@@ -211,25 +229,38 @@ class Observer:
             total += taken
         yield wave
 
-    def _sizes_bytes(self, model: ir.Model, names: set[str]) -> dict[str, int]:
+    def _sizes_bytes(self, model: ir.Model, names: set[str], resumes: bool) -> dict[str, int]:
         """What each value takes in the largest of the first few samples, bytes.
 
         Shapes are asked of onnxruntime, so that no value has to leave it for that.
         """
         few = replace(self.feed, samples=self.feed.samples.first(SIZED_SAMPLES))
         sizes = dict.fromkeys(names, 0)
-        for shapes in self._run(model, sorted(names), few, "Shape"):
+        for shapes in self._run(model, sorted(names), few, "Shape", resumes=resumes):
             for name in names:
                 sizes[name] = max(sizes[name], 4 * int(np.prod(shapes[name])))
         return sizes
 
     def _run(
-        self, model: ir.Model, names: Sequence[str], feed: Feed, op_type: str = "Identity"
+        self,
+        model: ir.Model,
+        names: Sequence[str],
+        feed: Feed,
+        op_type: str = "Identity",
+        *,
+        resumes: bool,
+        keeps: bool = False,
     ) -> Iterator[dict[str, np.ndarray]]:
         """What an operator makes of these values, for each sample."""
         probed, probes = _with_probes(model, names, op_type, {o for o, _ in feed.state})
+        cut = self._frontier.cut(probed, keeps) if resumes else None
+        _keep_what_leads_to_outputs(probed.graph)
         session = Session(probed, provider=self.provider, shapes_first=op_type == "Shape")
-        for outputs in feed.run(session):
+        count = len(feed.samples)
+        steps = feed.run(session, self._frontier.read(cut, count) if cut is not None else None)
+        if cut is not None and keeps:
+            steps = self._frontier.keep(cut, steps, count)
+        for outputs in steps:
             yield {name: outputs[probes[name]] for name in names}
 
 
@@ -262,7 +293,6 @@ def _with_probes(
         graph.append(node)
         graph.outputs.append(node.outputs[0])
         probes[name] = probe
-    _keep_what_leads_to_outputs(graph)
     return probed, probes
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,19 @@ class Feed:
             return self, self
         return replace(self, samples=calibration), replace(self, samples=gate)
 
-    def run(self, session: Session) -> Iterator[Outputs]:
-        """The outputs of every step, in order."""
+    def run(self, session: Session, further: Iterable[Sample] | None = None) -> Iterator[Outputs]:
+        """The outputs of every step, in order.
+
+        Args:
+            session: of the model.
+            further: for each step, what other inputs get that the session has.
+        """
+        others = repeat({}) if further is None else iter(further)
         for roll_out in self.samples.roll_outs():
             carried: Outputs = {}
             for sample in roll_out:
-                outputs = _run(session, self._step(sample, carried, session))
+                feeds = {**self._step(sample, carried, session), **next(others)}
+                outputs = _run(session, feeds)
                 carried = {source: outputs[target] for target, source in self.state}
                 yield outputs
 

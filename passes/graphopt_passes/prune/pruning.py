@@ -179,7 +179,7 @@ class Pruning:
         self._run(keeps)
 
     def _tune(self, keeps: Sequence[int]) -> None:
-        """Choose, once, gains and ridge that serve samples best by which nothing was fitted.
+        """Choose, once, how to fit so that it serves samples by which nothing was fitted.
 
         Least squares with few entries give what they can foretell, which varies less than what
         later layers were made for: residual networks lose a third less with gains, others more.
@@ -213,8 +213,9 @@ class Pruning:
 
     def _run(self, keeps: Sequence[int]) -> None:
         before, number = self.model.clone(), 0
+        context = self.context.varied()
         for together in reading_the_same([target.layer for target in self.targets]):
-            for layer, aim in zip(together, self._aims(together, before), strict=True):
+            for layer, aim in zip(together, self._aims(together, before, context), strict=True):
                 self.context.progress(f"pruning weight {number + 1} of {len(self.targets)}")
                 target, keep = self.targets[number], keeps[number]
                 factors = self.factors(target, keep)
@@ -226,12 +227,14 @@ class Pruning:
                 self.change.count(f"weight of {target.operator} pruned")
                 number += 1
 
-    def _aims(self, layers: Sequence[Layer | None], before: ir.Model) -> list[Aim | None]:
+    def _aims(
+        self, layers: Sequence[Layer | None], before: ir.Model, context: Context
+    ) -> list[Aim | None]:
         """What each layer should give; None for what is no layer, or is not looked at."""
         looked_at = [layer for layer in layers if layer is not None and has_aim(layer)]
         if self.context.observer is None or len(looked_at) < len(layers):
             return [None] * len(layers)
-        return aims_of(looked_at, self.model, before, self.context)
+        return aims_of(looked_at, self.model, before, context)
 
     def _prune_to_aim(self, layer: Layer, aim: Aim, keep: int, selection: Selection) -> None:
         weight, moments = layer.matrix(), damped(aim.moments, aim.rows, aim.read_means, self.ridge)

@@ -300,7 +300,7 @@ class Structures:
         self._fold(kept)
         _remove(self.model, kept, blocks, self.context)
         if self.refits:
-            refit_units(self.model, before, self.context, self.change, indices)
+            refit_units(self.model, before, self.context.varied(), self.change, indices)
         return True
 
     def _tell(self, chosen: Chosen, kept: Mapping[Group, np.ndarray]) -> None:

@@ -1,0 +1,102 @@
+"""Images seen otherwise: mirrored, and from nearer.
+
+What is fitted to few samples is fitted to chance, too. A model says itself what it gives for an
+image that is mirrored or cut out, so that no label is needed, and one image counts for several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+
+from graphopt.contract import Sample
+from graphopt.samples import Samples
+
+VARIED_MAXIMUM = 256
+"""So many samples are enough; with half as many, none is varied."""
+
+CHANNELS_MAXIMUM, SIDE_MINIMUM = 4, 24
+"""An array of four axes is an image if it has so few channels, and sides of so many pixels."""
+
+NEAREST = 0.6
+"""The least share of a side that is cut out."""
+
+
+def varied(samples: Samples) -> Samples | None:
+    """The samples, and the same mirrored and magnified; None where they are no images, or enough.
+
+    Every image of a sample is varied in the same way, and all its other inputs stay. Pixels are
+    only moved and repeated, so that no value is one that the images have not.
+
+    Args:
+        samples: each standing alone, so that none carries state to the next.
+    """
+    ways = min(len(_WAYS), VARIED_MAXIMUM // max(len(samples), 1))
+    first = next(iter(samples), {})
+    if ways < 2 or not any(_sides(array) for array in first.values()):
+        return None
+    pairs = [(load, digest) for load, digest in zip(samples.loaders, samples.digests, strict=True)]
+    loaders = [partial(_vary, load, digest, way) for load, digest in pairs for way in _WAYS[:ways]]
+    digests = [f"{digest} {number}" for _, digest in pairs for number in range(ways)]
+    alone = tuple((number,) for number in range(len(loaders)))
+    return Samples(tuple(loaders), tuple(digests), alone, samples.random, samples.keep)
+
+
+Place = tuple[np.ndarray, np.ndarray]
+"""Of which rows and which columns of an image another one is made."""
+
+
+def _vary(load: Callable[[], Sample], digest: str, way: Callable[..., Place]) -> Sample:
+    return {name: _moved(array, digest, way) for name, array in load().items()}
+
+
+def _moved(array: np.ndarray, digest: str, way: Callable[..., Place]) -> np.ndarray:
+    axes = _sides(array)
+    if axes is None:
+        return array
+    height, width = (array.shape[axis] for axis in axes)
+    rows, columns = way(height, width, np.random.default_rng(int(digest[:16], 16)))
+    return np.ascontiguousarray(array.take(rows, axes[0]).take(columns, axes[1]))
+
+
+def _sides(array: np.ndarray) -> tuple[int, int] | None:
+    """The axes of the rows and columns of images; None for what is no image."""
+    if array.ndim != 4 or array.dtype.kind not in "fu":
+        return None
+    for channel, axes in ((1, (2, 3)), (3, (1, 2))):
+        large = all(array.shape[axis] >= SIDE_MINIMUM for axis in axes)
+        if array.shape[channel] <= CHANNELS_MAXIMUM and large:
+            return axes
+    return None
+
+
+def _as_it_is(height: int, width: int, _: np.random.Generator) -> Place:
+    return np.arange(height), np.arange(width)
+
+
+def _mirrored(height: int, width: int, _: np.random.Generator) -> Place:
+    return np.arange(height), np.arange(width)[::-1]
+
+
+def _nearer(height: int, width: int, generator: np.random.Generator) -> Place:
+    share = generator.uniform(NEAREST, 1)
+    top, left = generator.uniform(0, 1 - share, 2)
+    centers = [(np.arange(size) + 0.5) * share for size in (height, width)]
+    rows, columns = centers[0] + top * height, centers[1] + left * width
+    return rows.astype(np.int64), columns.astype(np.int64)
+
+
+def _nearer_mirrored(height: int, width: int, generator: np.random.Generator) -> Place:
+    # Another part of the image than that of `_nearer`.
+    rows, columns = _nearer(height, width, generator.spawn(1)[0])
+    return rows, columns[::-1]
+
+
+_WAYS: tuple[Callable[[int, int, np.random.Generator], Place], ...] = (
+    _as_it_is,
+    _mirrored,
+    _nearer,
+    _nearer_mirrored,
+)
