@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from graphopt.operators import attributes_of, subgraphs
 from graphopt.rewriting import constant_tensor
 
 FRONTIER_BYTES = 1 << 30
-"""Values of all samples may take so much on disk; where they take more, none is kept."""
+"""What is kept of all samples may take so much on disk; what would take more is not kept."""
 
 Outputs = dict[str, np.ndarray]
 
@@ -69,6 +70,7 @@ class Frontier:
     def __init__(self) -> None:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._kept: dict[str, _Kept] = {}
+        self._bytes = Counter[str]()
 
     def cut(self, model: ir.Model, keeps: bool) -> Cut | None:
         """Let a model begin with what is known; None where nothing can be said of its values.
@@ -84,15 +86,13 @@ class Frontier:
             return None
         keys = _keys(model)
         needed, reached = self._needed(graph, keys)
-        live = _live(graph, needed, reached, keys) if keeps else []
-        known = {value.name or "": keys[value] for value in reached}
-        graph.outputs.extend(value for value in live if keys[value] not in self._kept)
-        for value in reached:
-            self._begin_with(value, keys[value], graph)
+        live = _live(graph, needed, reached, keys) if keeps else {}
+        new = {key: value for key, value in live.items() if key not in self._kept}
+        graph.outputs.extend(new.values())
         return Cut(
-            known,
-            {value.name or "": keys[value] for value in live if keys[value] not in self._kept},
-            frozenset(keys[value] for value in live if keys[value] in self._kept),
+            self._begin_with(reached, keys, graph),
+            {value.name or "": key for key, value in new.items()},
+            frozenset(live.keys() - new.keys()),
         )
 
     def _needed(
@@ -115,39 +115,69 @@ class Frontier:
         # What a node makes that is run for another of its outputs is not read from disk.
         return needed, [value for value, node in reached.items() if node not in needed]
 
-    def _begin_with(self, value: ir.Value, key: str, graph: ir.Graph) -> None:
-        kept, name = self._kept[key], value.name
-        value.name = f"{name}.recomputed"
-        given = ir.Value(
-            name=name, type=ir.TensorType(kept.dtype), shape=ir.Shape([None] * kept.rank)
-        )
-        value.replace_all_uses_with(given)
-        graph.inputs.append(given)
+    def _begin_with(
+        self, reached: list[ir.Value], keys: Mapping[ir.Value, str], graph: ir.Graph
+    ) -> dict[str, str]:
+        """Put inputs into the place of values; what these inputs are known by, by their names."""
+        given: dict[str, ir.Value] = {}
+        for value in reached:
+            key = keys[value]
+            kept = self._kept[key]
+            if key not in given:
+                dtype, shape = ir.TensorType(kept.dtype), ir.Shape([None] * kept.rank)
+                given[key] = ir.Value(name=value.name, type=dtype, shape=shape)
+                graph.inputs.append(given[key])
+            # The node that made it is not run, so that nothing else is called so.
+            value.name = f"{value.name}.recomputed"
+            value.replace_all_uses_with(given[key])
+        return {value.name or "": key for key, value in given.items()}
 
     def read(self, cut: Cut, count: int) -> Iterator[Sample]:
         """What the further inputs are, for each of so many samples."""
         for step in range(count):
             yield {name: np.load(self._path(key, step)) for name, key in cut.known.items()}
 
-    def keep(self, cut: Cut, steps: Iterator[Outputs], count: int) -> Iterator[Outputs]:
-        """What a model gives for each of so many samples, keeping what is live.
+    def keep(self, cut: Cut, steps: Iterator[Outputs]) -> Iterator[Outputs]:
+        """What a model gives for each sample, keeping what is live.
 
         What was kept before and is not live is forgotten, once all samples have been seen.
         """
-        new: dict[str, str] = {}
-        found: dict[str, _Kept] = {}
+        kept = {key: self._kept[key] for key in cut.stays}
+        taken = sum(self._bytes[key] for key in kept)
+        names, found, sizes = dict(cut.live), dict[str, _Kept](), Counter[str]()
         for step, outputs in enumerate(steps):
-            if not step:
-                new = _worth_keeping(cut, outputs, count)
-                found = {key: _kept(outputs[name]) for name, key in new.items()}
-            for name, key in new.items():
-                np.save(self._path(key, step), outputs[name])
+            self._save(names, outputs, step, found, sizes)
+            if taken + sizes.total() > FRONTIER_BYTES:
+                names.clear()
             yield outputs
-        stays = {key: kept for key, kept in self._kept.items() if key in cut.stays}
-        for key in self._kept.keys() - stays.keys() - found.keys():
-            for step in range(count):
-                self._path(key, step).unlink()
-        self._kept = stays | found
+        kept.update((key, found[key]) for key in names.values())
+        self._bytes = Counter({key: self._bytes[key] or sizes[key] for key in kept})
+        self._kept = kept
+        for path in Path(self._folder.name).iterdir() if self._folder is not None else ():
+            if path.name.rsplit(".", 2)[0] not in kept:
+                path.unlink()
+
+    def _save(
+        self,
+        names: dict[str, str],
+        outputs: Outputs,
+        step: int,
+        found: dict[str, _Kept],
+        sizes: Counter[str],
+    ) -> None:
+        """Keep what is called so, of one sample; what cannot be is struck off."""
+        for name, key in list(names.items()):
+            array = outputs.get(name)
+            if array is None or array.dtype.kind not in "biuf":
+                # A sequence, text, or a type that numpy does not write.
+                del names[name]
+                continue
+            alike = _Kept(ir.DataType.from_numpy(array.dtype), array.ndim)
+            if found.setdefault(key, alike) != alike:
+                del names[name]
+                continue
+            np.save(self._path(key, step), array)
+            sizes[key] += array.nbytes
 
     def _path(self, key: str, step: int) -> Path:
         if self._folder is None:
@@ -155,33 +185,21 @@ class Frontier:
         return Path(self._folder.name) / f"{key}.{step}.npy"
 
 
-def _worth_keeping(cut: Cut, outputs: Outputs, count: int) -> dict[str, str]:
-    """Of what is live, by name: arrays of plain numbers, if all together fit."""
-    arrays = {name: outputs[name] for name in cut.live if name in outputs}
-    if sum(array.nbytes for array in arrays.values()) * count > FRONTIER_BYTES:
-        return {}
-    return {n: cut.live[n] for n, array in arrays.items() if array.dtype.kind in "biuf"}
-
-
-def _kept(array: np.ndarray) -> _Kept:
-    return _Kept(ir.DataType.from_numpy(array.dtype), array.ndim)
-
-
 def _live(
     graph: ir.Graph,
     needed: set[ir.Node],
     reached: list[ir.Value],
     keys: Mapping[ir.Value, str],
-) -> list[ir.Value]:
-    """What is computed or known, and read by a node that is not run."""
+) -> dict[str, ir.Value]:
+    """What is computed or known, and read by a node that is not run; by what it is known by."""
     computed = [output for node in graph if node in needed for output in node.outputs]
-    return [
-        value
+    return {
+        keys[value]: value
         for value in (*computed, *reached)
         if value in keys
         and isinstance(value.type, ir.TensorType | None)
         and any(use.node not in needed for use in value.uses())
-    ]
+    }
 
 
 def _keys(model: ir.Model) -> dict[ir.Value, str]:

@@ -148,10 +148,7 @@ class Observer:
             count = sequences // 3 if sequences >= SHARED_BELOW else None
             fitted, judged = self.feed.split(count)
             few = fitted is judged
-            self._apart = (
-                self if few else self._of(fitted),
-                self if few else self._of(judged),
-            )
+            self._apart = (self, self) if few else (self._of(fitted), self._of(judged))
         return self._apart
 
     def varied(self) -> Observer | None:
@@ -256,10 +253,10 @@ class Observer:
         cut = self._frontier.cut(probed, keeps) if resumes else None
         _keep_what_leads_to_outputs(probed.graph)
         session = Session(probed, provider=self.provider, shapes_first=op_type == "Shape")
-        count = len(feed.samples)
-        steps = feed.run(session, self._frontier.read(cut, count) if cut is not None else None)
+        further = None if cut is None else self._frontier.read(cut, len(feed.samples))
+        steps = feed.run(session, further)
         if cut is not None and keeps:
-            steps = self._frontier.keep(cut, steps, count)
+            steps = self._frontier.keep(cut, steps)
         for outputs in steps:
             yield {name: outputs[probes[name]] for name in names}
 

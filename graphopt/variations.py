@@ -17,8 +17,11 @@ from graphopt.samples import Samples
 VARIED_MAXIMUM = 256
 """So many samples are enough; with half as many, none is varied."""
 
-CHANNELS_MAXIMUM, SIDE_MINIMUM = 4, 24
-"""An array of four axes is an image if it has so few channels, and sides of so many pixels."""
+COLORS, SIDE_MINIMUM = 3, 24
+"""An array of four axes is an image if it has so many channels, and sides of as many pixels.
+
+Of one channel may be letters or a spectrogram, which are others when mirrored.
+"""
 
 NEAREST = 0.6
 """The least share of a side that is cut out."""
@@ -37,7 +40,7 @@ def varied(samples: Samples) -> Samples | None:
     first = next(iter(samples), {})
     if ways < 2 or not any(_sides(array) for array in first.values()):
         return None
-    pairs = [(load, digest) for load, digest in zip(samples.loaders, samples.digests, strict=True)]
+    pairs = list(zip(samples.loaders, samples.digests, strict=True))
     loaders = [partial(_vary, load, digest, way) for load, digest in pairs for way in _WAYS[:ways]]
     digests = [f"{digest} {number}" for _, digest in pairs for number in range(ways)]
     alone = tuple((number,) for number in range(len(loaders)))
@@ -67,7 +70,7 @@ def _sides(array: np.ndarray) -> tuple[int, int] | None:
         return None
     for channel, axes in ((1, (2, 3)), (3, (1, 2))):
         large = all(array.shape[axis] >= SIDE_MINIMUM for axis in axes)
-        if array.shape[channel] <= CHANNELS_MAXIMUM and large:
+        if array.shape[channel] == COLORS and large:
             return axes
     return None
 

@@ -50,6 +50,35 @@ def test_what_is_known_is_not_computed_again() -> None:
     assert cut is not None and set(cut.known) == {"a", "b"}
 
 
+def test_two_values_that_are_the_same_are_read_once() -> None:
+    model = parse(
+        """agraph (float[N, 4] x) => (float[N, 4] y)
+        { a = Neg(x)  b = Neg(x)  c = Mul(a, b)  d = Tanh(a)  y = Add(d, b) }"""
+    )
+    samples = rows(5, 3)
+    resuming = observer(model, samples)
+    gram(model, "c", resuming)
+    cut = resuming._frontier.cut(model.clone(), keeps=False)
+    assert cut is not None and len(cut.known) == 1
+    np.testing.assert_allclose(
+        gram(model, "y", resuming), gram(model, "y", observer(model, samples)), rtol=1e-6
+    )
+
+
+def test_what_has_another_rank_for_each_sample_is_not_kept() -> None:
+    model = parse(
+        """agraph (float[N, 4] x, int64[K] s) => (float[N, 4] y) <int64[2] m = {-1, 4}>
+        { e = Reshape(x, s)  f = Neg(e)  g = Abs(f)  y = Reshape(g, m) }"""
+    )
+    shapes = [np.int64([-1, 4]), np.int64([1, -1, 4])]
+    samples = [{**one, "s": shape} for one, shape in zip(rows(2, 5), shapes, strict=True)]
+    resuming = observer(model, samples)
+    for value in ("e", "f", "y"):
+        np.testing.assert_allclose(
+            gram(model, value, resuming), gram(model, value, observer(model, samples)), rtol=1e-6
+        )
+
+
 def test_what_takes_too_much_is_not_kept(monkeypatch: Any) -> None:
     monkeypatch.setattr(frontier, "FRONTIER_BYTES", 1)
     model = parse(CHAIN)

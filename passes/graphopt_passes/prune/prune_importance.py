@@ -27,7 +27,7 @@ class PruneImportance(Pass):
     stay is what removing them costs when the others make good for it: one after the other where the
     weight is small (ExactOBS, arXiv 2208.11580), all at once by alternating directions elsewhere
     (ALPS, arXiv 2406.07831). The others are refitted by least squares, and the bias makes the means
-    right. Labels are not needed.
+    right. Labels are not needed; colour images, up to 128, are also fitted to mirrored and cut out.
 
     The file becomes smaller; onnxruntime has no sparse kernels, so that speed and memory stay.
 

@@ -3,7 +3,8 @@
 With samples, every layer is asked for what it gave before any weight was pruned, of what it reads
 now (`aims`): so it makes good for what was lost before it. Least squares say what it would become
 without zeros, the criterion which entries stay, least squares again what these become, and the
-bias makes the means right. A gain makes the variances right, where that helps the outputs.
+bias makes the means right. A gain makes the variances right, where that helps the outputs. Images
+are looked at mirrored and magnified, too, where they are few (`graphopt/variations.py`).
 """
 
 from __future__ import annotations
