@@ -28,7 +28,7 @@ NEAREST = 0.6
 
 
 def varied(samples: Samples) -> Samples | None:
-    """The samples, and the same mirrored and magnified; None where they are no images, or enough.
+    """The samples, then the same mirrored and magnified; None where they are no images, or enough.
 
     Every image of a sample is varied in the same way, and all its other inputs stay. Pixels are
     only moved and repeated, so that no value is one that the images have not.
@@ -41,8 +41,8 @@ def varied(samples: Samples) -> Samples | None:
     if ways < 2 or not any(_sides(array) for array in first.values()):
         return None
     pairs = list(zip(samples.loaders, samples.digests, strict=True))
-    loaders = [partial(_vary, load, digest, way) for load, digest in pairs for way in _WAYS[:ways]]
-    digests = [f"{digest} {number}" for _, digest in pairs for number in range(ways)]
+    loaders = [partial(_vary, load, digest, way) for way in _WAYS[:ways] for load, digest in pairs]
+    digests = [f"{digest} {number}" for number in range(ways) for _, digest in pairs]
     alone = tuple((number,) for number in range(len(loaders)))
     return Samples(tuple(loaders), tuple(digests), alone, samples.random, samples.keep)
 

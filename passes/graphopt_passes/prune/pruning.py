@@ -158,7 +158,7 @@ class Pruning:
         forms = [Pruned(sparsity, self.criterion) for sparsity in reversed(SPARSITIES)]
         return Narrowing(
             self.model,
-            self.context,
+            self.context.varied(),
             forms,
             Pruned(PROBED, self.criterion),
             estimates_of_pruned,
@@ -189,7 +189,8 @@ class Pruning:
         if self.gains is not None or self.context.observer is None:
             return
         fitted, judged = self.context.observer.apart()
-        compare = replace(self.context, observer=judged).against(self.model, COMPARED_SAMPLES)
+        judging = replace(self.context, observer=judged).varied()
+        compare = judging.against(self.model, COMPARED_SAMPLES)
         few = replace(self.context, observer=fitted, scratch=None)
 
         def error(gains: Gains, ridge: float) -> float:
