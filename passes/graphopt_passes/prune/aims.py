@@ -6,7 +6,7 @@ other value has lost: it should give the sum as it was, less the other value as 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -19,6 +19,7 @@ from graphopt.operators import is_onnx
 from graphopt.regression import Regression
 from graphopt.rewriting import Names, add_initializer, only_reader, tensor_of
 from graphopt_passes.prune.entries import ROUNDING
+from graphopt_passes.prune.tails import averaged
 from graphopt_passes.quantize.layers import GRAM_INPUTS_MAXIMUM, Layer, is_scaled
 from graphopt_passes.quantize.narrow_weights import shift_bias
 from graphopt_passes.quantize.twins import side_by_side, values_of
@@ -157,6 +158,7 @@ def aims_of(
     before: ir.Model,
     context: Context,
     kept: Kept = EVERYTHING,
+    pooled: Container[str] = (),
 ) -> list[Aim | None]:
     """What layers read now, and what they should give; None where no sample reaches one.
 
@@ -166,12 +168,15 @@ def aims_of(
         before: the same model, as it was.
         context: with samples.
         kept: where the model has only some indices along an axis of a value, those.
+        pooled: the names of values of which the model has the means of neighbours; see `tails`.
     """
     twin, theirs = side_by_side(model, before)
     questions = []
     for layer in layers:
         given, others = sum_of(layer)
         aim = theirs[given.name or ""]
+        if given.name in pooled:
+            aim = averaged(aim, twin, Names(twin))
         for axis, indices in kept.get(given.name or "", {}).items():
             aim = _picked(aim, axis, indices, twin)
         for other in values_of(twin, [v.name or "" for v in others]):

@@ -22,7 +22,6 @@ from graphopt.couplings import values_of
 from graphopt.groups import Consumer, Group, analyze
 from graphopt.layer_costs import macs_of_nodes, sizes_of_sample
 from graphopt.rewriting import Names
-from graphopt.validation import worst
 from graphopt_passes.prune.blocks import Block, blocks_of, drop_branch, means_of
 from graphopt_passes.prune.removal import masks_of, remove
 from graphopt_passes.prune.sinks import (
@@ -33,16 +32,20 @@ from graphopt_passes.prune.sinks import (
     write_shift,
     write_sink,
 )
+from graphopt_passes.prune.unit_budgets import Budget
 from graphopt_passes.prune.unit_choice import BlockOption, Choosing, Chosen, UnitOptions
-from graphopt_passes.prune.unit_costs import Costs, Term, macs_terms, parameters_terms
+from graphopt_passes.prune.unit_costs import Costs
 from graphopt_passes.prune.unit_refitting import is_refitted, refit_units
-from graphopt_passes.prune.unit_scores import Curve, curve_of
+from graphopt_passes.prune.unit_scores import Curve, curve_of, mean_square
 
 COMPARED_SAMPLES, ALONE_SAMPLES, RUNS_MAXIMUM = 32, 8, 2048
 """Errors are measured on so many samples, at most and at least, and in no more runs in all."""
 
 ROUNDS = 5
 """How often the budget is corrected by what a model without the units was seen to cost."""
+
+NEAR = 0.995
+"""Of the budget; what takes so much needs no further round."""
 
 SHARE_MINIMUM = 0.1
 """Of the units of each group stay at least."""
@@ -71,7 +74,7 @@ class Structures:
         model: rewritten in place, by `run`.
         context: with samples.
         change: told what is done, and what is left alone.
-        of_parameters: the budget is of parameters, and not of multiply-accumulates.
+        budget: what is to be saved.
         multiple: of which numbers of units are.
         keep: names of groups that stay as they are.
         drops_blocks: whole residual branches may go.
@@ -81,7 +84,7 @@ class Structures:
     model: ir.Model
     context: Context
     change: Change
-    of_parameters: bool
+    budget: Budget
     multiple: int
     keep: frozenset[str] = frozenset()
     drops_blocks: bool = True
@@ -141,31 +144,12 @@ class Structures:
         return step
 
     @cached_property
-    def sizes(self) -> dict[str, int]:
-        """Of dimensions that the file leaves open, as in the first sample."""
-        sample = next(iter(self.context.samples), None)
-        return {} if sample is None else sizes_of_sample(self.model, sample)
-
-    @cached_property
-    def macs(self) -> dict[ir.Node, int | None]:
-        """Multiply-accumulates of the nodes of the model."""
-        return macs_of_nodes(self.model, self.sizes)
-
-    @cached_property
     def blocks(self) -> list[Block]:
         """Of which the branch can go."""
-        return blocks_of(self.model, self.macs) if self.drops_blocks else []
-
-    def _terms(self) -> list[Term]:
-        if self.of_parameters:
-            return parameters_terms(self.model)
-        return macs_terms(self.model, self.sizes)
-
-    def cost(self, model: ir.Model) -> float:
-        """What a model costs, in the unit of the budget."""
-        if self.of_parameters:
-            return sum(term.amount for term in parameters_terms(model))
-        return float(sum(macs or 0 for macs in macs_of_nodes(model, self.sizes).values()))
+        if not self.drops_blocks:
+            return []
+        sample = next(iter(self.context.samples), {})
+        return blocks_of(self.model, macs_of_nodes(self.model, sizes_of_sample(self.model, sample)))
 
     # -------------------------------------------------------------- what it does to the outputs
 
@@ -229,9 +213,7 @@ class Structures:
         samples = max(samples, ALONE_SAMPLES)
         if samples not in self._measured:
             compare = self._apart[1].against(self.model, samples)
-            self._measured[samples] = lambda one: _mean_square(
-                [worst([output]) ** 2 for output in compare(one)]
-            )
+            self._measured[samples] = lambda one: mean_square(compare(one))
         return self._measured[samples](model)
 
     # -------------------------------------------------------------- the choice
@@ -239,26 +221,26 @@ class Structures:
     @cached_property
     def choosing(self) -> Choosing:
         """What could be done."""
-        costs = Costs(self.groups, self._terms())
+        costs = Costs(self.groups, self.budget.terms(self.model), self.budget.lanes)
         return Choosing(costs, [one.options for one in self.prunable], self.block_options)
 
     def chosen(self, share: float) -> Chosen | None:
         """The choice that costs so much of what the model costs at most; None where none does."""
-        total = self.cost(self.model)
-        limit = share * total
-        asked, best = limit * self.choosing.costs.total / max(total, 1e-30), None
+        total, best = self.choosing.costs.total, None
+        asked = share * total
         for _ in range(ROUNDS):
             chosen = self.choosing.within(asked)
-            seen = self.cost(self._without(chosen))
-            if seen <= limit:
-                best = chosen
-                if seen >= 0.995 * limit or asked >= self.choosing.costs.total:
+            seen = self.budget.share(self._without(chosen), self.model)
+            if seen <= share:
+                better = best is None or self.choosing.square(chosen) < self.choosing.square(best)
+                best = chosen if better else best
+                if seen >= NEAR * share or asked >= total:
                     break
             elif self.choosing.cost(chosen) > asked:
                 # The cheapest that there is.
-                self.change.note(f"at least {seen / total:.1%} have to stay")
+                self.change.note(f"at least {seen:.1%} have to stay")
                 break
-            asked = self.choosing.cost(chosen) * limit / max(seen, 1e-30)
+            asked = self.choosing.cost(chosen) * share / max(seen, 1e-30)
         return best
 
     def _without(self, chosen: Chosen) -> ir.Model:
@@ -374,9 +356,3 @@ def _consumer_in(
 ) -> Consumer:
     data = None if consumer.data is None else copies[consumer.data]
     return consumer._replace(node=nodes[consumer.node], weight=copies[consumer.weight], data=data)
-
-
-def _mean_square(squares: Sequence[float]) -> float:
-    finite = [square for square in squares if math.isfinite(square)]
-    # What cannot be compared says nothing of how much a unit counts.
-    return max(math.fsum(finite) / len(finite), 0.0) if finite else math.inf

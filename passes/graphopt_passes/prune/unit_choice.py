@@ -99,7 +99,8 @@ class Choosing:
         low, high = 1e-30, 1e30
         best = self._at(high)
         if self.cost(best) > limit:
-            return best
+            # At such a price nothing else counts, but what costs nothing more may stay.
+            return self._filled(best, self.cost(best))
         for _ in range(_HALVINGS):
             price = float(np.sqrt(low * high))
             chosen = self._at(price)

@@ -46,17 +46,22 @@ class Costs:
     Attributes:
         groups: of the model.
         terms: whose sum it is.
+        lanes: an axis costs what one of the next multiple of it in size does.
     """
 
     groups: Sequence[Group]
     terms: Sequence[Term]
+    lanes: int = 1
 
     def __post_init__(self) -> None:
         shares: dict[Axis, dict[int, float]] = defaultdict(dict)
+        sizes: dict[Axis, int] = {}
         for number, group in enumerate(self.groups):
             for place in group.places:
-                share = len(place.indices) / place.size
-                shares[place.value, place.axis % max(_rank(place.value), 1)][number] = share
+                axis = place.value, place.axis % max(_rank(place.value), 1)
+                shares[axis][number] = len(place.indices) / place.size
+                sizes[axis] = place.size
+        object.__setattr__(self, "_sizes", sizes)
         object.__setattr__(self, "_shares", shares)
         touching: list[list[int]] = [[] for _ in self.groups]
         for index, term in enumerate(self.terms):
@@ -111,8 +116,17 @@ class Costs:
         for axis in term.axes:
             of_axis = self._shares.get(axis)  # type: ignore[attr-defined]
             if of_axis:
-                amount = amount * (1 - sum(s * (1 - shares[n]) for n, s in of_axis.items()))
+                left = 1 - sum(s * (1 - shares[n]) for n, s in of_axis.items())
+                amount = amount * self._filled(left, self._sizes[axis])  # type: ignore[attr-defined]
         return amount
+
+    def _filled(self, share: float | np.ndarray, size: int) -> float | np.ndarray:
+        """The share of an axis that is worked on."""
+        if self.lanes == 1:
+            return share
+        # Sizes are whole numbers but for rounding.
+        blocks = np.ceil(np.round(share * size, 6) / self.lanes)
+        return blocks / math.ceil(size / self.lanes)
 
 
 def _rank(value: ir.Value) -> int:
@@ -132,6 +146,32 @@ def macs_terms(model: ir.Model, sizes: Mapping[str, int]) -> list[Term]:
             parts = list(_parts(node))
             total = sum(size for size, _ in parts)
             found += [Term(macs * size / total, axes, (node,)) for size, axes in parts]
+    return found
+
+
+def latency_terms(
+    model: ir.Model, times_us: Mapping[ir.Node, float], sizes: Mapping[str, int]
+) -> list[Term]:
+    """The time of a run of a model, microseconds.
+
+    What multiplies takes time like its multiply-accumulates do, and what does not like the number
+    of elements that it makes.
+
+    Args:
+        model: with inferred shapes; not modified.
+        times_us: of its nodes; see `graphopt.node_times`.
+        sizes: of dimensions that the file leaves open.
+    """
+    macs = macs_of_nodes(model, sizes)
+    found = []
+    for node, time_us in times_us.items():
+        if macs.get(node):
+            parts = list(_parts(node))
+            total = sum(size for size, _ in parts)
+            found += [Term(time_us * size / total, axes, (node,)) for size, axes in parts]
+        elif node.outputs:
+            axes = tuple((node.outputs[0], axis) for axis in range(_rank(node.outputs[0])))
+            found.append(Term(time_us, axes, (node,)))
     return found
 
 

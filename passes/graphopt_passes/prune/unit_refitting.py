@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import onnx_ir as ir
 
 from graphopt.contract import Change, Context
 from graphopt.groups import Consumer
 from graphopt.rewriting import Names
-from graphopt_passes.prune.aims import Kept, aims_of, give, has_aim, reading_the_same
+from graphopt_passes.prune.aims import EVERYTHING, Kept, aims_of, give, has_aim, reading_the_same
 from graphopt_passes.prune.sinks import shrunk
+from graphopt_passes.prune.tails import Tail
 from graphopt_passes.quantize.layers import Layer, layer_of
 from graphopt_passes.quantize.narrow_weights import Target, targets_of
 
@@ -19,9 +20,15 @@ UNCHANGED = 1e-8
 
 
 def refit_units(
-    model: ir.Model, before: ir.Model, context: Context, change: Change, kept: Kept
+    model: ir.Model,
+    before: ir.Model,
+    context: Context,
+    change: Change,
+    kept: Kept = EVERYTHING,
+    tail: Tail | None = None,
+    pooled: Container[str] = (),
 ) -> None:
-    """Refit all layers, first to last, to what they gave.
+    """Refit layers, first to last, to what they gave.
 
     Args:
         model: rewritten in place: weights and biases.
@@ -29,16 +36,20 @@ def refit_units(
         context: with samples.
         change: told what is done.
         kept: of values that have fewer units, those that stay.
+        tail: refit only its layers; None for all.
+        pooled: the names of values of which the model has the means of neighbours; see `tails`.
     """
     targets = [t for t in targets_of(model, 1, Change()) if _can_refit(t)]
     places = {node: place for place, node in enumerate(model.graph)}
     layers = [t.layer for t in targets if t.layer is not None]
+    if tail is not None:
+        layers = [layer for layer in layers if layer.node in tail.nodes]
     layers.sort(key=lambda layer: places[layer.node])
     read, names, number = _read_by(layers), Names(model), 0
     for together in reading_the_same(layers):
         context.progress(f"refitting layer {number + 1} of {len(layers)}")
         of_value = [layer for layer in together if layer is not None]
-        aims = aims_of(of_value, model, before, context, kept)
+        aims = aims_of(of_value, model, before, context, kept, pooled)
         number += len(together)
         for layer, aim in zip(of_value, aims, strict=True):
             weight = layer.matrix()

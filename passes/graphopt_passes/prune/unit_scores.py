@@ -8,11 +8,13 @@ several weights read costs what all of these lose, each relative to what it give
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from graphopt.validation import OutputError, worst
 from graphopt_passes.prune.entries import Floats
 from graphopt_passes.prune.sinks import Sink
 
@@ -104,3 +106,11 @@ class _State:
         self.matrix = self.matrix - self.matrix[:, :, columns] @ pushed
         self.matrix[:, :, columns] = 0
         self._inverse -= rows.transpose(0, 2, 1) @ pushed
+
+
+def mean_square(outputs: Sequence[OutputError]) -> float:
+    """The squared relative L2 error of the outputs, on their mean."""
+    squares = [worst([output]) ** 2 for output in outputs]
+    finite = [square for square in squares if math.isfinite(square)]
+    # What cannot be compared says nothing of how much a unit counts.
+    return max(math.fsum(finite) / len(finite), 0.0) if finite else math.inf
