@@ -213,7 +213,7 @@ def test_layers_of_a_tail_are_refitted_to_what_they_gave_on_the_mean() -> None:
     pooled = pool(model, tail)
     assert pooled
     raw, change = model.clone(), Change()
-    refit_units(model, before, context_of(before, given), change, tail=tail, pooled=pooled)
+    refit_units(model, before, context_of(before, given), change, only=tail.nodes, pooled=pooled)
     # Of those before the pool, and behind the mean, none.
     assert change.counts == {"Conv refitted": 2}
     assert error(before, model, given) < error(before, raw, given)

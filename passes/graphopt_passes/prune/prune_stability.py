@@ -28,8 +28,9 @@ class PruneStability(Pass):
     As prune-importance, but what an entry is worth counts less the less sure it is: samples fall
     into 16 chunks, a Bayesian bootstrap over these gives importances that other samples could have
     given, and the worth is in proportion to their mean over their deviation (and a constant). What
-    is the same in all chunks is pruned as prune-importance does it, to the bit. The ledger tells
-    how alike the masks of resamples are, as their Jaccard index.
+    is the same in all chunks is pruned as prune-importance does it, to the bit. And the less sure
+    moments are, the less the choice of entries follows what only these samples have in common. The
+    ledger tells how alike the masks of resamples are, as their Jaccard index.
 
     Attributes:
         sparsity: share of the entries of all weights together that becomes zero.
@@ -93,7 +94,7 @@ class PruneStability(Pass):
             )
             before, targets = model.clone(), pruning.targets
             sureness = Sureness(before, context, targets, self.mode, self.kappa, checkpoints)
-            pruning.factors = sureness.factors
+            pruning.factors, pruning.doubts = sureness.factors, sureness.doubt
             pruning.apply(self.sparsity, self.error, "by-loss")
         sureness.tell(change)
         store(model, self.form, context, change)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
+import numpy as np
 import onnx_ir as ir
 
 from graphopt.contract import Change, Context
@@ -49,6 +50,9 @@ from graphopt_passes.quantize.narrowing import COMPARED_SAMPLES, Narrowing, prob
 Factors = Callable[[Target, int], Floats | None]
 """What the worth of the entries of a weight is multiplied with, given how many stay."""
 
+Doubts = Callable[[Target], float]
+"""By how much more moments are damped than they are otherwise, where entries are chosen."""
+
 Gains = Literal["none", "alone", "all"]
 
 RIDGE_STEP, RIDGE_MAXIMUM = 4.0, 64.0
@@ -76,6 +80,7 @@ class Pruning:
         change: told what is done, and what is left alone.
         min_elements: smaller weights stay.
         factors: see `Factors`.
+        doubts: see `Doubts`.
         numbers: the type whose numbers the entries that stay become.
         gains: which layers vary as they did: "none", those that make good for no other one
             ("alone"), or "all"; None for what serves the outputs best.
@@ -89,6 +94,7 @@ class Pruning:
     change: Change
     min_elements: int = 1
     factors: Factors = lambda *_: None
+    doubts: Doubts = lambda _: 0.0
     numbers: ir.DataType = ir.DataType.FLOAT
     gains: Gains | None = None
     ridge: float = 1.0
@@ -223,7 +229,8 @@ class Pruning:
                 factors = self.factors(target, keep)
                 selection = Selection(self.criterion, self.pattern, taps_of(target), factors)
                 if aim is not None and layer is not None:
-                    self._prune_to_aim(layer, aim, keep, selection)
+                    doubt = self.doubts(target)
+                    self._prune_to_aim(layer, aim, keep, selection, doubt)
                 else:
                     self._prune_alone(target, keep, selection)
                 self.change.count(f"weight of {target.operator} pruned")
@@ -238,14 +245,21 @@ class Pruning:
             return [None] * len(layers)
         return aims_of(looked_at, self.model, before, context)
 
-    def _prune_to_aim(self, layer: Layer, aim: Aim, keep: int, selection: Selection) -> None:
-        weight, moments = layer.matrix(), damped(aim.moments, aim.rows, aim.read_means, self.ridge)
+    def _prune_to_aim(
+        self, layer: Layer, aim: Aim, keep: int, selection: Selection, doubt: float
+    ) -> None:
+        seen = aim.moments, aim.rows, aim.read_means
+        weight, moments = layer.matrix(), damped(*seen, self.ridge)
         wanted = aim.weight(weight, moments)
         flat = wanted.reshape(-1, wanted.shape[2])
         if self.criterion == "magnitude":
             # By the weight as it was trained, whatever the samples are.
             mask = mask_of(weight.reshape(flat.shape), moments, keep, selection)
             found = refitted(flat, moments, mask)
+        elif doubt:
+            unsure = damped(*seen, self.ridge * (1 + doubt))
+            chosen = aim.weight(weight, unsure).reshape(flat.shape)
+            found = refitted(flat, moments, mask_of(chosen, unsure, keep, selection))
         else:
             found = pruned(flat, moments, keep, selection)
         grouped = found.reshape(wanted.shape)
@@ -259,8 +273,13 @@ class Pruning:
         answers = self.context.observe(self.model, asked) if asked else {}
         problem = problem_of(target, answers)
         moments = moments_of(problem)
+        doubt = 0.0 if moments is None else self.doubts(target)
         if moments is None:
             found = largest_alone(problem.weight, keep, selection)
+        elif doubt:
+            unsure = damped(moments, np.iinfo(np.int32).max, factor=doubt)
+            mask = mask_of(problem.weight, unsure, keep, selection)
+            found = refitted(problem.weight, moments, mask)
         else:
             found = pruned(problem.weight, moments, keep, selection)
         target.value.const_value = self.context.tensor(

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import dropwhile, islice
 
 import numpy as np
 import onnx_ir as ir
@@ -21,6 +22,7 @@ from graphopt.contract import Change, Context
 from graphopt.couplings import values_of
 from graphopt.groups import Consumer, Group, analyze
 from graphopt.layer_costs import macs_of_nodes, sizes_of_sample
+from graphopt.operators import is_onnx
 from graphopt.rewriting import Names
 from graphopt_passes.prune.blocks import Block, blocks_of, drop_branch, means_of
 from graphopt_passes.prune.removal import masks_of, remove
@@ -40,6 +42,9 @@ from graphopt_passes.prune.unit_scores import Curve, curve_of, mean_square
 
 COMPARED_SAMPLES, ALONE_SAMPLES, RUNS_MAXIMUM = 32, 8, 2048
 """Errors are measured on so many samples, at most and at least, and in no more runs in all."""
+
+PRODUCTS, MAKING_GOOD = ("Conv", "Gemm", "MatMul"), 2
+"""Of so many layers behind a branch it is believed that they make good for it: the next block."""
 
 ROUNDS = 5
 """How often the budget is corrected by what a model without the units was seen to cost."""
@@ -198,6 +203,9 @@ class Structures:
             copy, copies, _ = self._copy()
             output, branch = copies[block.add.outputs[0]], copies[block.branch]
             drop_branch(copy, output, branch, means, block.axis, self.context)
+            if self.refits:
+                behind = self._behind(output)
+                refit_units(copy, self.model, self._apart[0], Change(), only=behind)
             inner = frozenset(
                 number
                 for number, group in enumerate(self.groups)
@@ -206,6 +214,13 @@ class Structures:
             )
             found.append(BlockOption(block.nodes, inner, self._square(copy)))
         return found
+
+    def _behind(self, output: ir.Value) -> set[ir.Node]:
+        """The layers that come next and make good for a branch."""
+        add = output.producer()
+        assert add is not None and add.graph is not None
+        behind = dropwhile(lambda node: node is not add, add.graph)
+        return set(islice((node for node in behind if is_onnx(node, *PRODUCTS)), MAKING_GOOD))
 
     def _square(self, model: ir.Model) -> float:
         """What a model adds to the squared relative L2 error of the outputs, on their mean."""

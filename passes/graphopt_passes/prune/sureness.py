@@ -15,7 +15,13 @@ from graphopt.contract import Change, Context
 from graphopt.observe import Answers, Question
 from graphopt_passes.prune.entries import Floats
 from graphopt_passes.prune.masks import Unstructured
-from graphopt_passes.prune.stability import Mode, checkpoint_factors, factors, mask_stability
+from graphopt_passes.prune.stability import (
+    Mode,
+    checkpoint_factors,
+    doubt_of,
+    factors,
+    mask_stability,
+)
 from graphopt_passes.prune.weights import taps_of
 from graphopt_passes.quantize.narrow_weights import Target
 
@@ -66,6 +72,22 @@ class Sureness:
             self._last[target.name] = self._alike[target.name, keep]
         seen = self._seen(target)
         return found if len(seen) < 2 else found * checkpoint_factors(np.stack(seen))
+
+    def doubt(self, target: Target) -> float:
+        """By how much more moments are to be damped, where entries are chosen, than by their rows.
+
+        What inputs have in common is less sure than how large they are, and a mask that follows it
+        is another one for other samples. So moments are drawn to their diagonal, in proportion to
+        the square of their relative deviation: for the mask alone, as what the entries become is
+        no less exact for it. Exactly 0 where all chunks are equal.
+
+        Args:
+            target: not pruned yet.
+        """
+        moments = self._moments(target)
+        if self.mode != "stability" or moments is None or len(moments) < 2:
+            return 0.0
+        return doubt_of(moments)
 
     def tell(self, change: Change) -> None:
         """Say how alike the masks of resamples are."""

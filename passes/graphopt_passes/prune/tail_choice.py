@@ -120,7 +120,8 @@ class TailChoice:
                 return False
             self._tell(tail, change)
             if one.refits:
-                refit_units(model, before, context.varied(), change, tail=tail, pooled=pooled)
+                looking = context.varied()
+                refit_units(model, before, looking, change, only=tail.nodes, pooled=pooled)
             left = left / self.budget.share(model, before)
         return left >= 1 or self.prune(model, context, change, left)
 

@@ -11,7 +11,6 @@ from graphopt.groups import Consumer
 from graphopt.rewriting import Names
 from graphopt_passes.prune.aims import EVERYTHING, Kept, aims_of, give, has_aim, reading_the_same
 from graphopt_passes.prune.sinks import shrunk
-from graphopt_passes.prune.tails import Tail
 from graphopt_passes.quantize.layers import Layer, layer_of
 from graphopt_passes.quantize.narrow_weights import Target, targets_of
 
@@ -25,7 +24,7 @@ def refit_units(
     context: Context,
     change: Change,
     kept: Kept = EVERYTHING,
-    tail: Tail | None = None,
+    only: Container[ir.Node] | None = None,
     pooled: Container[str] = (),
 ) -> None:
     """Refit layers, first to last, to what they gave.
@@ -36,14 +35,14 @@ def refit_units(
         context: with samples.
         change: told what is done.
         kept: of values that have fewer units, those that stay.
-        tail: refit only its layers; None for all.
+        only: refit these nodes; None for all.
         pooled: the names of values of which the model has the means of neighbours; see `tails`.
     """
     targets = [t for t in targets_of(model, 1, Change()) if _can_refit(t)]
     places = {node: place for place, node in enumerate(model.graph)}
     layers = [t.layer for t in targets if t.layer is not None]
-    if tail is not None:
-        layers = [layer for layer in layers if layer.node in tail.nodes]
+    if only is not None:
+        layers = [layer for layer in layers if layer.node in only]
     layers.sort(key=lambda layer: places[layer.node])
     read, names, number = _read_by(layers), Names(model), 0
     for together in reading_the_same(layers):
