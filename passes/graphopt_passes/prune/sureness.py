@@ -78,8 +78,8 @@ class Sureness:
 
         What inputs have in common is less sure than how large they are, and a mask that follows it
         is another one for other samples. So moments are drawn to their diagonal, in proportion to
-        the square of their relative deviation: for the mask alone, as what the entries become is
-        no less exact for it. Exactly 0 where all chunks are equal.
+        their relative deviation: for the mask alone, as what the entries become is no less exact
+        for it. Exactly 0 where all chunks are equal.
 
         Args:
             target: not pruned yet.
