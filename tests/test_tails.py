@@ -183,14 +183,15 @@ def _weights() -> dict[str, np.ndarray]:
     }
 
 
-def test_a_layer_before_a_relu_is_asked_for_the_mean_of_what_that_gives() -> None:
-    model = inferred(
-        """agraph (float[1, 2, 4, 3] x) => (float[1, 2, 4, 3] y, float[1, 2, 4, 3] z) {
-            a = Neg(x)
-            y = Relu(a)
-            z = Identity(x)
-        }"""
-    )
+@pytest.mark.parametrize("rectifier", ["Relu(a)", "Clip(a, low, high)"])
+def test_a_layer_before_a_relu_is_asked_for_the_mean_of_what_that_gives(rectifier: str) -> None:
+    text = """agraph (float[1, 2, 4, 3] x) => (float[1, 2, 4, 3] y, float[1, 2, 4, 3] z) {
+        a = Neg(x)
+        y = %s
+        z = Identity(x)
+    }"""
+    limits = {"low": np.array(0, np.float32), "high": np.array(99, np.float32)}
+    model = inferred(text % rectifier, **(limits if "Clip" in rectifier else {}))
     made = {value.name: value for node in model.graph for value in node.outputs}
     model.graph.outputs.extend(averaged(made[name], model, Names(model)) for name in ("a", "z"))
     x = np.random.default_rng(0).normal(size=(1, 2, 4, 3)).astype(np.float32)

@@ -16,7 +16,14 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from graphopt.operators import is_onnx
-from graphopt.rewriting import Names, constant_tensor, only_reader, replace_value
+from graphopt.rewriting import (
+    Names,
+    constant_tensor,
+    input_of,
+    only_reader,
+    replace_value,
+    small_array,
+)
 from graphopt.skeleton import infer_shapes, known_shape
 from graphopt_passes.prune.blocks import places_of
 from graphopt_passes.simplify.reductions import reduced_axes
@@ -181,8 +188,8 @@ def quarter(node: ir.Node) -> float:
 def averaged(value: ir.Value, model: ir.Model, names: Names) -> ir.Value:
     """What a layer should give instead of a value, if it gives it for two by two places at once.
 
-    That is the mean, or, where only a Relu reads the value, what becomes the mean of what that
-    gives: the mean over places is taken of that in the end.
+    That is the mean, or, where only a Relu (or ReLU6) reads the value, what becomes the mean of
+    what that gives: the mean over places is taken of that in the end.
 
     Args:
         value: of the model.
@@ -197,12 +204,20 @@ def averaged(value: ir.Value, model: ir.Model, names: Names) -> ir.Value:
 
     reader, attributes = only_reader(value), _pooling(_sides(value))
     mean = add("AveragePool", value, attributes=attributes)
-    if reader is None or not is_onnx(reader, "Relu"):
+    if reader is None or not _is_rectifier(reader):
         return mean
     # Where none of the places is positive, all that counts is that the layer gives nothing either.
     positive = add("AveragePool", reader.outputs[0], attributes=attributes)
     where_positive = add("Mul", add("Sign", positive), mean)
     return add("Add", positive, add("Sub", mean, where_positive))
+
+
+def _is_rectifier(node: ir.Node) -> bool:
+    """A Relu, or a Clip from 0."""
+    if is_onnx(node, "Clip"):
+        least = small_array(input_of(node, 1))
+        return least is not None and not least.any()
+    return is_onnx(node, "Relu")
 
 
 def _halved(sides: list[int]) -> list[int]:
