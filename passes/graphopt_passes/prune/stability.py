@@ -26,8 +26,11 @@ from graphopt_passes.prune.masks import Floats, Mask, Pattern
 RESAMPLES = 64
 """A power of two: what is kept in all of them has a frequency of 1, to the last bit."""
 
-DOUBT, DOUBT_MAXIMUM = 200.0, 64.0
-"""Of 32 photographs moments are sure to a tenth; they are damped 20 times as much more."""
+DOUBT, DOUBT_MAXIMUM = 200.0, 16.0
+"""Where moments are sure to a fiftieth, they are damped 4 times as much more, and so on.
+
+A mask that follows less of what few samples have in common than that is no longer as good.
+"""
 
 Mode = Literal["stability", "selection", "keep-uncertain"]
 
