@@ -78,6 +78,14 @@ def test_what_is_no_mean_over_all_places_has_no_tail(mean: str) -> None:
     assert read_by(inferred(text % mean, w=normal(4, 3, 1, 1))) == []
 
 
+def test_images_of_other_types_have_none() -> None:
+    text = """agraph (double[1, 3, 6, 6] x) => (double[1, 3, 1, 1] y) {
+        a = Relu(x) b = Relu(a) y = ReduceMean<axes=[2, 3]>(b)
+    }"""
+    assert read_by(inferred(text)) == []
+    assert read_by(inferred(text.replace("double", "float"))) == ["b", "a"]
+
+
 def test_branches_are_in_a_tail_as_a_whole() -> None:
     """A residual sum, with the squeeze and excitation of its branch."""
     model = inferred(

@@ -118,7 +118,9 @@ def _has_places(value: ir.Value) -> bool:
     shape = known_shape(value)
     rank = 0 if shape is None else len(shape)
     sides = _sides(value)
-    return rank > 2 and len(sides) == rank - 2 and min(sides) >= SIDE
+    # Of other types onnxruntime has no AveragePool on the CPU.
+    is_image = rank > 2 and len(sides) == rank - 2 and value.dtype == ir.DataType.FLOAT
+    return is_image and min(sides) >= SIDE
 
 
 def _works_at_any_size(node: ir.Node) -> bool:
