@@ -10,6 +10,7 @@ import pytest
 from test_prune_structures import CNN, applied, built, cnn, macs, normal, samples
 
 from graphopt.benchmark import latency_ratio
+from graphopt.errors import SpecError
 from graphopt.groups import analyze
 from graphopt.node_times import node_times
 from graphopt.skeleton import infer_shapes
@@ -98,6 +99,13 @@ def test_what_is_pruned_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_half_as_much_time_is_saved_where_it_was_too_much() -> None:
     assert PruneStructures(latency=0.6).narrow() == PruneStructures(latency=0.8)
+
+
+def test_one_budget_is_enough() -> None:
+    with pytest.raises(SpecError, match="macs and latency are two budgets"):
+        PruneStructures(latency=0.6, macs=0.5)
+    with pytest.raises(SpecError, match="parameters and latency are two budgets"):
+        PruneStructures(latency=0.6, parameters=0.5)
 
 
 def test_units_that_share_lanes_with_others_stay() -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 import onnx_ir as ir
 
 from graphopt.contract import Bounds, Change, Context, Effect, Pass
-from graphopt.errors import did_you_mean
+from graphopt.errors import SpecError, did_you_mean
 from graphopt.groups import analyze
 from graphopt.layer_costs import sizes_of_sample
 from graphopt_passes.prune.lanes import measured_lanes
@@ -19,6 +19,9 @@ from graphopt_passes.quantize.granularity import WEIGHTS
 
 MULTIPLES = {"cpu": 8, "cuda": 8}
 """Of how many channels kernels work on at a time; see `prune-structures{multiple}`."""
+
+MACS = 0.7
+"""Share of the multiply-accumulates that stays where no budget is stated."""
 
 LEAST = 0.95
 """Of the budget; a smaller part to go is not worth a try."""
@@ -51,6 +54,9 @@ class PruneStructures(Pass):
         places: the last layers of what ends in a mean over places may work on a quarter of them.
         refit: layers are refitted to what they gave.
         keep: names of groups that stay as they are.
+
+    Raises:
+        SpecError: two budgets are stated.
     """
 
     name: ClassVar[str] = "prune-structures"
@@ -59,7 +65,7 @@ class PruneStructures(Pass):
     needs_samples: ClassVar[bool] = True
     max_error: ClassVar[float] = 0.15
 
-    macs: Annotated[float, Bounds(0.01, 1.0)] = 0.7
+    macs: Annotated[float, Bounds(0.01, 1.0)] = MACS
     parameters: Annotated[float, Bounds(0.0, 1.0)] = 0.0
     latency: Annotated[float, Bounds(0.0, 1.0)] = 0.0
     multiple: Annotated[int, Bounds(0, 256)] = 0
@@ -67,6 +73,13 @@ class PruneStructures(Pass):
     places: bool = True
     refit: bool = True
     keep: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        stated = {"macs": self.macs != MACS, "parameters": self.parameters, "latency": self.latency}
+        names = [name for name, budget in stated.items() if budget]
+        if len(names) > 1:
+            raise SpecError(f"{' and '.join(names)} are two budgets; say one of them")
 
     def refuse(self, model: ir.Model, context: Context) -> str | None:
         """Refuse names that no group has."""
