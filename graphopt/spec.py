@@ -39,11 +39,13 @@ class Bounds:
         return above and (self.maximum is None or number <= self.maximum)
 
     def __str__(self) -> str:
+        # Equal bounds read alike: Python keeps one of `Annotated` types that are equal.
+        least, most = (str(x).removesuffix(".0") for x in (self.minimum, self.maximum))
         if self.maximum is None:
-            return f"at least {self.minimum}"
+            return f"at least {least}"
         if self.minimum is None:
-            return f"at most {self.maximum}"
-        return f"from {self.minimum} to {self.maximum}"
+            return f"at most {most}"
+        return f"from {least} to {most}"
 
 
 @dataclass(frozen=True)
