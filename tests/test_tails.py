@@ -78,6 +78,16 @@ def test_what_is_no_mean_over_all_places_has_no_tail(mean: str) -> None:
     assert read_by(inferred(text % mean, w=normal(4, 3, 1, 1))) == []
 
 
+@pytest.mark.parametrize(("axis", "found"), [(1, ["d", "x"]), (-3, ["d", "x"]), (2, ["d"])])
+def test_channels_may_be_put_together(axis: int, found: list[str]) -> None:
+    text = """agraph (float[1, 4, 6, 6] i) => (float[1, 8, 1, 1] y) {
+        x = Relu(i) a = Conv(x, w) d = Concat<axis=%d>(x, a) y = GlobalAveragePool(d)
+    }"""
+    shape = "[1, 8, 1, 1]" if axis != 2 else "[1, 4, 1, 1]"
+    text = text.replace("[1, 8, 1, 1]", shape)
+    assert read_by(inferred(text % axis, w=normal(4, 4, 1, 1))) == found
+
+
 def test_images_of_other_types_have_none() -> None:
     text = """agraph (double[1, 3, 6, 6] x) => (double[1, 3, 1, 1] y) {
         a = Relu(x) b = Relu(a) y = ReduceMean<axes=[2, 3]>(b)

@@ -126,11 +126,11 @@ def _has_places(value: ir.Value) -> bool:
 def _works_at_any_size(node: ir.Node) -> bool:
     if is_onnx(node, *AT_ANY_SIZE):
         return len(node.outputs) == 1
+    rank = len(known_shape(node.outputs[0]) or ())
     if is_onnx(node, "Concat"):
-        return node.attributes.get_int("axis", 0) == 1
+        return rank > 2 and node.attributes.get_int("axis", 0) in (1, 1 - rank)
     if not is_onnx(node, *AT_EACH_PLACE):
         return False
-    rank = len(known_shape(node.outputs[0]) or ())
     return rank > 2 and all(_is_the_same_everywhere(v, rank) for v in node.inputs if v is not None)
 
 
