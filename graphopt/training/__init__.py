@@ -1,0 +1,1 @@
+"""The training side: what needs torch. Only the command line loads it, and only when asked."""

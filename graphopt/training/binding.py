@@ -1,0 +1,197 @@
+"""A node as a function of its inputs: its operator with what the attributes state."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from graphopt.errors import ModelError, did_you_mean
+from graphopt.operators import ONNX_DOMAINS, attributes_of
+from graphopt.rewriting import input_of
+from graphopt.training.operators import OPERATORS
+from graphopt.training.operators.element_types import BARE_UNSIGNED, TORCH_TYPES, from_onnx
+from graphopt.training.operators.operator_types import (
+    BECAME_INPUTS,
+    STATED,
+    Body,
+    Operator,
+    Results,
+)
+
+_IGNORED = {
+    "BatchNormalization": frozenset({"is_test", "spatial"}),
+    "Constant": frozenset({"value"}),
+}
+_DTYPES = ("dtype", "output_datatype", "output_dtype", "to")
+"""Attributes that name an element type."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a node runs.
+
+    Attributes:
+        opsets: the version of each domain.
+        device: where its tensors are.
+        straight_through: codes stay floating, and gradients pass where numbers are rounded.
+        body_of: makes a graph in an attribute of a node callable.
+    """
+
+    opsets: Mapping[str, int]
+    device: torch.device
+    straight_through: bool
+    body_of: Callable[[ir.Node, ir.Graph], Body]
+
+
+def operator_of(node: ir.Node) -> Operator | None:
+    """The operator of a node; None where there is none here."""
+    domain = "" if node.domain in ONNX_DOMAINS else node.domain
+    return OPERATORS.get((domain, node.op_type))
+
+
+def why_not(node: ir.Node) -> str | None:
+    """Why a node cannot be computed here, or None where it can."""
+    operator = operator_of(node)
+    if operator is None:
+        return "there is no such operator here"
+    values = [value for value in (*node.inputs, *node.outputs) if value is not None]
+    for value in values:
+        if value.dtype not in (None, ir.DataType.UNDEFINED) and value.dtype not in TORCH_TYPES:
+            return f"{value.name!r} is of {value.dtype.name}"
+        if value.type is not None and not isinstance(value.type, ir.TensorType):
+            return f"{value.name!r} is no tensor"
+    for attribute in attributes_of(node):
+        if attribute.name in _DTYPES and ir.DataType(attribute.as_int()) not in TORCH_TYPES:
+            return f"{attribute.name} is {ir.DataType(attribute.as_int()).name}"
+        if attribute.name not in _known(node, operator):
+            hint = did_you_mean(attribute.name, _attributes(operator))
+            return f"it has no attribute {attribute.name!r} here{hint}"
+    return None
+
+
+def _known(node: ir.Node, operator: Operator) -> frozenset[str]:
+    inputs = frozenset(BECAME_INPUTS.get(node.op_type, ()))
+    return _attributes(operator) | inputs | _IGNORED.get(node.op_type, frozenset())
+
+
+@cache
+def _parameters(operator: Operator) -> frozenset[str]:
+    """The names of its keyword-only parameters."""
+    if inspect.isbuiltin(operator):
+        return frozenset()
+    parameters = inspect.signature(operator).parameters.values()
+    return frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+
+
+def _attributes(operator: Operator) -> frozenset[str]:
+    return _parameters(operator) - STATED
+
+
+def bound(node: ir.Node, place: Place) -> Callable[..., Results]:
+    """A node as a function of its inputs.
+
+    Args:
+        node: one that `why_not` has nothing against.
+        place: where it runs.
+
+    Raises:
+        ModelError: a tensor in an attribute is of a type that is not computed in here.
+    """
+    operator = operator_of(node)
+    assert operator is not None
+    accepted = _parameters(operator)
+    stated: dict[str, Any] = {
+        "device": place.device,
+        "input_count": len(node.inputs),
+        "input_types": [_type_of(value) for value in node.inputs],
+        "opset": place.opsets.get("" if node.domain in ONNX_DOMAINS else node.domain, 1),
+        "output_count": _output_count(node),
+        "straight_through": place.straight_through,
+    }
+    for attribute in attributes_of(node):
+        stated[attribute.name] = _content(node, attribute, place)
+    kernel = _with_inputs_of_old(node, place, partial(operator, **{
+        name: value for name, value in stated.items() if name in accepted
+    }) if accepted else operator)
+    return kernel
+
+
+def _type_of(value: ir.Value | None) -> int:
+    return 0 if value is None or value.dtype is None else int(value.dtype)
+
+
+def _output_count(node: ir.Node) -> int:
+    """Up to the last output that has a name."""
+    return max((i + 1 for i, output in enumerate(node.outputs) if output.name), default=0)
+
+
+def _content(node: ir.Node, attribute: ir.Attr, place: Place) -> Any:
+    if attribute.type is ir.AttributeType.TENSOR:
+        return from_onnx(attribute.as_tensor(), place.device)
+    if attribute.type is ir.AttributeType.GRAPH:
+        return place.body_of(node, attribute.as_graph())
+    return attribute.value
+
+
+def _with_inputs_of_old(node: ir.Node, place: Place, kernel: Operator) -> Operator:
+    """Attributes that are inputs to the operator are given as these."""
+    old = BECAME_INPUTS.get(node.op_type, {})
+    given = {
+        index: (node.attributes[name].value, dtype)
+        for name, (index, dtype) in old.items()
+        if name in node.attributes and input_of(node, index) is None
+    }
+    if not given:
+        return kernel
+    count = max(max(given) + 1, len(node.inputs))
+    fixed = {i: torch.tensor(v, dtype=d, device=place.device) for i, (v, d) in given.items()}
+
+    def with_inputs(*inputs: Tensor | None) -> Results:
+        filled = [*inputs, *[None] * (count - len(inputs))]
+        for index, tensor in fixed.items():
+            filled[index] = tensor
+        return kernel(*filled)
+
+    return with_inputs
+
+
+def widened(node: ir.Node, kernel: Callable[..., Results], inputs: list[Tensor | None]) -> Results:
+    """Run a node whose inputs are of unsigned types that torch has next to no kernels for.
+
+    They are computed in int64 and wrapped: sums and products are right in all bits. Comparisons and
+    quotients of numbers from 2**63 on are not.
+    """
+    kind = next(x.dtype for x in inputs if x is not None and x.dtype in BARE_UNSIGNED)
+    wide = [x.to(torch.int64) if x is not None and x.dtype in BARE_UNSIGNED else x for x in inputs]
+    results = kernel(*wide)
+    is_single = isinstance(results, Tensor)
+    outputs = (results,) if isinstance(results, Tensor) else results
+    kept = _of_input_type(node.op_type, node.domain)
+    outputs = tuple(
+        y.to(kind) if y.dtype == torch.int64 and index in kept else y
+        for index, y in enumerate(outputs)
+    )
+    return outputs[0] if is_single else outputs
+
+
+@cache
+def _of_input_type(op_type: str, domain: str) -> frozenset[int]:
+    """The outputs of a standard operator that have the type of one of its inputs."""
+    if domain not in ONNX_DOMAINS:
+        return frozenset()
+    schema = onnx.defs.get_schema(op_type)
+    types = {parameter.type_str for parameter in schema.inputs}
+    last = schema.outputs[-1]
+    count = len(schema.outputs)
+    # The last output may stand for many.
+    many = last.option is onnx.defs.OpSchema.FormalParameterOption.Variadic
+    outputs = [*schema.outputs, *[last] * 64] if many else schema.outputs
+    return frozenset(i for i, o in enumerate(outputs[: count + 64]) if o.type_str in types)

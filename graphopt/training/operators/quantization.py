@@ -1,0 +1,361 @@
+"""Quantization: numbers to codes and back, and products of codes.
+
+With `straight_through`, codes stay floating: they are integers in value, and gradients go through
+them where they are not saturated (Bengio et al., arXiv 1308.3432; clipped as in PACT, Choi et al.,
+arXiv 1805.06085; the gradient of the scale is then that of LSQ, Esser et al., arXiv 1902.08153).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from graphopt.training.operators.arguments import along
+from graphopt.training.operators.convolution import convolution
+from graphopt.training.operators.element_types import (
+    FLOATS_8,
+    NARROW_FLOATS,
+    TORCH_TYPES,
+    cast,
+    torch_type,
+)
+from graphopt.training.operators.operator_types import Table
+from graphopt.training.operators.straight_through import through
+
+_UINT8, _INT8 = 2, 3
+_UNDEFINED = 0
+
+
+def code_limits(dtype: int) -> tuple[int, int]:
+    """The least and the greatest code of an integer type, as ONNX numbers types."""
+    kind = ir.DataType(dtype)
+    bits = int(kind.bitwidth)
+    return (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if kind.is_signed() else (0, (1 << bits) - 1)
+
+
+def rounded(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    limits: tuple[int, int],
+    straight_through: bool,
+) -> Tensor:
+    """Codes of numbers: integers in value, of the type of the numbers.
+
+    Args:
+        x: floating.
+        scale: broadcasts to `x`.
+        zero_point: likewise; None stands for 0.
+        limits: the least and the greatest code.
+        straight_through: gradients pass the rounding.
+    """
+    scaled = x / scale
+    codes = through(scaled, scaled.round()) if straight_through else scaled.round()
+    if zero_point is not None:
+        codes = codes + zero_point
+    return codes.clamp(*limits)
+
+
+def spread(part: Tensor | None, x: Tensor, axis: int, block_size: int) -> Tensor | None:
+    """Scales or zero points in a shape that broadcasts to what they are of.
+
+    Args:
+        part: of one number, of one for each place of the axis, or of one for each block on it.
+        x: what they are of.
+        axis: of `x`.
+        block_size: places on the axis that share a number; 0 where there are no blocks.
+    """
+    if part is None or part.numel() == 1 and part.ndim < 2:
+        return part if part is None else part.reshape(())
+    if part.ndim == 1 and not block_size:
+        return along(part, x.ndim, axis % x.ndim)
+    size = x.shape[axis]
+    # A last block may be of fewer.
+    each = block_size or -(-size // part.shape[axis])
+    return _wide(part).repeat_interleave(each, axis).narrow(axis, 0, size)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In a type that torch computes in, and that has all of its numbers; floating ones stay."""
+    if x.dtype in FLOATS_8:
+        return x.to(torch.float32)
+    return x if x.is_floating_point() else x.to(torch.int32)
+
+
+def _code_type(like: Tensor | None, stated: Sequence[int], output_dtype: int) -> int:
+    """As ONNX numbers types; those of 2 and 4 bits are only known by what is stated."""
+    if output_dtype != _UNDEFINED:
+        return output_dtype
+    if any(stated):
+        return stated[0]
+    if like is None:
+        return _UINT8
+    return next(int(onnx) for onnx, held in TORCH_TYPES.items() if held == like.dtype)
+
+
+def _quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    *,
+    input_types: Sequence[int],
+    straight_through: bool,
+    axis: int = 1,
+    block_size: int = 0,
+    output_dtype: int = _UNDEFINED,
+    precision: int = _UNDEFINED,
+    saturate: int = 1,
+) -> Tensor:
+    dtype = _code_type(zero_point, input_types[2:3], output_dtype)
+    kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if precision != _UNDEFINED:
+        kind = torch.promote_types(torch_type(precision), torch.float32)
+    x = x.to(kind)
+    scales = spread(scale, x, axis, block_size)
+    assert scales is not None
+    scales = scales.to(kind)
+    if dtype in NARROW_FLOATS:
+        return cast(x / scales, dtype, bool(saturate), straight_through=straight_through)
+    zero_points = spread(zero_point, x, axis, block_size)
+    zero_points = None if zero_points is None else zero_points.to(kind)
+    codes = rounded(x, scales, zero_points, code_limits(dtype), straight_through)
+    return codes if straight_through else cast(codes, dtype)
+
+
+def _dequantize(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    *,
+    axis: int = 1,
+    block_size: int = 0,
+    output_dtype: int = _UNDEFINED,
+) -> Tensor:
+    scales = spread(scale, codes, axis, block_size)
+    assert scales is not None
+    zero_points = spread(zero_point, codes, axis, block_size)
+    kind = scale.dtype if output_dtype == _UNDEFINED else torch_type(output_dtype)
+    wide = _wide(codes)
+    if zero_points is not None:
+        wide = wide - _wide(zero_points)
+    computed = torch.promote_types(torch.float32, scales.dtype)
+    if wide.dtype == torch.float64:
+        computed = torch.float64
+    return (wide.to(computed) * scales.to(computed)).to(kind)
+
+
+def dynamic_parameters(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale and the zero point that put all of the numbers, and 0, on codes of uint8.
+
+    Args:
+        x: floating.
+
+    Returns:
+        Both floating, without a shape.
+    """
+    high = x.amax().clamp(min=0) if x.numel() else x.new_zeros(())
+    low = x.amin().clamp(max=0) if x.numel() else x.new_zeros(())
+    scale = (high - low) / 255
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return scale, (-low / scale).clamp(0, 255).round()
+
+
+def _dynamic_quantize(
+    x: Tensor, *, straight_through: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    scale, zero_point = dynamic_parameters(x)
+    codes = rounded(x, scale, zero_point, (0, 255), straight_through)
+    if straight_through:
+        return codes, scale, zero_point
+    return codes.to(torch.uint8), scale, zero_point.to(torch.uint8)
+
+
+def dynamically_rounded(x: Tensor, straight_through: bool) -> Tensor:
+    """The numbers as 8 bits between their extremes leave them."""
+    scale, zero_point = dynamic_parameters(x)
+    codes = rounded(x, scale, zero_point, (0, 255), straight_through)
+    return (codes - zero_point) * scale
+
+
+def _exact(codes: Tensor, zero_point: Tensor | None = None) -> Tensor:
+    """Codes less their zero point, in float64: sums of products of them are exact."""
+    wide = codes.to(torch.float64)
+    return wide if zero_point is None else wide - zero_point.to(torch.float64)
+
+
+def _of_rows(zero_point: Tensor | None) -> Tensor | None:
+    """One for each row of the left operand of a product."""
+    if zero_point is None or zero_point.ndim != 1 or zero_point.numel() == 1:
+        return zero_point
+    return zero_point[:, None]
+
+
+def _of_columns(part: Tensor | None) -> Tensor | None:
+    """One for each column of the right operand of a product, broadcasting over its rows."""
+    return part
+
+
+def _sum_of_codes(total: Tensor, *codes: Tensor) -> Tensor:
+    """A sum of products of codes in the type of sums: floating where any of the codes are."""
+    floating = [part.dtype for part in codes if part.is_floating_point()]
+    return total.to(floating[0] if floating else torch.int32)
+
+
+def matmul_of_codes(
+    a: Tensor, b: Tensor, a_zero_point: Tensor | None = None, b_zero_point: Tensor | None = None
+) -> Tensor:
+    """The operator MatMulInteger.
+
+    Args:
+        a: codes, of shape [..., rows, inner].
+        b: codes, of shape [..., inner, columns].
+        a_zero_point: of one number, or one for each row.
+        b_zero_point: of one number, or one for each column.
+    """
+    left = _exact(a, _of_rows(a_zero_point))
+    return _sum_of_codes(left @ _exact(b, b_zero_point), a, b)
+
+
+def _convolution_of_codes(
+    x: Tensor,
+    weight: Tensor,
+    x_zero_point: Tensor | None = None,
+    weight_zero_point: Tensor | None = None,
+    *,
+    auto_pad: str = "NOTSET",
+    dilations: Sequence[int] | None = None,
+    group: int = 1,
+    kernel_shape: Sequence[int] | None = None,
+    pads: Sequence[int] | None = None,
+    strides: Sequence[int] | None = None,
+) -> Tensor:
+    offset = spread(weight_zero_point, weight, 0, 0)
+    total = convolution(
+        _exact(x, x_zero_point),
+        _exact(weight, offset),
+        auto_pad=auto_pad,
+        dilations=dilations,
+        group=group,
+        pads=pads,
+        strides=strides,
+    )
+    return _sum_of_codes(total, x, weight)
+
+
+def requantized(
+    y: Tensor, scale: Tensor, zero_point: Tensor | None, like: Tensor, straight_through: bool
+) -> Tensor:
+    """Numbers as codes of a known scale.
+
+    Args:
+        y: floating.
+        scale: of the codes; broadcasts.
+        zero_point: likewise, and of their type.
+        like: codes, where there is no zero point to say the type.
+        straight_through: codes stay floating.
+    """
+    source = like if zero_point is None else zero_point
+    kind = torch.uint8 if source.is_floating_point() else source.dtype
+    limits = torch.iinfo(kind)
+    offset = None if zero_point is None else zero_point.to(y.dtype)
+    codes = rounded(y, scale.to(y.dtype), offset, (limits.min, limits.max), straight_through)
+    return codes if straight_through else codes.to(kind)
+
+
+def _qlinear_convolution(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor,
+    y_scale: Tensor,
+    y_zero_point: Tensor,
+    bias: Tensor | None = None,
+    *,
+    straight_through: bool,
+    auto_pad: str = "NOTSET",
+    dilations: Sequence[int] | None = None,
+    group: int = 1,
+    kernel_shape: Sequence[int] | None = None,
+    pads: Sequence[int] | None = None,
+    strides: Sequence[int] | None = None,
+) -> Tensor:
+    total = convolution(
+        _exact(x, x_zero_point),
+        _exact(weight, spread(weight_zero_point, weight, 0, 0)),
+        None if bias is None else bias.to(torch.float64),
+        auto_pad=auto_pad,
+        dilations=dilations,
+        group=group,
+        pads=pads,
+        strides=strides,
+    ).to(torch.float32)
+    factor = spread(x_scale * weight_scale / y_scale, total, 1, 0)
+    assert factor is not None
+    one = torch.ones_like(y_scale, dtype=torch.float32)
+    return requantized(total * factor, one, y_zero_point, x, straight_through)
+
+
+def _qlinear_matmul(
+    a: Tensor,
+    a_scale: Tensor,
+    a_zero_point: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    b_zero_point: Tensor,
+    y_scale: Tensor,
+    y_zero_point: Tensor,
+    *,
+    straight_through: bool,
+) -> Tensor:
+    total = _exact(a, _of_rows(a_zero_point)) @ _exact(b, b_zero_point)
+    left, one = _of_rows(a_scale), torch.ones_like(y_scale, dtype=torch.float32)
+    assert left is not None
+    factor = (left * b_scale / y_scale).to(torch.float32)
+    return requantized(total.to(torch.float32) * factor, one, y_zero_point, a, straight_through)
+
+
+def _cast(
+    x: Tensor,
+    *,
+    to: int,
+    straight_through: bool,
+    round_mode: str = "up",
+    saturate: int = 1,
+) -> Tensor:
+    return cast(x, to, bool(saturate), round_mode, straight_through)
+
+
+def _cast_like(
+    x: Tensor,
+    target: Tensor,
+    *,
+    input_types: Sequence[int],
+    straight_through: bool,
+    round_mode: str = "up",
+    saturate: int = 1,
+) -> Tensor:
+    dtype = _code_type(target, input_types[1:2], _UNDEFINED)
+    return cast(x, dtype, bool(saturate), round_mode, straight_through)
+
+
+def _bit_cast(x: Tensor, *, to: int) -> Tensor:
+    return x.view(torch_type(to))
+
+
+OPERATORS: Table = {
+    "Cast": _cast,
+    "CastLike": _cast_like,
+    "ConvInteger": _convolution_of_codes,
+    "DequantizeLinear": _dequantize,
+    "DynamicQuantizeLinear": _dynamic_quantize,
+    "MatMulInteger": matmul_of_codes,
+    "QLinearConv": _qlinear_convolution,
+    "QLinearMatMul": _qlinear_matmul,
+    "QuantizeLinear": _quantize,
+}
+"""Of the standard domain."""
