@@ -13,7 +13,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from graphopt.errors import ModelError, did_you_mean
+from graphopt.errors import did_you_mean
 from graphopt.operators import ONNX_DOMAINS, attributes_of
 from graphopt.rewriting import input_of
 from graphopt.training.operators import OPERATORS
@@ -118,9 +118,13 @@ def bound(node: ir.Node, place: Place) -> Callable[..., Results]:
     }
     for attribute in attributes_of(node):
         stated[attribute.name] = _content(node, attribute, place)
-    kernel = _with_inputs_of_old(node, place, partial(operator, **{
-        name: value for name, value in stated.items() if name in accepted
-    }) if accepted else operator)
+    kernel = _with_inputs_of_old(
+        node,
+        place,
+        partial(operator, **{name: value for name, value in stated.items() if name in accepted})
+        if accepted
+        else operator,
+    )
     return kernel
 
 

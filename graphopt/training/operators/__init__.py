@@ -6,10 +6,13 @@ from collections.abc import Mapping
 
 from graphopt.training.operators import (
     arithmetic,
+    attention,
     control_flow,
     convolution,
     elementwise,
     generators,
+    microsoft,
+    microsoft_codes,
     movement,
     normalization,
     pooling,
@@ -22,6 +25,7 @@ from graphopt.training.operators.operator_types import Operator, Table
 
 _STANDARD: tuple[Table, ...] = (
     arithmetic.OPERATORS,
+    attention.OPERATORS,
     control_flow.OPERATORS,
     convolution.OPERATORS,
     elementwise.OPERATORS,
@@ -35,7 +39,12 @@ _STANDARD: tuple[Table, ...] = (
     resampling.OPERATORS,
 )
 
+_MICROSOFT: tuple[Table, ...] = (microsoft.OPERATORS, microsoft_codes.OPERATORS)
+
 OPERATORS: Mapping[tuple[str, str], Operator] = {
-    ("", op_type): operator for table in _STANDARD for op_type, operator in table.items()
+    (domain, op_type): operator
+    for domain, tables in (("", _STANDARD), ("com.microsoft", _MICROSOFT))
+    for table in tables
+    for op_type, operator in table.items()
 }
 """By domain and operator; ai.onnx is the empty domain."""

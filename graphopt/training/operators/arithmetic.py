@@ -81,9 +81,7 @@ def _determinant(x: Tensor) -> Tensor:
     return torch.linalg.det(x)
 
 
-def _cumulate(
-    x: Tensor, axis: Tensor, *, exclusive: int, reverse: int, kind: str
-) -> Tensor:
+def _cumulate(x: Tensor, axis: Tensor, *, exclusive: int, reverse: int, kind: str) -> Tensor:
     along = integer(axis) % x.ndim
     x = x.flip(along) if reverse else x
     if exclusive:
@@ -97,9 +95,7 @@ def _cumulative_sum(x: Tensor, axis: Tensor, *, exclusive: int = 0, reverse: int
     return _cumulate(x, axis, exclusive=exclusive, reverse=reverse, kind="sum")
 
 
-def _cumulative_product(
-    x: Tensor, axis: Tensor, *, exclusive: int = 0, reverse: int = 0
-) -> Tensor:
+def _cumulative_product(x: Tensor, axis: Tensor, *, exclusive: int = 0, reverse: int = 0) -> Tensor:
     return _cumulate(x, axis, exclusive=exclusive, reverse=reverse, kind="product")
 
 

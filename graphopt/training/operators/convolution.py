@@ -85,9 +85,7 @@ def _transposed(
     strides = tuple(strides or [1] * rank)
     dilations = tuple(dilations or [1] * rank)
     extra = list(output_padding or [0] * rank)
-    full = _of_rank(_TRANSPOSED, x)(
-        x, weight, stride=strides, dilation=dilations, groups=group
-    )
+    full = _of_rank(_TRANSPOSED, x)(x, weight, stride=strides, dilation=dilations, groups=group)
     wanted = list(output_shape[-rank:]) if output_shape else None
     if wanted is None and auto_pad.startswith("SAME"):
         wanted = [size * stride for size, stride in zip(x.shape[2:], strides, strict=True)]

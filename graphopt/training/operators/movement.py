@@ -86,7 +86,7 @@ def _slice(
     return x[tuple(cuts)]
 
 
-def _gather(x: Tensor, index: Tensor, *, axis: int = 0) -> Tensor:
+def gather(x: Tensor, index: Tensor, *, axis: int = 0) -> Tensor:
     axis = axis % x.ndim
     places = counted_from_front(index, x.shape[axis])
     if places.ndim == 1:
@@ -260,9 +260,7 @@ def _non_zero(x: Tensor) -> Tensor:
     return torch.nonzero(x).T
 
 
-def _shape(
-    x: Tensor, *, device: torch.device, start: int = 0, end: int | None = None
-) -> Tensor:
+def _shape(x: Tensor, *, device: torch.device, start: int = 0, end: int | None = None) -> Tensor:
     return torch.tensor(tuple(x.shape)[start:end], dtype=torch.int64, device=device)
 
 
@@ -270,9 +268,7 @@ def _size(x: Tensor, *, device: torch.device) -> Tensor:
     return torch.tensor(x.numel(), dtype=torch.int64, device=device)
 
 
-def _center_crop_pad(
-    x: Tensor, shape: Tensor, *, axes: Sequence[int] | None = None
-) -> Tensor:
+def _center_crop_pad(x: Tensor, shape: Tensor, *, axes: Sequence[int] | None = None) -> Tensor:
     places = range(x.ndim) if axes is None else axes
     widths = [0] * (2 * x.ndim)
     for axis, size in zip(places, integers(shape), strict=True):
@@ -312,7 +308,7 @@ OPERATORS: Table = {
     "DepthToSpace": _depth_to_space,
     "Expand": _expand,
     "Flatten": _flatten,
-    "Gather": _gather,
+    "Gather": gather,
     "GatherElements": _gather_elements,
     "GatherND": _gather_nd,
     "NonZero": _non_zero,

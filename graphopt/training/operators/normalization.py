@@ -56,9 +56,7 @@ def _instance(x: Tensor, scale: Tensor, bias: Tensor, *, epsilon: float = _EPSIL
     return y * along(scale, x.ndim, 1) + along(bias, x.ndim, 1)
 
 
-def _standardized(
-    x: Tensor, axes: Sequence[int], epsilon: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _standardized(x: Tensor, axes: Sequence[int], epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
     """With a mean of 0 and a variance of 1; the mean, and one over the standard deviation."""
     mean = x.mean(list(axes), keepdim=True)
     centered = x - mean

@@ -90,7 +90,7 @@ def _places(x: Tensor, windows: Windows, best: Tensor, is_column_major: bool) ->
     return places + (maps * step).reshape(*x.shape[:2], *[1] * rank)
 
 
-def _average_pool(
+def average_pool(
     x: Tensor,
     *,
     kernel_shape: Sequence[int],
@@ -102,17 +102,13 @@ def _average_pool(
     strides: Sequence[int] | None = None,
 ) -> Tensor:
     def placed(is_ceiled: bool) -> Windows:
-        return windows_on(
-            x.shape[2:], kernel_shape, strides, dilations, pads, auto_pad, is_ceiled
-        )
+        return windows_on(x.shape[2:], kernel_shape, strides, dilations, pads, auto_pad, is_ceiled)
 
     windows, stated = placed(bool(ceil_mode)), placed(False)
     is_within = windows.ends == stated.ends
     if is_within and set(windows.dilations) == {1} and _has_kernel(windows, _MEANS):
         kernel, include = _MEANS[len(windows.sizes) - 1], bool(count_include_pad)
-        return kernel(
-            x, windows.sizes, windows.strides, windows.begins, count_include_pad=include
-        )
+        return kernel(x, windows.sizes, windows.strides, windows.begins, count_include_pad=include)
     total = contents(padded(x, windows), windows).sum(-1)
     if is_within and (count_include_pad or not any((*windows.begins, *windows.ends))):
         return total / torch.Size(windows.sizes).numel()
@@ -181,14 +177,15 @@ def _max_unpool(
         return out
     outer = integers(output_shape)[2:]
     sides = [
-        side for size, wanted in zip(reversed(sizes), reversed(outer), strict=True)
+        side
+        for size, wanted in zip(reversed(sizes), reversed(outer), strict=True)
         for side in (0, wanted - size)
     ]
     return functional.pad(out, sides)
 
 
 OPERATORS: Table = {
-    "AveragePool": _average_pool,
+    "AveragePool": average_pool,
     "GlobalAveragePool": _global_average,
     "GlobalLpPool": _global_lp,
     "GlobalMaxPool": _global_maximum,

@@ -68,7 +68,7 @@ def spread(part: Tensor | None, x: Tensor, axis: int, block_size: int) -> Tensor
         axis: of `x`.
         block_size: places on the axis that share a number; 0 where there are no blocks.
     """
-    if part is None or part.numel() == 1 and part.ndim < 2:
+    if part is None or (part.numel() == 1 and part.ndim < 2):
         return part if part is None else part.reshape(())
     if part.ndim == 1 and not block_size:
         return along(part, x.ndim, axis % x.ndim)
@@ -96,7 +96,7 @@ def _code_type(like: Tensor | None, stated: Sequence[int], output_dtype: int) ->
     return next(int(onnx) for onnx, held in TORCH_TYPES.items() if held == like.dtype)
 
 
-def _quantize(
+def quantize(
     x: Tensor,
     scale: Tensor,
     zero_point: Tensor | None = None,
@@ -125,7 +125,7 @@ def _quantize(
     return codes if straight_through else cast(codes, dtype)
 
 
-def _dequantize(
+def dequantize(
     codes: Tensor,
     scale: Tensor,
     zero_point: Tensor | None = None,
@@ -163,9 +163,7 @@ def dynamic_parameters(x: Tensor) -> tuple[Tensor, Tensor]:
     return scale, (-low / scale).clamp(0, 255).round()
 
 
-def _dynamic_quantize(
-    x: Tensor, *, straight_through: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _dynamic_quantize(x: Tensor, *, straight_through: bool) -> tuple[Tensor, Tensor, Tensor]:
     scale, zero_point = dynamic_parameters(x)
     codes = rounded(x, scale, zero_point, (0, 255), straight_through)
     if straight_through:
@@ -351,11 +349,11 @@ OPERATORS: Table = {
     "Cast": _cast,
     "CastLike": _cast_like,
     "ConvInteger": _convolution_of_codes,
-    "DequantizeLinear": _dequantize,
+    "DequantizeLinear": dequantize,
     "DynamicQuantizeLinear": _dynamic_quantize,
     "MatMulInteger": matmul_of_codes,
     "QLinearConv": _qlinear_convolution,
     "QLinearMatMul": _qlinear_matmul,
-    "QuantizeLinear": _quantize,
+    "QuantizeLinear": quantize,
 }
 """Of the standard domain."""

@@ -186,7 +186,7 @@ def _has_kernel(
 ) -> bool:
     if not what.are_default or what.couples or what.clip is not None or lengths is not None:
         return False
-    if what.kind == "GRU" and not what.resets_after or weights.peepholes is not None:
+    if (what.kind == "GRU" and not what.resets_after) or weights.peepholes is not None:
         return False
     if what.prepare is not _same:
         return False

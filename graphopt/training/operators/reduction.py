@@ -113,15 +113,11 @@ def _arg_extreme(
     return x.shape[axis] - 1 - first if select_last_index else first
 
 
-def _arg_max(
-    x: Tensor, *, axis: int = 0, keepdims: int = 1, select_last_index: int = 0
-) -> Tensor:
+def _arg_max(x: Tensor, *, axis: int = 0, keepdims: int = 1, select_last_index: int = 0) -> Tensor:
     return _arg_extreme(x, axis, keepdims, select_last_index, is_maximum=True)
 
 
-def _arg_min(
-    x: Tensor, *, axis: int = 0, keepdims: int = 1, select_last_index: int = 0
-) -> Tensor:
+def _arg_min(x: Tensor, *, axis: int = 0, keepdims: int = 1, select_last_index: int = 0) -> Tensor:
     return _arg_extreme(x, axis, keepdims, select_last_index, is_maximum=False)
 
 
@@ -139,9 +135,7 @@ def _unique(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     flat = x.reshape(-1) if axis is None else x
     along = 0 if axis is None else axis % x.ndim
-    found, inverse, counts = torch.unique(
-        flat, return_inverse=True, return_counts=True, dim=along
-    )
+    found, inverse, counts = torch.unique(flat, return_inverse=True, return_counts=True, dim=along)
     places = torch.arange(flat.shape[along], device=x.device)
     first = torch.full_like(counts, flat.shape[along]).scatter_reduce(0, inverse, places, "amin")
     if not sorted:

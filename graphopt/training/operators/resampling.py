@@ -112,7 +112,7 @@ def _taps(axis: _Axis, sampling: _Sampling) -> tuple[Tensor, Tensor]:
     read = places.floor() + steps[:, None]
     weights = _kernel((read - places) * squeeze, sampling.mode, sampling.cubic)
     is_outside = (read < 0) | (read > axis.size - 1)
-    if sampling.exclude_outside or sampling.antialias and sampling.exclude_outside:
+    if sampling.exclude_outside or (sampling.antialias and sampling.exclude_outside):
         weights = torch.where(is_outside, torch.zeros_like(weights), weights)
     weights = weights / weights.sum(0)
     return read.clamp(0, axis.size - 1).to(torch.int64), weights

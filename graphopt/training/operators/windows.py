@@ -77,9 +77,7 @@ def windows_on(
         counts.append(count)
         if ceil_mode:
             ends[axis] = max((count - 1) * stride + span - size - begins[axis], ends[axis])
-    return Windows(
-        tuple(sizes), strides, dilations, tuple(begins), tuple(ends), tuple(counts)
-    )
+    return Windows(tuple(sizes), strides, dilations, tuple(begins), tuple(ends), tuple(counts))
 
 
 def padded(x: Tensor, windows: Windows, value: float = 0) -> Tensor:
