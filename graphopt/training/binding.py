@@ -118,14 +118,8 @@ def bound(node: ir.Node, place: Place) -> Callable[..., Results]:
     }
     for attribute in attributes_of(node):
         stated[attribute.name] = _content(node, attribute, place)
-    kernel = _with_inputs_of_old(
-        node,
-        place,
-        partial(operator, **{name: value for name, value in stated.items() if name in accepted})
-        if accepted
-        else operator,
-    )
-    return kernel
+    kept = {name: content for name, content in stated.items() if name in accepted}
+    return _with_inputs_of_old(node, place, partial(operator, **kept) if kept else operator)
 
 
 def _type_of(value: ir.Value | None) -> int:

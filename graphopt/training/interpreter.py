@@ -137,9 +137,7 @@ class Interpreter:
             seen.add(value)
             node = value.producer()
             if node is None:
-                raise SampleError(
-                    f"the input {value.name!r} is needed and not fed: feed it, or what is made of it"
-                )
+                raise SampleError(f"the input {value.name!r} is needed, and not fed")
             if node not in needed:
                 needed.add(node)
                 waiting += (read for read in reads_of(node) if read is not None)

@@ -59,9 +59,9 @@ class Program:
         Args:
             given: a tensor for each of the given values, in their order.
         """
-        slots = list(self.start)
-        for slot, tensor in zip(self.given, given, strict=True):
-            slots[slot] = tensor
+        slots: list[Tensor | None] = list(self.start)
+        for place, tensor in zip(self.given, given, strict=True):
+            slots[place] = tensor
         for step in self.steps:
             inputs = [slots[slot] for slot in step.inputs]
             try:
@@ -74,9 +74,9 @@ class Program:
             else:
                 for slot, result in zip(step.outputs, results, strict=False):
                     slots[slot] = result
-            for slot in step.releases:
-                slots[slot] = None
-        return [tensor for slot in self.wanted if (tensor := slots[slot]) is not None]
+            for unread in step.releases:
+                slots[unread] = None
+        return [result for slot in self.wanted if (result := slots[slot]) is not None]
 
 
 def _run(step: Step, inputs: list[Tensor | None]) -> Results:
@@ -130,14 +130,13 @@ def assemble(
     given_slots = tuple(slots[value] for value in given)
     last_reader: dict[ir.Value, int] = {}
     for index, node in enumerate(nodes):
-        for value in (*reads_of(node), *node.outputs):
-            if value is not None:
-                last_reader[value] = index
-    for value in (*wanted, *constants):
-        last_reader.pop(value, None)
+        touched = (*reads_of(node), *node.outputs)
+        last_reader.update((v, index) for v in touched if v is not None)
+    for kept in (*wanted, *constants):
+        last_reader.pop(kept, None)
     releases: list[list[int]] = [[] for _ in nodes]
-    for value, index in last_reader.items():
-        releases[index].append(slots[value])
+    for released, index in last_reader.items():
+        releases[index].append(slots[released])
     steps = tuple(
         Step(
             node,

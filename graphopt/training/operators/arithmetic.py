@@ -42,9 +42,12 @@ def _mean(*tensors: Tensor) -> Tensor:
 
 
 def _shift(a: Tensor, b: Tensor, *, direction: str) -> Tensor:
-    # Shifting by all of the bits or more is undefined in C, and so it is in torch: all are gone.
+    # To shift by as many bits as there are, or more, is undefined in C, and so it is in torch.
+    bits = 8 * a.itemsize
+    if direction == "RIGHT" and a.dtype.is_signed:
+        return a >> b.clamp(max=bits - 1)
     shifted = a << b if direction == "LEFT" else a >> b
-    return torch.where(b >= 8 * a.itemsize, torch.zeros_like(shifted), shifted).to(a.dtype)
+    return torch.where(b >= bits, torch.zeros_like(shifted), shifted)
 
 
 def _where(condition: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -78,7 +81,8 @@ def _einsum(*tensors: Tensor, equation: str) -> Tensor:
 
 
 def _determinant(x: Tensor) -> Tensor:
-    return torch.linalg.det(x)
+    determinant: Tensor = torch.linalg.det(x)
+    return determinant
 
 
 def _cumulate(x: Tensor, axis: Tensor, *, exclusive: int, reverse: int, kind: str) -> Tensor:

@@ -18,7 +18,7 @@ from graphopt.training.operators.operator_types import Table
 
 def heads_of(x: Tensor, count: int) -> Tensor:
     """From [batch, steps, heads * size] to [batch, heads, steps, size]."""
-    return x.unflatten(-1, (count, -1)).transpose(1, 2)
+    return x.reshape(*x.shape[:-1], count, x.shape[-1] // count).transpose(1, 2)
 
 
 def joined(x: Tensor) -> Tensor:

@@ -68,6 +68,9 @@ BARE_UNSIGNED = frozenset({torch.uint16, torch.uint32, torch.uint64})
 
 _FLOAT4_MAXIMUM = 6.0
 
+_FLOAT8_E4M3FN_LIMIT = 464.0
+"""Half way from the largest number of the type to the one that would follow it."""
+
 _BITS_VIEWED = {1: np.uint8, 2: np.int16}
 """By bytes of an element: what numpy hands to torch of a type that numpy itself has not."""
 
@@ -142,6 +145,9 @@ def _cast(x: Tensor, dtype: ir.DataType, saturate: bool, round_mode: str) -> Ten
     if saturate:
         limits = torch.finfo(target)
         wide = wide.clamp(limits.min, limits.max)
+    elif target == torch.float8_e4m3fn:
+        # torch saturates in this type alone.
+        wide = torch.where(wide.abs() > _FLOAT8_E4M3FN_LIMIT, float("nan"), wide)
     return wide.to(target)
 
 
@@ -158,7 +164,8 @@ def wrap(x: Tensor, bits: int, is_signed: bool) -> Tensor:
 
 
 def _to_float4(x: Tensor) -> Tensor:
-    """The nearest of 0, 0.5, 1, 1.5, 2, 3, 4 and 6, ties to the even mantissa."""
+    """The nearest of 0, 0.5, 1, 1.5, 2, 3, 4 and 6, ties to the even mantissa; 0 of no number."""
+    x = torch.where(torch.isnan(x), torch.zeros_like(x), x)
     size = x.abs()
     step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0)).to(x.dtype)
     return ((x / step).round() * step).clamp(-_FLOAT4_MAXIMUM, _FLOAT4_MAXIMUM)
@@ -168,6 +175,6 @@ def _to_power_of_two(x: Tensor, round_mode: str) -> Tensor:
     # A number is mantissa * 2**exponent with a mantissa of 0.5 to 1.
     mantissa, exponent = torch.frexp(x)
     least = {"up": 0.5, "nearest": 0.75 - 1e-9, "down": 1.0}[round_mode]
-    is_up = mantissa > least
-    power = torch.where(is_up, exponent, exponent - 1).clamp(-127, 127)
+    power = torch.where(mantissa > least, exponent, exponent - 1).clamp(-127, 127)
+    power = torch.where(x == 0, -127, power)
     return torch.ldexp(torch.ones_like(x), power)

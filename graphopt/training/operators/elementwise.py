@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -154,7 +154,7 @@ def _sign(x: Tensor) -> Tensor:
     return torch.sign(x)
 
 
-ACTIVATIONS: Table = {
+ACTIVATIONS: Mapping[str, Callable[..., Tensor]] = {
     "Elu": elu,
     "HardSigmoid": hard_sigmoid,
     "LeakyRelu": leaky_relu,
@@ -215,5 +215,3 @@ OPERATORS: Table = {
     "Swish": swish,
 }
 """Of the standard domain."""
-
-GELU_FACTOR = 1 / math.sqrt(2)

@@ -180,7 +180,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     all_three = x @ weight if bias is None else x @ weight + bias
     sizes = qkv_hidden_sizes or [all_three.shape[-1] // 3] * 3
-    q, k, v = (heads_of(part, num_heads) for part in all_three.split(tuple(sizes), -1))
+    q, k, v = (heads_of(part, num_heads) for part in torch.split(all_three, list(sizes), -1))
     if past is not None:
         k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)
     added = _mask(mask, q.shape[2], k.shape[2], bool(unidirectional), mask_filter_value, q)
@@ -215,7 +215,7 @@ def _multi_head_attention(
         widths = [query.shape[-1], query.shape[-1], bias.shape[0] - 2 * query.shape[-1]]
         parts = [
             part if part.ndim == 4 else part + own
-            for part, own in zip(parts, bias.split(widths), strict=True)
+            for part, own in zip(parts, torch.split(bias, widths), strict=True)
         ]
     q, k, v = (part if part.ndim == 4 else heads_of(part, num_heads) for part in parts)
     if past_key is not None and past_value is not None:
@@ -252,13 +252,11 @@ def _grouped_query_attention(
     if key is None or value is None:
         size = query.shape[-1] // (num_heads + 2 * kv_num_heads)
         widths = [num_heads * size, kv_num_heads * size, kv_num_heads * size]
-        query, key, value = query.split(widths, -1)
+        query, key, value = torch.split(query, widths, -1)
     q, k, v = heads_of(query, num_heads), heads_of(key, kv_num_heads), heads_of(value, kv_num_heads)
     steps, before = q.shape[2], 0 if past_key is None else past_key.shape[2]
     if integer(total) != before + steps:
-        raise ModelError(
-            "GroupQueryAttention with a cache of fixed size cannot be computed in torch"
-        )
+        raise ModelError("GroupQueryAttention whose cache has a fixed size cannot be computed here")
     if do_rotary and cosines is not None and sines is not None:
         if positions is None:
             positions = torch.arange(before, before + steps, device=q.device)[None]

@@ -25,6 +25,9 @@ from graphopt.training.operators.quantization import (
 )
 from graphopt.training.operators.recurrent import Weights, recurrence, run
 
+_UINT8 = 2
+"""As ONNX numbers types."""
+
 
 def unpacked(stored: Tensor, bits: int) -> Tensor:
     """Codes that lie several in a byte, the first in the lowest bits; the last axis gets longer."""
@@ -89,19 +92,14 @@ def _gather_of_blocks(
             zero_points = zero_points.narrow(axis, 0, scales.shape[axis])
     # Only what is looked up is widened, where the axes are not the same.
     if gather_axis % stored.ndim != axis:
-        codes, scales = (
-            gather(codes, index, axis=gather_axis),
-            gather(scales, index, axis=gather_axis),
-        )
+        codes = gather(codes, index, axis=gather_axis)
+        scales = gather(scales, index, axis=gather_axis)
         if zero_points is not None:
             zero_points = gather(zero_points, index, axis=gather_axis)
         axis = axis + index.ndim - 1 if gather_axis % stored.ndim < axis else axis
         return _of_blocks(codes, scales, zero_points, axis, block_size, bits, is_bytes)
     table = _of_blocks(codes, scales, zero_points, axis, block_size, bits, is_bytes)
     return gather(table, index, axis=gather_axis)
-
-
-_UINT8 = 2
 
 
 def _of_blocks(
@@ -182,7 +180,7 @@ def _dynamic_lstm(
     hidden_size: int | None = None,
     input_forget: int = 0,
 ) -> tuple[Tensor, ...]:
-    """An LSTM with codes for weights, [directions, inputs, gates], and 8 bits for what they meet."""
+    """An LSTM with weights in codes, [directions, inputs, gates], and 8 bits for what they meet."""
     what = recurrence(
         "LSTM",
         direction,

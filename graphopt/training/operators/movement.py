@@ -59,10 +59,11 @@ def _split(
     num_outputs: int | None = None,
 ) -> tuple[Tensor, ...]:
     if sizes is not None:
-        return x.split(integers(sizes), axis)
+        return torch.split(x, integers(sizes), axis)
     count = output_count if num_outputs is None else num_outputs
     each, size = -(-x.shape[axis] // count), x.shape[axis]
-    return x.split([min(each, max(size - each * place, 0)) for place in range(count)], axis)
+    counts = [min(each, max(size - each * place, 0)) for place in range(count)]
+    return torch.split(x, counts, axis)
 
 
 def _slice(
@@ -87,6 +88,7 @@ def _slice(
 
 
 def gather(x: Tensor, index: Tensor, *, axis: int = 0) -> Tensor:
+    """The parts of an axis at places, which may count from the end; the axis becomes theirs."""
     axis = axis % x.ndim
     places = counted_from_front(index, x.shape[axis])
     if places.ndim == 1:
@@ -193,7 +195,10 @@ def _tile(x: Tensor, repeats: Tensor) -> Tensor:
 
 
 def _expand(x: Tensor, shape: Tensor) -> Tensor:
-    return x.expand(torch.broadcast_shapes(tuple(x.shape), tuple(integers(shape))))
+    sizes = integers(shape)
+    own = [*[1] * (len(sizes) - x.ndim), *x.shape]
+    wanted = [*[1] * (x.ndim - len(sizes)), *sizes]
+    return x.expand([w if o == 1 else o for o, w in zip(own, wanted, strict=True)])
 
 
 def _depth_to_space(x: Tensor, *, blocksize: int, mode: str = "DCR") -> Tensor:

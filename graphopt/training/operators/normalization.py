@@ -86,9 +86,9 @@ def layer(
         stash_type: what is computed in, as ONNX numbers types; at least that of `x`.
     """
     shape, dtype = x.shape[axis:], _computed_in(x, stash_type)
-    if output_count == 1 and dtype == x.dtype == scale.dtype and scale.shape == shape:
-        if bias is None or bias.shape == shape:
-            return functional.layer_norm(x, tuple(shape), scale, bias, epsilon)
+    is_plain = dtype == x.dtype == scale.dtype and scale.shape == shape
+    if output_count == 1 and is_plain and (bias is None or bias.shape == shape):
+        return functional.layer_norm(x, tuple(shape), scale, bias, epsilon)
     axes = list(range(axis % x.ndim, x.ndim))
     y, mean, inverse = _standardized(x.to(dtype), axes, epsilon)
     y = y.to(x.dtype) * scale

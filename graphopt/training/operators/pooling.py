@@ -101,24 +101,32 @@ def average_pool(
     pads: Sequence[int] | None = None,
     strides: Sequence[int] | None = None,
 ) -> Tensor:
-    def placed(is_ceiled: bool) -> Windows:
-        return windows_on(x.shape[2:], kernel_shape, strides, dilations, pads, auto_pad, is_ceiled)
+    """The operator AveragePool.
 
-    windows, stated = placed(bool(ceil_mode)), placed(False)
+    Args:
+        x: of shape [batch, channels, ...].
+        kernel_shape: as of ONNX, as are the others.
+        auto_pad: where the windows lie; see `windows_on`.
+        ceil_mode: a last window may reach over the end.
+        count_include_pad: pads count as numbers.
+        dilations: between elements of a window.
+        pads: before all axes, then behind them.
+        strides: from one window to the next.
+    """
+    shape, is_ceiled = x.shape[2:], bool(ceil_mode)
+    windows = windows_on(shape, kernel_shape, strides, dilations, pads, auto_pad, is_ceiled)
+    stated = windows_on(shape, kernel_shape, strides, dilations, pads, auto_pad)
     is_within = windows.ends == stated.ends
     if is_within and set(windows.dilations) == {1} and _has_kernel(windows, _MEANS):
         kernel, include = _MEANS[len(windows.sizes) - 1], bool(count_include_pad)
         return kernel(x, windows.sizes, windows.strides, windows.begins, count_include_pad=include)
     total = contents(padded(x, windows), windows).sum(-1)
-    if is_within and (count_include_pad or not any((*windows.begins, *windows.ends))):
-        return total / torch.Size(windows.sizes).numel()
     # A window counts what is in it of the input; with pads, of these too, not of what is beyond.
-    counted = torch.ones((1, 1, *x.shape[2:]), dtype=x.dtype, device=x.device)
+    counted = torch.ones((1, 1, *shape), dtype=x.dtype, device=x.device)
     if count_include_pad:
-        counted = padded(counted, stated, 1.0)
         beyond = [w - s for w, s in zip(windows.ends, stated.ends, strict=True)]
         sides = [side for pad in reversed(beyond) for side in (0, pad)]
-        counted = functional.pad(counted, sides)
+        counted = functional.pad(padded(counted, stated, 1.0), sides)
     else:
         counted = padded(counted, windows)
     return total / contents(counted, windows).sum(-1)
@@ -138,7 +146,9 @@ def _lp_pool(
     windows = windows_on(
         x.shape[2:], kernel_shape, strides, dilations, pads, auto_pad, bool(ceil_mode)
     )
-    return torch.linalg.vector_norm(contents(padded(x, windows), windows), p, dim=-1)
+    parts = contents(padded(x, windows), windows)
+    norm: Tensor = torch.linalg.vector_norm(parts, p, dim=-1)
+    return norm
 
 
 def _global_average(x: Tensor) -> Tensor:
@@ -150,7 +160,8 @@ def _global_maximum(x: Tensor) -> Tensor:
 
 
 def _global_lp(x: Tensor, *, p: int = 2) -> Tensor:
-    return torch.linalg.vector_norm(x, p, dim=list(range(2, x.ndim)), keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(x, p, dim=list(range(2, x.ndim)), keepdim=True)
+    return norm
 
 
 def _max_unpool(

@@ -59,7 +59,7 @@ def rounded(
     return codes.clamp(*limits)
 
 
-def spread(part: Tensor | None, x: Tensor, axis: int, block_size: int) -> Tensor | None:
+def spread(part: Tensor, x: Tensor, axis: int, block_size: int = 0) -> Tensor:
     """Scales or zero points in a shape that broadcasts to what they are of.
 
     Args:
@@ -68,8 +68,8 @@ def spread(part: Tensor | None, x: Tensor, axis: int, block_size: int) -> Tensor
         axis: of `x`.
         block_size: places on the axis that share a number; 0 where there are no blocks.
     """
-    if part is None or (part.numel() == 1 and part.ndim < 2):
-        return part if part is None else part.reshape(())
+    if part.numel() == 1 and part.ndim < 2:
+        return part.reshape(())
     if part.ndim == 1 and not block_size:
         return along(part, x.ndim, axis % x.ndim)
     size = x.shape[axis]
@@ -93,7 +93,8 @@ def _code_type(like: Tensor | None, stated: Sequence[int], output_dtype: int) ->
         return stated[0]
     if like is None:
         return _UINT8
-    return next(int(onnx) for onnx, held in TORCH_TYPES.items() if held == like.dtype)
+    held = (o for o, dtype in TORCH_TYPES.items() if dtype == like.dtype)
+    return next(int(dtype) for dtype in held if dtype.bitwidth == 8 * like.itemsize)
 
 
 def quantize(
@@ -109,19 +110,30 @@ def quantize(
     precision: int = _UNDEFINED,
     saturate: int = 1,
 ) -> Tensor:
+    """The operator QuantizeLinear.
+
+    Args:
+        x: floating.
+        scale: of one number, of one for each place of the axis, or of one for each block on it.
+        zero_point: likewise; its type is that of the codes.
+        input_types: of the three, as ONNX numbers types.
+        straight_through: codes stay floating, and gradients pass.
+        axis: of `x`, for scales that are several.
+        block_size: places on the axis that share a scale.
+        output_dtype: of the codes, as ONNX numbers types, where there is no zero point.
+        precision: what is computed in; at least float32.
+        saturate: of codes that are floating: numbers beyond them become the largest.
+    """
     dtype = _code_type(zero_point, input_types[2:3], output_dtype)
     kind = torch.float64 if x.dtype == torch.float64 else torch.float32
     if precision != _UNDEFINED:
         kind = torch.promote_types(torch_type(precision), torch.float32)
     x = x.to(kind)
-    scales = spread(scale, x, axis, block_size)
-    assert scales is not None
-    scales = scales.to(kind)
+    scales = spread(scale, x, axis, block_size).to(kind)
     if dtype in NARROW_FLOATS:
         return cast(x / scales, dtype, bool(saturate), straight_through=straight_through)
-    zero_points = spread(zero_point, x, axis, block_size)
-    zero_points = None if zero_points is None else zero_points.to(kind)
-    codes = rounded(x, scales, zero_points, code_limits(dtype), straight_through)
+    offsets = None if zero_point is None else spread(zero_point, x, axis, block_size).to(kind)
+    codes = rounded(x, scales, offsets, code_limits(dtype), straight_through)
     return codes if straight_through else cast(codes, dtype)
 
 
@@ -134,13 +146,12 @@ def dequantize(
     block_size: int = 0,
     output_dtype: int = _UNDEFINED,
 ) -> Tensor:
+    """The operator DequantizeLinear; arguments as of `quantize`."""
     scales = spread(scale, codes, axis, block_size)
-    assert scales is not None
-    zero_points = spread(zero_point, codes, axis, block_size)
     kind = scale.dtype if output_dtype == _UNDEFINED else torch_type(output_dtype)
     wide = _wide(codes)
-    if zero_points is not None:
-        wide = wide - _wide(zero_points)
+    if zero_point is not None:
+        wide = wide - _wide(spread(zero_point, codes, axis, block_size))
     computed = torch.promote_types(torch.float32, scales.dtype)
     if wide.dtype == torch.float64:
         computed = torch.float64
@@ -184,16 +195,9 @@ def _exact(codes: Tensor, zero_point: Tensor | None = None) -> Tensor:
     return wide if zero_point is None else wide - zero_point.to(torch.float64)
 
 
-def _of_rows(zero_point: Tensor | None) -> Tensor | None:
-    """One for each row of the left operand of a product."""
-    if zero_point is None or zero_point.ndim != 1 or zero_point.numel() == 1:
-        return zero_point
-    return zero_point[:, None]
-
-
-def _of_columns(part: Tensor | None) -> Tensor | None:
-    """One for each column of the right operand of a product, broadcasting over its rows."""
-    return part
+def _of_rows(part: Tensor) -> Tensor:
+    """A scale or zero point of the left operand of a product, of which rows may have their own."""
+    return part[:, None] if part.ndim == 1 and part.numel() > 1 else part
 
 
 def _sum_of_codes(total: Tensor, *codes: Tensor) -> Tensor:
@@ -213,7 +217,7 @@ def matmul_of_codes(
         a_zero_point: of one number, or one for each row.
         b_zero_point: of one number, or one for each column.
     """
-    left = _exact(a, _of_rows(a_zero_point))
+    left = _exact(a, None if a_zero_point is None else _of_rows(a_zero_point))
     return _sum_of_codes(left @ _exact(b, b_zero_point), a, b)
 
 
@@ -230,7 +234,7 @@ def _convolution_of_codes(
     pads: Sequence[int] | None = None,
     strides: Sequence[int] | None = None,
 ) -> Tensor:
-    offset = spread(weight_zero_point, weight, 0, 0)
+    offset = None if weight_zero_point is None else spread(weight_zero_point, weight, 0)
     total = convolution(
         _exact(x, x_zero_point),
         _exact(weight, offset),
@@ -284,7 +288,7 @@ def _qlinear_convolution(
 ) -> Tensor:
     total = convolution(
         _exact(x, x_zero_point),
-        _exact(weight, spread(weight_zero_point, weight, 0, 0)),
+        _exact(weight, spread(weight_zero_point, weight, 0)),
         None if bias is None else bias.to(torch.float64),
         auto_pad=auto_pad,
         dilations=dilations,
@@ -292,8 +296,7 @@ def _qlinear_convolution(
         pads=pads,
         strides=strides,
     ).to(torch.float32)
-    factor = spread(x_scale * weight_scale / y_scale, total, 1, 0)
-    assert factor is not None
+    factor = spread(x_scale * weight_scale / y_scale, total, 1)
     one = torch.ones_like(y_scale, dtype=torch.float32)
     return requantized(total * factor, one, y_zero_point, x, straight_through)
 
@@ -311,9 +314,8 @@ def _qlinear_matmul(
     straight_through: bool,
 ) -> Tensor:
     total = _exact(a, _of_rows(a_zero_point)) @ _exact(b, b_zero_point)
-    left, one = _of_rows(a_scale), torch.ones_like(y_scale, dtype=torch.float32)
-    assert left is not None
-    factor = (left * b_scale / y_scale).to(torch.float32)
+    one = torch.ones_like(y_scale, dtype=torch.float32)
+    factor = (_of_rows(a_scale) * b_scale / y_scale).to(torch.float32)
     return requantized(total.to(torch.float32) * factor, one, y_zero_point, a, straight_through)
 
 
@@ -339,10 +341,6 @@ def _cast_like(
 ) -> Tensor:
     dtype = _code_type(target, input_types[1:2], _UNDEFINED)
     return cast(x, dtype, bool(saturate), round_mode, straight_through)
-
-
-def _bit_cast(x: Tensor, *, to: int) -> Tensor:
-    return x.view(torch_type(to))
 
 
 OPERATORS: Table = {

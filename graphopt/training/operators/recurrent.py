@@ -6,7 +6,7 @@ same and gradients or `torch.func` allow it; else a loop over the steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -49,7 +49,11 @@ def _scaled_tanh(x: Tensor, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
     return alpha * torch.tanh(beta * x)
 
 
-_FUNCTIONS: Table = {**ACTIVATIONS, "Affine": _affine, "ScaledTanh": _scaled_tanh}
+_FUNCTIONS: Mapping[str, Callable[..., Tensor]] = {
+    **ACTIVATIONS,
+    "Affine": _affine,
+    "ScaledTanh": _scaled_tanh,
+}
 _PARAMETERS = {
     "Affine": ("alpha", "beta"),
     "Elu": ("alpha",),
@@ -115,7 +119,7 @@ def recurrence(
     count = 2 if direction == "bidirectional" else 1
     names = list(activations or _DEFAULTS[kind] * count)
     left = {"alpha": list(alphas or ()), "beta": list(betas or ())}
-    functions = []
+    functions: list[Activation] = []
     for name in names:
         if name not in _FUNCTIONS:
             raise ModelError(f"the activation {name!r} of {kind} cannot be computed in torch")

@@ -68,7 +68,8 @@ def _squares(x: Tensor, axes: list[int], keep: bool) -> Tensor:
 
 def _l2(x: Tensor, axes: list[int], keep: bool) -> Tensor:
     if x.is_floating_point():
-        return torch.linalg.vector_norm(x, dim=axes, keepdim=keep)
+        norm: Tensor = torch.linalg.vector_norm(x, dim=axes, keepdim=keep)
+        return norm
     return _squares(x.to(torch.float64), axes, keep).sqrt().to(x.dtype)
 
 

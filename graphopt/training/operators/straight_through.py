@@ -38,5 +38,5 @@ def through(x: Tensor, rounded: Tensor) -> Tensor:
         rounded: of the same shape and type. Unlike `x + (rounded - x)`, its numbers stay the same
             to the last bit, infinite ones too.
     """
-    passed: Tensor = _Through.apply(x, rounded.detach())
+    passed: Tensor = _Through.apply(x, rounded.detach())  # type: ignore[no-untyped-call]
     return passed
