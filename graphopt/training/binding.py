@@ -26,10 +26,9 @@ from graphopt.training.operators.operator_types import (
     Results,
 )
 
-_IGNORED = {
-    "BatchNormalization": frozenset({"is_test", "spatial"}),
-    "Constant": frozenset({"value"}),
-}
+_STATED_HERE = {"QLinearSoftmax": frozenset({"opset"})}
+"""Attributes that are called as what the interpreter states; they take its place."""
+
 _DTYPES = ("dtype", "output_datatype", "output_dtype", "to")
 """Attributes that name an element type."""
 
@@ -79,7 +78,7 @@ def why_not(node: ir.Node) -> str | None:
 
 def _known(node: ir.Node, operator: Operator) -> frozenset[str]:
     inputs = frozenset(BECAME_INPUTS.get(node.op_type, ()))
-    return _attributes(operator) | inputs | _IGNORED.get(node.op_type, frozenset())
+    return _attributes(operator) | inputs | _STATED_HERE.get(node.op_type, frozenset())
 
 
 @cache

@@ -59,7 +59,7 @@ class Program:
         Args:
             given: a tensor for each of the given values, in their order.
         """
-        slots: list[Tensor | None] = list(self.start)
+        slots = list(self.start)
         for place, tensor in zip(self.given, given, strict=True):
             slots[place] = tensor
         for step in self.steps:
@@ -76,7 +76,7 @@ class Program:
                     slots[slot] = result
             for unread in step.releases:
                 slots[unread] = None
-        return [result for slot in self.wanted if (result := slots[slot]) is not None]
+        return [wanted for slot in self.wanted if (wanted := slots[slot]) is not None]
 
 
 def _run(step: Step, inputs: list[Tensor | None]) -> Results:

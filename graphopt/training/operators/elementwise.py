@@ -105,7 +105,8 @@ def _is_nan(x: Tensor) -> Tensor:
     return torch.isnan(x.to(torch.float32) if x.itemsize == 1 else x)
 
 
-def _softmax(x: Tensor, *, opset: int, axis: int | None = None) -> Tensor:
+def softmax(x: Tensor, *, opset: int, axis: int | None = None) -> Tensor:
+    """Shares that add up to 1 along an axis, or before opset 13 over this and all behind it."""
     if opset >= _PER_AXIS_OPSET:
         return functional.softmax(x, -1 if axis is None else axis)
     return functional.softmax(to_matrix(x, 1 if axis is None else axis), 1).reshape(x.shape)
@@ -211,7 +212,7 @@ OPERATORS: Table = {
     "Selu": _selu,
     "Shrink": _shrink,
     "Sign": _sign,
-    "Softmax": _softmax,
+    "Softmax": softmax,
     "Swish": swish,
 }
 """Of the standard domain."""

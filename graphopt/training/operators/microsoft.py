@@ -35,10 +35,6 @@ def _quick_gelu(x: Tensor, *, alpha: float = 1.702) -> Tensor:
     return swish(x, alpha=alpha)
 
 
-def _bias_add(x: Tensor, bias: Tensor, skip: Tensor) -> Tensor:
-    return x + bias + skip
-
-
 def _fused_matmul(
     a: Tensor,
     b: Tensor,
@@ -136,12 +132,12 @@ def _mask(
         keys: how many.
         is_causal: queries do not look ahead.
         masked: what is added where attention does not go.
-        like: of the type of the products.
+        like: of the batch, and of the type of the products.
     """
     bias = None
     if mask is not None:
-        if mask.ndim == 1 and mask.shape[0] != 1 and mask.shape[0] % 3 == 2:
-            raise ModelError("a mask of packed sequences cannot be computed in torch")
+        if mask.ndim == 1 and mask.shape[0] != like.shape[0]:
+            raise ModelError("a mask of where keys start and end cannot be computed here")
         if mask.ndim == 1:
             mask = torch.arange(keys, device=mask.device) < mask[:, None]
         if mask.ndim == 4:
@@ -299,7 +295,6 @@ def _rotary_embedding(
 
 OPERATORS: Table = {
     "Attention": _attention,
-    "BiasAdd": _bias_add,
     "BiasGelu": _bias_gelu,
     "EmbedLayerNormalization": _embed_layer,
     "FastGelu": _fast_gelu,

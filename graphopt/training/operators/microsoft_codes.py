@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from graphopt.training.operators.elementwise import leaky_relu
+from graphopt.training.operators.elementwise import leaky_relu, softmax
 from graphopt.training.operators.movement import gather
 from graphopt.training.operators.operator_types import Operator, Table
 from graphopt.training.operators.pooling import average_pool
@@ -247,10 +247,10 @@ def _leaky_relu(*operands: Tensor, straight_through: bool, alpha: float = 0.01) 
     return _of_one(x, x_scale, x_zero_point, y_scale, y_zero_point, compute, straight_through)
 
 
-def _softmax(*operands: Tensor, straight_through: bool, opset: int = 13, axis: int = -1) -> Tensor:
+def _softmax(*operands: Tensor, straight_through: bool, opset: int, axis: int = -1) -> Tensor:
     x, x_scale, x_zero_point, y_scale, *rest = operands
     y_zero_point = rest[0] if rest else None
-    compute = partial(functional.softmax, dim=axis)
+    compute = partial(softmax, opset=opset, axis=axis)
     return _of_one(x, x_scale, x_zero_point, y_scale, y_zero_point, compute, straight_through)
 
 

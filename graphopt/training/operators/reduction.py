@@ -136,14 +136,16 @@ def _unique(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     flat = x.reshape(-1) if axis is None else x
     along = 0 if axis is None else axis % x.ndim
-    found, inverse, counts = torch.unique(flat, return_inverse=True, return_counts=True, dim=along)
+    _, inverse, counts = torch.unique(
+        flat.detach(), return_inverse=True, return_counts=True, dim=along
+    )
     places = torch.arange(flat.shape[along], device=x.device)
     first = torch.full_like(counts, flat.shape[along]).scatter_reduce(0, inverse, places, "amin")
     if not sorted:
         order = first.argsort()
-        found, first, counts = found.index_select(along, order), first[order], counts[order]
-        inverse = order.argsort()[inverse]
-    return found, first, inverse, counts
+        first, counts, inverse = first[order], counts[order], order.argsort()[inverse]
+    # The first of equal ones stands for all of them, and its gradient too.
+    return flat.index_select(along, first), first, inverse, counts
 
 
 OPERATORS: Table = {
