@@ -1,4 +1,4 @@
-"""Operators with inputs, for the interpreter in torch: onnx's backend cases, and those made here."""
+"""Operators with inputs, for the interpreter in torch: cases of onnx, and those made here."""
 
 from __future__ import annotations
 
@@ -94,9 +94,7 @@ class Single:
         """The model of the node; types of outputs are left open."""
         names = [f"x{i}" if x is not None else "" for i, x in enumerate(self.inputs)]
         outputs = [f"y{i}" for i in range(self.output_count)]
-        node = helper.make_node(
-            self.op_type, names, outputs, domain=self.domain, **self.attributes
-        )
+        node = helper.make_node(self.op_type, names, outputs, domain=self.domain, **self.attributes)
         infos = [
             helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(x.dtype), x.shape)
             for n, x in zip(names, self.inputs, strict=True)
@@ -276,14 +274,17 @@ STANDARD: Sequence[Single] = (
     Single("GlobalLpPool", [_floats(2, 3, 4, 4)], {"p": 3}, domain=""),
     Single("LRN", [_floats(2, 5, 2, 2)], {"size": 3, "alpha": 0.3}, domain=""),
     Single("Mish", [_floats(3, 4)], domain=""),
-    Single(
-        "Pad", [_floats(2, 3)], {"pads": [0, 1, 1, 0], "value": 1.5}, domain="", opset=10
-    ),
+    Single("Pad", [_floats(2, 3)], {"pads": [0, 1, 1, 0], "value": 1.5}, domain="", opset=10),
     Single("ReduceSum", [_floats(2, 3, 4)], {"axes": [1], "keepdims": 0}, domain="", opset=11),
     Single("Resize", [_floats(1, 1, 2, 3), _SCALES], {"mode": "nearest"}, domain="", opset=10),
     Single(
-        "Slice", [_floats(4, 5)], {"starts": [1, -3], "ends": [9, -1]}, domain="", opset=9
+        "RotaryEmbedding",
+        [_floats(2, 3, 8), *_ANGLES, _whole(1, 2, 3, 4, 5, 6).reshape(2, 3)],
+        {"num_heads": 2},
+        domain="",
+        opset=23,
     ),
+    Single("Slice", [_floats(4, 5)], {"starts": [1, -3], "ends": [9, -1]}, domain="", opset=9),
     Single("Slice", [_floats(4, 5), _whole(3), _whole(-9), _whole(0), _whole(-2)], domain=""),
     Single("Softmax", [_floats(2, 3, 4)], domain="", opset=11),
     Single("Split", [_floats(5, 2)], {"split": [2, 3]}, 2, domain="", opset=11),
@@ -291,9 +292,7 @@ STANDARD: Sequence[Single] = (
     Single("TopK", [_floats(3, 4)], {"k": 2, "axis": 1}, 2, domain="", opset=9),
     Single("Trilu", [_floats(3, 4), _whole(1)], {"upper": 0}, domain=""),
     Single("Unsqueeze", [_floats(2, 3)], {"axes": [0, 3]}, domain="", opset=11),
-    Single(
-        "Upsample", [_floats(1, 1, 2, 3)], {"scales": [1.0, 1.0, 2.0, 2.0]}, domain="", opset=7
-    ),
+    Single("Upsample", [_floats(1, 1, 2, 3)], {"scales": [1.0, 1.0, 2.0, 2.0]}, domain="", opset=7),
 )
 """Standard operators of older opsets, and those of which all cases are large."""
 
@@ -372,9 +371,7 @@ CODES: Sequence[Single] = (
     ),
     Single("QLinearAdd", [*_U8, *_V8, *_Y8]),
     Single("QLinearMul", [*_U8, *_V8, *_Y8]),
-    Single(
-        "QLinearAveragePool", [*_U8, *_Y8], {"kernel_shape": [2, 2], "pads": [0, 1, 1, 0]}
-    ),
+    Single("QLinearAveragePool", [*_U8, *_Y8], {"kernel_shape": [2, 2], "pads": [0, 1, 1, 0]}),
     Single("QLinearConcat", [*_Y8, *_U8, *_V8], {"axis": 1}),
     Single("QLinearGlobalAveragePool", [*_U8, *_Y8]),
     Single("QLinearLeakyRelu", [*_U8, *_Y8], {"alpha": 0.1}),

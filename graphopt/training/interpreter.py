@@ -6,13 +6,15 @@ network; a weight, to train it. What hangs on constants alone is computed once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import InlinePass
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from graphopt.contract import describe
 from graphopt.errors import ModelError, SampleError, did_you_mean
@@ -94,7 +96,8 @@ class Interpreter:
         key = frozenset(feeds), tuple(names)
         plan = self._programs.get(key)
         if plan is None:
-            plan = self._programs[key] = self._planned(*key)
+            with _to_keep():
+                plan = self._programs[key] = self._planned(*key)
         results = plan.program([feeds[name] for name in plan.fed])
         return {
             name: result.clone() if name in plan.copied else result
@@ -151,16 +154,13 @@ class Interpreter:
         leaves = [value for value in (*read, *missing) if _leaf(value) is not None]
         for value in leaves:
             self._keep(value)
-        # Tensors that are made here serve runs with gradients, even if this is one without.
-        with torch.inference_mode(False), torch.no_grad():
-            program = assemble(nodes, (), self._constants, missing, self._kernel_of)
-            self._constants.update(zip(missing, program(()), strict=True))
+        program = assemble(nodes, (), self._constants, missing, self._kernel_of)
+        self._constants.update(zip(missing, program(()), strict=True))
 
     def _keep(self, leaf: ir.Value) -> None:
         tensor = _leaf(leaf)
         if leaf not in self._constants and tensor is not None:
-            with torch.inference_mode(False):
-                self._constants[leaf] = from_onnx(tensor, self.device)
+            self._constants[leaf] = from_onnx(tensor, self.device)
 
     def _kernel_of(self, node: ir.Node) -> Kernel:
         return bound(node, self._place)
@@ -171,7 +171,8 @@ class Interpreter:
 
         def body(inputs: Sequence[Tensor], around: Sequence[Tensor]) -> list[Tensor]:
             if not programs:
-                programs.append(self._program_of(graph, outer))
+                with _to_keep():
+                    programs.append(self._program_of(graph, outer))
             return programs[0]((*inputs, *around))
 
         return body
@@ -185,6 +186,17 @@ class Interpreter:
         constants = {value: self._constants[value] for value in leaves}
         given = (*graph.inputs, *outer)
         return assemble(nodes, given, constants, graph.outputs, self._kernel_of)
+
+
+@contextmanager
+def _to_keep() -> Iterator[None]:
+    """Tensors that are made within serve all runs to come.
+
+    So they are of no transform of `torch.func` that this run is under, and can be differentiated
+    with even if this is a run without gradients.
+    """
+    with temporarily_clear_interpreter_stack(), torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 @dataclass(frozen=True)

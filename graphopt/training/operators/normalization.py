@@ -43,7 +43,9 @@ def _batch(
 def _normalized(
     x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, epsilon: float
 ) -> Tensor:
-    if x.dtype == mean.dtype == scale.dtype:
+    # The kernel takes these two for constants.
+    are_learnt = mean.requires_grad or variance.requires_grad
+    if x.dtype == mean.dtype == scale.dtype and not are_learnt:
         return functional.batch_norm(x, mean, variance, scale, bias, False, 0.0, epsilon)
     factor = scale * torch.rsqrt(variance + epsilon)
     offset = bias - mean * factor
