@@ -1,4 +1,4 @@
-"""What holds for the interpreter in torch whatever the operators: feeding, folding, vmap, errors."""
+"""What holds for the interpreter in torch whatever the operators: feeding, folding, vmap."""
 
 from __future__ import annotations
 
