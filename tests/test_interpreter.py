@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,17 @@ def test_a_fed_feature_stands_for_what_makes_it() -> None:
     whole = interpreter.run({"x": X}, ["feature", "y"])
 
     assert torch.equal(interpreter.run({"feature": whole["feature"]})["y"], whole["y"])
+
+
+def test_a_fed_output_stays_where_the_node_runs_for_another() -> None:
+    model = parse(
+        "m (float[4] x) => (float[2] y) { a, b = Split <num_outputs = 2> (x)\n y = Add (a, b) }"
+    )
+    x, a = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([10.0, 20.0])
+
+    got = Interpreter(model).run({"x": x, "a": a}, ["y", "a", "b"])
+
+    assert [value.tolist() for value in got.values()] == [[13.0, 24.0], [10.0, 20.0], [3.0, 4.0]]
 
 
 @pytest.mark.parametrize("name", ["first", "second", "scales"])
@@ -253,7 +265,7 @@ def test_what_is_not_known_is_named_before_anything_runs() -> None:
           s = Cast <to = 8> (a)
           y = If (c) <
             then_branch = g () => (float[3] p) { p = own.Odd (x) },
-            else_branch = h () => (float[3] q) { q = Clip <limit = 3.0> (x) }
+            else_branch = h () => (float[3] q) { q = Add <broadcast = 1> (x, x) }
           >
         }
         """
@@ -266,7 +278,26 @@ def test_what_is_not_known_is_named_before_anything_runs() -> None:
     assert "own.Strange (node 'a'): there is no such operator here" in message
     assert "own.Odd (node 'p')" in message
     assert "Cast (node 's'): 's' is of STRING" in message
-    assert "Clip (node 'q'): it has no attribute 'limit' here" in message
+    assert "Add (node 'q'): it has no attribute 'broadcast' here" in message
+
+
+def test_attributes_that_no_version_of_an_operator_has_are_ignored() -> None:
+    model = parse("m (float[2, 3] x) => (float[2, 3] y) { y = Elu <epsion = 3.0> (x) }")
+
+    got = Interpreter(model).run({"x": X})["y"]
+
+    torch.testing.assert_close(got, torch.nn.functional.elu(X))
+
+
+def test_threads_may_share_an_interpreter() -> None:
+    interpreter = Interpreter(parse(TWO_LAYERS))
+    samples = [torch.rand(2, 3) for _ in range(32)]
+
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda x: interpreter.run({"x": x})["y"], samples))
+
+    for x, y in zip(samples, together, strict=True):
+        assert torch.equal(interpreter.run({"x": x})["y"], y)
 
 
 def test_names_that_are_not_known_and_inputs_that_are_missing_are_said() -> None:

@@ -42,7 +42,7 @@ TOLERANCES = {
     torch.float32: 1e-5,
     torch.float64: 1e-7,
 }
-"""Of each number, relative to it and to 1; others are equal."""
+"""Relative to the largest number, or to 1 where that is less; other types are equal."""
 
 WRITTEN = 1e-4
 """Tolerance of float32 numbers that stand in a case with few digits."""
@@ -91,7 +91,8 @@ def why_other(expected: Any, got: Any, least: float = 0.0) -> str | None:
     tolerance = TOLERANCES.get(expected.dtype, 0.0)
     tolerance = max(tolerance, least) if tolerance else tolerance
     want, have = numbers(expected), numbers(got)
-    if np.allclose(have, want, rtol=tolerance, atol=tolerance, equal_nan=True):
+    largest = np.max(np.abs(want), initial=1, where=np.isfinite(want))
+    if np.allclose(have, want, rtol=tolerance, atol=tolerance * largest, equal_nan=True):
         return None
     return f"off by up to {np.nanmax(np.abs(have - want))}"
 

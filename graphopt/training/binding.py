@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
@@ -70,7 +71,7 @@ def why_not(node: ir.Node) -> str | None:
     for attribute in attributes_of(node):
         if attribute.name in _DTYPES and ir.DataType(attribute.as_int()) not in TORCH_TYPES:
             return f"{attribute.name} is {ir.DataType(attribute.as_int()).name}"
-        if attribute.name not in _known(node, operator):
+        if attribute.name not in _known(node, operator) and _means_something(node, attribute.name):
             hint = did_you_mean(attribute.name, _attributes(operator))
             return f"it has no attribute {attribute.name!r} here{hint}"
     return None
@@ -79,6 +80,21 @@ def why_not(node: ir.Node) -> str | None:
 def _known(node: ir.Node, operator: Operator) -> frozenset[str]:
     inputs = frozenset(BECAME_INPUTS.get(node.op_type, ()))
     return _attributes(operator) | inputs | _STATED_HERE.get(node.op_type, frozenset())
+
+
+def _means_something(node: ir.Node, name: str) -> bool:
+    """Some version of the operator has the attribute; what none has, onnxruntime ignores."""
+    return node.domain not in ONNX_DOMAINS or name in _of_any_version()[node.op_type]
+
+
+@cache
+def _of_any_version() -> Mapping[str, frozenset[str]]:
+    """The attributes of the standard operators, of all their versions, by operator."""
+    found: defaultdict[str, frozenset[str]] = defaultdict(frozenset)
+    for schema in onnx.defs.get_all_schemas_with_history():
+        if schema.domain in ONNX_DOMAINS:
+            found[schema.name] |= frozenset(schema.attributes)
+    return found
 
 
 @cache

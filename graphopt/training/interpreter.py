@@ -6,6 +6,7 @@ network; a weight, to train it. What hangs on constants alone is computed once.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,7 +73,9 @@ class Interpreter:
         values = (*graph.inputs, *graph.initializers.values(), *made)
         self._values = {value.name: value for value in values if value.name}
         self._constants: dict[ir.Value, Tensor] = {}
-        self._programs: dict[tuple[frozenset[str], tuple[str, ...]], _Plan] = {}
+        self._plans: dict[tuple[frozenset[str], tuple[str, ...]], _Plan] = {}
+        # A body is assembled when it first runs, which may be while a plan is made.
+        self._lock = threading.RLock()
 
     def run(
         self, feeds: Mapping[str, Tensor], wanted: Sequence[str] | None = None
@@ -94,10 +97,10 @@ class Interpreter:
         """
         names = tuple(o.name or "" for o in self._model.graph.outputs) if wanted is None else wanted
         key = frozenset(feeds), tuple(names)
-        plan = self._programs.get(key)
-        if plan is None:
-            with _to_keep():
-                plan = self._programs[key] = self._planned(*key)
+        with self._lock:
+            plan = self._plans.get(key)
+            if plan is None:
+                plan = self._plans[key] = self._planned(*key)
         results = plan.program([feeds[name] for name in plan.fed])
         return {
             name: result.clone() if name in plan.copied else result
@@ -123,9 +126,10 @@ class Interpreter:
                 hanging.update(node.outputs)
         read = (value for node in live for value in reads_of(node) if value is not None)
         known = dict.fromkeys(v for v in (*read, *results) if v not in hanging)
-        self._fold(list(known))
-        constants = {value: self._constants[value] for value in known}
-        program = assemble(live, tuple(given.values()), constants, results, self._kernel_of)
+        with _to_keep():
+            self._fold(list(known))
+            constants = {value: self._constants[value] for value in known}
+            program = assemble(live, tuple(given.values()), constants, results, self._kernel_of)
         copied = {name for name, v in zip(wanted, results, strict=True) if v in constants}
         return _Plan(program, tuple(given), frozenset(copied))
 
@@ -150,11 +154,12 @@ class Interpreter:
         """Compute values that hang on constants alone, and keep them."""
         missing = [value for value in values if value not in self._constants]
         nodes = self._needed(missing, set(self._constants))
-        read = (value for node in nodes for value in reads_of(node) if value is not None)
-        leaves = [value for value in (*read, *missing) if _leaf(value) is not None]
+        read_by = [value for node in nodes for value in reads_of(node) if value is not None]
+        leaves = [value for value in (*read_by, *missing) if _leaf(value) is not None]
         for value in leaves:
             self._keep(value)
-        program = assemble(nodes, (), self._constants, missing, self._kernel_of)
+        known = {v: self._constants[v] for v in (*read_by, *leaves) if v in self._constants}
+        program = assemble(nodes, (), known, missing, self._kernel_of)
         self._constants.update(zip(missing, program(()), strict=True))
 
     def _keep(self, leaf: ir.Value) -> None:
@@ -170,8 +175,8 @@ class Interpreter:
         programs: list[Program] = []
 
         def body(inputs: Sequence[Tensor], around: Sequence[Tensor]) -> list[Tensor]:
-            if not programs:
-                with _to_keep():
+            with self._lock:
+                if not programs:
                     programs.append(self._program_of(graph, outer))
             return programs[0]((*inputs, *around))
 
@@ -181,11 +186,12 @@ class Interpreter:
         nodes = [inner for inner in graph if not is_onnx(inner, "Constant")]
         made = (output for inner in graph for output in inner.outputs)
         leaves = [v for v in (*graph.initializers.values(), *made) if _leaf(v) is not None]
-        for value in leaves:
-            self._keep(value)
-        constants = {value: self._constants[value] for value in leaves}
-        given = (*graph.inputs, *outer)
-        return assemble(nodes, given, constants, graph.outputs, self._kernel_of)
+        with _to_keep():
+            for value in leaves:
+                self._keep(value)
+            constants = {value: self._constants[value] for value in leaves}
+            given = (*graph.inputs, *outer)
+            return assemble(nodes, given, constants, graph.outputs, self._kernel_of)
 
 
 @contextmanager

@@ -14,8 +14,8 @@ from graphopt.training.binding import widened
 from graphopt.training.operators.element_types import BARE_UNSIGNED
 from graphopt.training.operators.operator_types import Results
 
-_NONE = 0
-"""The slot of an input that is left out."""
+_NONE, _SINK = 0, 1
+"""The slots of inputs that are left out, and of what a node makes and was given already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,11 +122,12 @@ def assemble(
     """
     nodes = list(nodes)
     slots: dict[ir.Value, int] = {}
-    start: list[Tensor | None] = [None]
+    start: list[Tensor | None] = [None, None]
     for value in (*given, *constants, *(o for node in nodes for o in node.outputs)):
         if value not in slots:
             slots[value] = len(start)
             start.append(constants.get(value))
+    known = {*given, *constants}
     given_slots = tuple(slots[value] for value in given)
     last_reader: dict[ir.Value, int] = {}
     for index, node in enumerate(nodes):
@@ -142,8 +143,8 @@ def assemble(
             node,
             kernel_of(node),
             tuple(_NONE if value is None else slots[value] for value in reads_of(node)),
-            tuple(slots[output] for output in node.outputs),
-            tuple(releases[index]),
+            tuple(_SINK if output in known else slots[output] for output in node.outputs),
+            (*releases[index], *([_SINK] if known.intersection(node.outputs) else [])),
         )
         for index, node in enumerate(nodes)
     )

@@ -20,6 +20,7 @@ from graphopt.training.operators import (
     recurrent,
     reduction,
     resampling,
+    signal,
 )
 from graphopt.training.operators.operator_types import Operator, Table
 
@@ -37,6 +38,7 @@ _STANDARD: tuple[Table, ...] = (
     recurrent.OPERATORS,
     reduction.OPERATORS,
     resampling.OPERATORS,
+    signal.OPERATORS,
 )
 
 _MICROSOFT: tuple[Table, ...] = (microsoft.OPERATORS, microsoft_codes.OPERATORS)

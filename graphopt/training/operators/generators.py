@@ -18,7 +18,7 @@ _FLOAT = 1
 def _constant_of_shape(
     shape: Tensor, *, device: torch.device, value: Tensor | None = None
 ) -> Tensor:
-    filled = torch.zeros(1, device=device) if value is None else value.reshape(1)
+    filled = torch.zeros((), device=device) if value is None else value.reshape(())
     return filled.expand(integers(shape)).clone()
 
 

@@ -137,7 +137,7 @@ def _resized(x: Tensor, axes: Sequence[int], sizes: Sequence[_Axis], how: _Sampl
 
 
 def _computed_in(x: Tensor) -> torch.dtype:
-    return x.dtype if x.is_floating_point() else torch.float32
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _resize(
