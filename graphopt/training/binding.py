@@ -187,24 +187,18 @@ def widened(node: ir.Node, kernel: Callable[..., Results], inputs: list[Tensor |
     results = kernel(*wide)
     is_single = isinstance(results, Tensor)
     outputs = (results,) if isinstance(results, Tensor) else results
-    kept = _of_input_type(node.op_type, node.domain)
     outputs = tuple(
-        y.to(kind) if y.dtype == torch.int64 and index in kept else y
+        y.to(kind) if y.dtype == torch.int64 and _is_of_input_type(node, index) else y
         for index, y in enumerate(outputs)
     )
     return outputs[0] if is_single else outputs
 
 
-@cache
-def _of_input_type(op_type: str, domain: str) -> frozenset[int]:
-    """The outputs of a standard operator that have the type of one of its inputs."""
-    if domain not in ONNX_DOMAINS:
-        return frozenset()
-    schema = onnx.defs.get_schema(op_type)
-    types = {parameter.type_str for parameter in schema.inputs}
-    last = schema.outputs[-1]
-    count = len(schema.outputs)
-    # The last output may stand for many.
-    many = last.option is onnx.defs.OpSchema.FormalParameterOption.Variadic
-    outputs = [*schema.outputs, *[last] * 64] if many else schema.outputs
-    return frozenset(i for i, o in enumerate(outputs[: count + 64]) if o.type_str in types)
+def _is_of_input_type(node: ir.Node, index: int) -> bool:
+    """The output of a standard operator has the type of one of its inputs; a shape has not."""
+    if node.domain not in ONNX_DOMAINS:
+        return False
+    schema = onnx.defs.get_schema(node.op_type)
+    # The last one may stand for many.
+    output = schema.outputs[min(index, len(schema.outputs) - 1)]
+    return output.type_str in {parameter.type_str for parameter in schema.inputs}

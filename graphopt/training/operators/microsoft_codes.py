@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from graphopt.errors import ModelError
 from graphopt.training.operators.elementwise import leaky_relu, softmax
 from graphopt.training.operators.movement import gather
 from graphopt.training.operators.operator_types import Operator, Table
@@ -57,6 +58,8 @@ def _matmul_of_bits(
 
     How exact the products are is the kernel's own affair: here they are of floating-point numbers.
     """
+    if groups is not None or weight_prepacked:
+        raise ModelError("MatMulNBits with g_idx or prepacked weights cannot be computed here")
     blocks = -(-K // block_size)
     codes = unpacked(stored.reshape(N, blocks, -1), bits).to(scales.dtype)
     if zero_points is None:
@@ -222,36 +225,32 @@ def _of_two(compute: Callable[[Tensor, Tensor], Tensor]) -> Operator:
 
 
 def _of_one(
-    x: Tensor,
-    x_scale: Tensor,
-    x_zero_point: Tensor | None,
-    y_scale: Tensor,
-    y_zero_point: Tensor | None,
-    compute: Callable[[Tensor], Tensor],
-    straight_through: bool,
+    operands: Sequence[Tensor], compute: Callable[[Tensor], Tensor], straight_through: bool
 ) -> Tensor:
+    """Codes of what is computed of numbers in codes.
+
+    Args:
+        operands: codes, their scale and zero point; the scale and, unless it is left out, the zero
+            point of the result.
+        compute: from numbers to numbers.
+        straight_through: codes stay floating.
+    """
+    x, x_scale, x_zero_point, y_scale, y_zero_point = (*operands, None)[:5]
+    assert x is not None and x_scale is not None and y_scale is not None
     y = compute(dequantize(x, x_scale, x_zero_point))
     return requantized(y, y_scale, y_zero_point, x, straight_through)
 
 
 def _sigmoid(*operands: Tensor, straight_through: bool) -> Tensor:
-    x, x_scale, x_zero_point, y_scale, *rest = operands
-    y_zero_point = rest[0] if rest else None
-    return _of_one(x, x_scale, x_zero_point, y_scale, y_zero_point, torch.sigmoid, straight_through)
+    return _of_one(operands, torch.sigmoid, straight_through)
 
 
 def _leaky_relu(*operands: Tensor, straight_through: bool, alpha: float = 0.01) -> Tensor:
-    x, x_scale, x_zero_point, y_scale, *rest = operands
-    y_zero_point = rest[0] if rest else None
-    compute = partial(leaky_relu, alpha=alpha)
-    return _of_one(x, x_scale, x_zero_point, y_scale, y_zero_point, compute, straight_through)
+    return _of_one(operands, partial(leaky_relu, alpha=alpha), straight_through)
 
 
 def _softmax(*operands: Tensor, straight_through: bool, opset: int, axis: int = -1) -> Tensor:
-    x, x_scale, x_zero_point, y_scale, *rest = operands
-    y_zero_point = rest[0] if rest else None
-    compute = partial(softmax, opset=opset, axis=axis)
-    return _of_one(x, x_scale, x_zero_point, y_scale, y_zero_point, compute, straight_through)
+    return _of_one(operands, partial(softmax, opset=opset, axis=axis), straight_through)
 
 
 def _average(
@@ -264,8 +263,6 @@ def _average(
     pads: Sequence[int] | None = None,
     strides: Sequence[int] | None = None,
 ) -> Tensor:
-    x, x_scale, x_zero_point, y_scale, *rest = operands
-    y_zero_point = rest[0] if rest else None
     compute = partial(
         average_pool,
         kernel_shape=kernel_shape,
@@ -275,16 +272,13 @@ def _average(
         pads=pads,
         strides=strides,
     )
-    return _of_one(x, x_scale, x_zero_point, y_scale, y_zero_point, compute, straight_through)
+    return _of_one(operands, compute, straight_through)
 
 
 def _global_average(*operands: Tensor, straight_through: bool, channels_last: int = 0) -> Tensor:
-    x, x_scale, x_zero_point, y_scale, *rest = operands
-    y_zero_point = rest[0] if rest else None
     first = 1 if channels_last else 2
-    axes = list(range(first, first + x.ndim - 2))
-    compute = partial(torch.mean, dim=axes, keepdim=True)
-    return _of_one(x, x_scale, x_zero_point, y_scale, y_zero_point, compute, straight_through)
+    axes = list(range(first, first + operands[0].ndim - 2))
+    return _of_one(operands, partial(torch.mean, dim=axes, keepdim=True), straight_through)
 
 
 def _concat(

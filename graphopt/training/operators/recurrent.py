@@ -1,7 +1,7 @@
 """Recurrent networks: LSTM, GRU and RNN.
 
 Equations as the operators' text in ONNX has them. torch's own kernels run where they compute the
-same and gradients or `torch.func` allow it; else a loop over the steps.
+same and no transform of `torch.func` is on, for which they have no rules; else a loop over steps.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ class Recurrence:
         is_batch_first: states and sequences begin with the batch.
         couples: the forget gate of an LSTM is one less the input gate.
         resets_after: the reset gate of a GRU multiplies what the hidden weights give.
-        prepare_input: what is done to the sequence before it is multiplied.
-        prepare_hidden: what is done to the hidden state before it is multiplied.
+        prepare: what is done to the sequence, and to the hidden state of each step, before they
+            are multiplied with weights.
     """
 
     kind: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -21,7 +22,7 @@ def _total(x: Tensor, axes: list[int], keep: bool) -> Tensor:
 def _mean(x: Tensor, axes: list[int], keep: bool) -> Tensor:
     if x.is_floating_point():
         return x.mean(axes, keepdim=keep)
-    count = max(x.numel(), 1) // max(_total(x, axes, keep).numel(), 1)
+    count = math.prod(x.shape[axis] for axis in axes)
     return torch.div(x.sum(axes, keepdim=keep), count, rounding_mode="trunc").to(x.dtype)
 
 
