@@ -87,10 +87,13 @@ def attend(
     products = (q * half) @ (k * math.copysign(half, scale)).transpose(-1, -2)
     bent = softcap * torch.tanh(products / softcap) if softcap else products
     scores = bent if bias is None else bent + bias
-    shares = functional.softmax(scores, -1, dtype=precision)
-    if bias is not None:
+    if bias is None:
+        shares = functional.softmax(scores, -1, dtype=precision)
+    else:
+        # Of a query that looks at nothing there is no softmax, and no gradient.
         is_shut = (bias == float("-inf")).all(-1, keepdim=True)
-        shares = torch.where(is_shut, torch.zeros((), dtype=shares.dtype), shares)
+        shares = functional.softmax(scores.masked_fill(is_shut, 0), -1, dtype=precision)
+        shares = shares.masked_fill(is_shut, 0)
     shares = shares.to(q.dtype)
     return shares @ v, (products, bent, scores, shares)
 
