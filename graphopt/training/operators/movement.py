@@ -213,11 +213,12 @@ def _depth_to_space(x: Tensor, *, blocksize: int, mode: str = "DCR") -> Tensor:
     return parts.reshape(batch, few, height * blocksize, width * blocksize)
 
 
-def _space_to_depth(x: Tensor, *, blocksize: int) -> Tensor:
+def _space_to_depth(x: Tensor, *, blocksize: int, mode: str = "DCR") -> Tensor:
     batch, channels, height, width = x.shape
     high, wide = height // blocksize, width // blocksize
     parts = x.reshape(batch, channels, high, blocksize, wide, blocksize)
-    return parts.permute(0, 3, 5, 1, 2, 4).reshape(batch, -1, high, wide)
+    order = (0, 3, 5, 1, 2, 4) if mode == "DCR" else (0, 1, 3, 5, 2, 4)
+    return parts.permute(order).reshape(batch, channels * blocksize**2, high, wide)
 
 
 def _reverse_sequence(
