@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +26,7 @@ import graphopt
 from graphopt import demo as demonstration
 from graphopt import json_report, report, saving, sharing
 from graphopt.collection import no_collection
-from graphopt.errors import CheckFailed, GraphoptError, SpecError
+from graphopt.errors import CheckFailed, GraphoptError, RuntimeUnavailable, SpecError
 from graphopt.recipes import recipe as recipe_of
 from graphopt.recipes import recipe_names
 from graphopt.registry import pass_class, pass_names
@@ -301,6 +302,62 @@ def explain(
 
 
 @app.command()
+def heal(
+    original: Annotated[Path, typer.Argument(metavar="ORIGINAL", help="The model to learn from.")],
+    optimized: Annotated[
+        Path, typer.Argument(metavar="OPTIMIZED", help="What passes made of it; it is not changed.")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the result.")],
+    samples: Annotated[
+        Path, typer.Option("--samples", help="Folder of .npz files, or one file; no labels.")
+    ],
+    minutes: Annotated[float, typer.Option(help="How long to learn.")] = 10.0,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Learn for so many steps instead: the same result each time."),
+    ] = None,
+    state: States = None,
+    gate_samples: Annotated[
+        int | None, typer.Option(min=1, help="Samples that judge, and are not learnt from.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    processes: Annotated[
+        int, typer.Option(min=1, help="Learn side by side, each from its share of every batch.")
+    ] = 1,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of torch; default: all.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the order of the samples.")] = 0,
+    json: Json = None,
+) -> None:
+    """Let OPTIMIZED learn again from ORIGINAL what it lost, without labels, in the same bytes.
+
+    Zeros stay zeros, and what is stored as integers or codes keeps its grid or its codebook; which
+    of these numbers each weight is, learns. Needs graphopt[train].
+    """
+    saving.check_target(output, source=optimized)
+    _check_json(json, [original, optimized], [output, samples])
+    pairs = _states(state)
+    _check_torch()
+    from graphopt import training
+
+    with _progress() as progress:
+        found = training.heal(
+            original,
+            optimized,
+            samples=samples,
+            state=pairs,
+            minutes=minutes,
+            steps=steps,
+            gate_samples=gate_samples,
+            device=device,
+            processes=processes,
+            threads=threads,
+            seed=seed,
+            progress=progress,
+        ).save(output)
+    _show(report.render_healed(found), json, lambda: json_report.healed_to_json(found))
+
+
+@app.command()
 def passes(
     name: Annotated[
         str | None, typer.Argument(metavar="NAME", help="A pass, to see its options.")
@@ -339,6 +396,11 @@ def _check_json(
     if json not in (None, "-"):
         files = [path for path in others if path is not None]
         saving.check_text_target(Path(json), models, files)
+
+
+def _check_torch() -> None:
+    if find_spec("torch") is None:
+        raise RuntimeUnavailable("torch is not installed; install graphopt[train]")
 
 
 def _states(texts: list[str] | None) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from graphopt.api import Validation
 from graphopt.benchmark import BenchmarkReport
@@ -22,6 +22,9 @@ from graphopt.recipes import Recipe
 from graphopt.sharing import Sharing
 from graphopt.spec import describe_type, options_of
 from graphopt.validation import OutputError
+
+if TYPE_CHECKING:
+    from graphopt.training.heal import Healed
 
 SCHEMA_VERSION = 1
 
@@ -117,6 +120,24 @@ def validation_to_json(found: Validation) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "numerics": numerics_to_json(found.numerics),
         "failure": found.failure,
+        "notes": list(found.notes),
+        "versions": versions(),
+    }
+
+
+def healed_to_json(found: Healed) -> dict[str, Any]:
+    """What healing did, as plain data; numerics as `before` and `healed` beside each other."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "weights": dict(found.weights),
+        "elements": found.elements,
+        "features": found.features,
+        "samples": {"learnt": found.samples[0], "judged": found.samples[1]},
+        "run": found.way,
+        "curve": [asdict(point) for point in found.curve],
+        "steps": found.steps,
+        "numerics": numerics_to_json({"before": found.before, "healed": found.after}),
+        "stored_bytes": found.stored_bytes,
         "notes": list(found.notes),
         "versions": versions(),
     }

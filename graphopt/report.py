@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -24,6 +25,9 @@ from graphopt.recipes import Recipe
 from graphopt.sharing import Sharing
 from graphopt.spec import describe_type, options_of
 from graphopt.validation import OutputError
+
+if TYPE_CHECKING:
+    from graphopt.training.heal import Healed
 
 SHOWN_DUPLICATES = 8
 SHOWN_NAMES = 3
@@ -176,6 +180,23 @@ def render_validation(found: Validation) -> RenderableType:
     """The errors of all outputs, and the notes."""
     notes = [Text(f"note: {note}", style="dim") for note in found.notes]
     return Group(render_numerics(found.numerics), *notes)
+
+
+def render_healed(found: Healed) -> RenderableType:
+    """What learnt, the error over the minutes, and the outputs before and after."""
+    curve = _table(">minutes", ">steps", ">error of held-out outputs")
+    for point in found.curve:
+        curve.add_row(f"{point.minutes:.1f}", f"{point.steps:,}", f"{point.error:.3g}")
+    forms = ", ".join(f"{count} {form}" for form, count in found.weights.items())
+    learnt, judged = found.samples
+    lines = [
+        f"{sum(found.weights.values())} weights of {found.elements:,} numbers learnt ({forms}), "
+        f"from {learnt} samples and {found.features} values that both models compute",
+        f"judged by {judged} samples; nodes, formats and bytes of weights are as they were",
+    ]
+    numerics = render_numerics({"before": found.before, "healed": found.after})
+    notes = [Text(f"note: {note}", style="dim") for note in found.notes]
+    return Group(curve, "", numerics, "", *(Text(line) for line in lines), *notes)
 
 
 def render_sharing(found: Sharing) -> RenderableType:

@@ -6,7 +6,7 @@ image that is mirrored or cut out, so that no label is needed, and one image cou
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -66,11 +66,16 @@ def _moved(array: np.ndarray, digest: str, way: Callable[..., Place]) -> np.ndar
 
 def _sides(array: np.ndarray) -> tuple[int, int] | None:
     """The axes of the rows and columns of images; None for what is no image."""
-    if array.ndim != 4 or array.dtype.kind not in "fu":
+    return image_axes(array.shape) if array.dtype.kind in "fu" else None
+
+
+def image_axes(shape: Sequence[int]) -> tuple[int, int] | None:
+    """The axes of rows and columns in an array of colour images; None for any other shape."""
+    if len(shape) != 4:
         return None
     for channel, axes in ((1, (2, 3)), (3, (1, 2))):
-        large = all(array.shape[axis] >= SIDE_MINIMUM for axis in axes)
-        if array.shape[channel] == COLORS and large:
+        large = all(shape[axis] >= SIDE_MINIMUM for axis in axes)
+        if shape[channel] == COLORS and large:
             return axes
     return None
 

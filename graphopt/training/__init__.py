@@ -1,1 +1,5 @@
-"""The training side: what needs torch. Only the command line loads it, and only when asked."""
+"""The training side: what runs in PyTorch, before export and after. It needs graphopt[train]."""
+
+from graphopt.training.heal import Healed, heal
+
+__all__ = ["Healed", "heal"]

@@ -73,12 +73,19 @@ class Interpreter:
         values = (*graph.inputs, *graph.initializers.values(), *made)
         self._values = {value.name: value for value in values if value.name}
         self._constants: dict[ir.Value, Tensor] = {}
-        self._plans: dict[tuple[frozenset[str], tuple[str, ...]], _Plan] = {}
+        self._plans: dict[tuple[frozenset[str], tuple[str, ...], frozenset[str]], _Plan] = {}
         # A body is assembled when it first runs, which may be while a plan is made.
         self._lock = threading.RLock()
 
+    def computed(self) -> list[str]:
+        """The names of what nodes of the main graph make, in the order in which they run."""
+        return [value.name for node in self._model.graph for value in node.outputs if value.name]
+
     def run(
-        self, feeds: Mapping[str, Tensor], wanted: Sequence[str] | None = None
+        self,
+        feeds: Mapping[str, Tensor],
+        wanted: Sequence[str] | None = None,
+        cut: Sequence[str] = (),
     ) -> dict[str, Tensor]:
         """Compute values of the main graph.
 
@@ -88,6 +95,8 @@ class Interpreter:
                 is fed, and to nothing else. Of the types of the model, on the device.
             wanted: names of values; None stands for the outputs. What hangs on no fed value is
                 a copy.
+            cut: names of values through which no gradient goes back: what reads them takes them as
+                given, and they still are what was computed where they are wanted.
 
         Returns:
             The wanted values by name, in the order in which they were asked for.
@@ -96,7 +105,7 @@ class Interpreter:
             SampleError: a name is not known, or an input that is needed is not fed.
         """
         names = tuple(o.name or "" for o in self._model.graph.outputs) if wanted is None else wanted
-        key = frozenset(feeds), tuple(names)
+        key = frozenset(feeds), tuple(names), frozenset(cut)
         with self._lock:
             plan = self._plans.get(key)
             if plan is None:
@@ -113,7 +122,9 @@ class Interpreter:
             raise SampleError(f"the model has no value {name!r}{did_you_mean(name, self._values)}")
         return value
 
-    def _planned(self, fed: frozenset[str], wanted: tuple[str, ...]) -> _Plan:
+    def _planned(
+        self, fed: frozenset[str], wanted: tuple[str, ...], cut: frozenset[str] = frozenset()
+    ) -> _Plan:
         given = {name: self._value(name) for name in sorted(fed)}
         results = [self._value(name) for name in wanted]
         nodes = self._needed(results, set(given.values()))
@@ -129,7 +140,8 @@ class Interpreter:
         with _to_keep():
             self._fold(list(known))
             constants = {value: self._constants[value] for value in known}
-            program = assemble(live, tuple(given.values()), constants, results, self._kernel_of)
+            given_values, ends = tuple(given.values()), {self._value(name) for name in cut}
+            program = assemble(live, given_values, constants, results, self._kernel_of, ends)
         copied = {name for name, v in zip(wanted, results, strict=True) if v in constants}
         return _Plan(program, tuple(given), frozenset(copied))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -28,6 +28,8 @@ class Step:
         inputs: the slots that it reads.
         outputs: the slots that it fills; fewer than the node has where the last are not read.
         releases: the slots that nothing reads after it.
+        cut: of the outputs, those through which no gradient goes back: for each its slot, and one
+            that keeps it as it was computed.
     """
 
     node: ir.Node
@@ -35,6 +37,7 @@ class Step:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     releases: tuple[int, ...]
+    cut: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,9 @@ class Program:
             else:
                 for slot, result in zip(step.outputs, results, strict=False):
                     slots[slot] = result
+            for slot, whole in step.cut:
+                found = slots[whole] = slots[slot]
+                slots[slot] = None if found is None else found.detach()
             for unread in step.releases:
                 slots[unread] = None
         return [wanted for slot in self.wanted if (wanted := slots[slot]) is not None]
@@ -110,6 +116,7 @@ def assemble(
     constants: Mapping[ir.Value, Tensor],
     wanted: Sequence[ir.Value],
     kernel_of: Callable[[ir.Node], Callable[..., Results]],
+    cut: Collection[ir.Value] = (),
 ) -> Program:
     """The program of some nodes.
 
@@ -119,6 +126,7 @@ def assemble(
         constants: what else is known, by value.
         wanted: the results.
         kernel_of: makes a node a function of what it reads; see `reads_of`.
+        cut: values through which no gradient goes back.
     """
     nodes = list(nodes)
     slots: dict[ir.Value, int] = {}
@@ -129,6 +137,8 @@ def assemble(
             start.append(constants.get(value))
     known = {*given, *constants}
     given_slots = tuple(slots[value] for value in given)
+    whole = {v: len(start) + n for n, v in enumerate(v for v in wanted if v in cut and v in slots)}
+    start += [None] * len(whole)
     last_reader: dict[ir.Value, int] = {}
     for index, node in enumerate(nodes):
         touched = (*reads_of(node), *node.outputs)
@@ -145,7 +155,9 @@ def assemble(
             tuple(_NONE if value is None else slots[value] for value in reads_of(node)),
             tuple(_SINK if output in known else slots[output] for output in node.outputs),
             (*releases[index], *([_SINK] if known.intersection(node.outputs) else [])),
+            tuple((slots[o], whole.get(o, _NONE)) for o in node.outputs if o in cut),
         )
         for index, node in enumerate(nodes)
     )
-    return Program(tuple(start), given_slots, steps, tuple(slots[value] for value in wanted))
+    results = tuple(whole.get(value, slots[value]) for value in wanted)
+    return Program(tuple(start), given_slots, steps, results)

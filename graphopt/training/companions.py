@@ -1,0 +1,152 @@
+"""Processes that heal beside this one: data parallel on one machine."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from graphopt import loading, saving
+from graphopt.errors import GraphoptError
+from graphopt.sample_files import read_npz, write_npz
+from graphopt.samples import Samples
+from graphopt.signature import signature
+from graphopt.training.healing import Budget, Healing, Lesson
+from graphopt.training.ranks import Ranks
+
+TIMEOUT_S = 300
+"""A process that says nothing for so long is taken for dead."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a process beside this one is told.
+
+    Attributes:
+        folder: of the models, the samples and the file by which processes find each other.
+        ranks: how many processes there are.
+        state: see `Lesson`.
+        seed: see `Lesson`.
+        budget: of the healing.
+        device: "cpu" or "cuda".
+        threads: of torch in each process.
+    """
+
+    folder: Path
+    ranks: int
+    state: tuple[tuple[str, str], ...]
+    seed: int
+    budget: Budget
+    device: str
+    threads: int
+
+
+@contextmanager
+def beside(
+    processes: int, optimized: ir.Model, lesson: Lesson, budget: Budget, device: str
+) -> Iterator[Ranks]:
+    """Start the other processes, and be the first of them.
+
+    Args:
+        processes: with this one; 1 starts none.
+        optimized: the model that is healed.
+        lesson: what it learns from.
+        budget: of the healing.
+        device: "cpu" or "cuda", where each process takes the device of its number.
+
+    Raises:
+        GraphoptError: one of them died.
+    """
+    if processes == 1:
+        yield Ranks()
+        return
+    threads = max(1, torch.get_num_threads() // processes)
+    with tempfile.TemporaryDirectory(prefix="graphopt-") as name:
+        work = Work(Path(name), processes, lesson.state, lesson.seed, budget, device, threads)
+        _write(work, optimized, lesson)
+        context = mp.get_context("spawn")
+        others = [
+            context.Process(target=_heal, args=(rank, work), daemon=True)
+            for rank in range(1, processes)
+        ]
+        for process in others:
+            process.start()
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            _join(0, work)
+            yield Ranks(0, processes)
+        except RuntimeError as error:
+            for process in others:
+                process.join(timeout=5)
+            dead = [f"{r + 1} ({p.exitcode})" for r, p in enumerate(others) if p.exitcode]
+            if not dead:
+                raise
+            raise GraphoptError(
+                f"process {', '.join(dead)} of {processes} died while healing; its last words are "
+                f"above. Fewer processes need less memory ({error})"
+            ) from None
+        finally:
+            torch.set_num_threads(before)
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            for process in others:
+                process.kill()
+
+
+def _write(work: Work, optimized: ir.Model, lesson: Lesson) -> None:
+    for name, model in (("original", lesson.original), ("optimized", optimized)):
+        saving.save(model, work.folder / f"{name}.onnx")
+    for name, samples in (("training", lesson.training), ("held_out", lesson.held_out)):
+        folder = work.folder / name
+        folder.mkdir()
+        for index, sample in enumerate(samples):
+            write_npz(folder / f"{index}.npz", dict(sample))
+        (folder / "sequences.json").write_text(json.dumps(samples.sequences))
+
+
+def _read(folder: Path) -> Samples:
+    sequences = tuple(map(tuple, json.loads((folder / "sequences.json").read_text())))
+    count = sum(map(len, sequences))
+    loaders = tuple(partial(read_npz, folder / f"{index}.npz") for index in range(count))
+    return Samples(loaders, tuple(map(str, range(count))), sequences)
+
+
+def _join(rank: int, work: Work) -> None:
+    backend = "nccl" if work.device == "cuda" else "gloo"
+    dist.init_process_group(
+        backend,
+        init_method=(work.folder / "group").as_uri(),
+        rank=rank,
+        world_size=work.ranks,
+        timeout=timedelta(seconds=TIMEOUT_S),
+    )
+
+
+def _heal(rank: int, work: Work) -> None:
+    """What another process does: the same, with its share of every batch."""
+    torch.set_num_threads(work.threads)
+    original = loading.load(work.folder / "original.onnx")
+    lesson = Lesson(
+        original,
+        _read(work.folder / "training"),
+        _read(work.folder / "held_out"),
+        signature(original),
+        work.state,
+        work.seed,
+    )
+    optimized = loading.load(work.folder / "optimized.onnx")
+    _join(rank, work)
+    device = torch.device(work.device, rank if work.device == "cuda" else None)
+    Healing(optimized, lesson, device, Ranks(rank, work.ranks)).run(work.budget)
+    dist.destroy_process_group()

@@ -1,0 +1,140 @@
+"""Which values of an optimized model are those of the original: what healing looks at on the way.
+
+Passes rename values, fuse nodes and take channels out. What is still the same is known by its
+content: on a few samples, a value of the same shape that goes up and down with it. The order in
+which they are computed is the same in both models, too.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from graphopt.training.interpreter import Interpreter
+from graphopt.training.sample_batches import Tensors
+
+POSITIONS_MAXIMUM = 512
+"""Of a value on one sample, so many numbers are compared."""
+
+NUMBERS_MINIMUM = 8
+"""A value of fewer says too little."""
+
+CORRELATION_MINIMUM = 0.5
+"""Values that go up and down together less are not the same."""
+
+FEATURES_MAXIMUM = 32
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A value that both models compute.
+
+    Attributes:
+        name: in the optimized model.
+        original: in the original.
+        variance: of its numbers in the original.
+        error: squared difference on average, as a share of the variance.
+    """
+
+    name: str
+    original: str
+    variance: float
+    error: float
+
+
+def features(
+    optimized: Interpreter,
+    original: Interpreter,
+    candidates: Sequence[str],
+    samples: Sequence[Tensors],
+) -> list[Feature]:
+    """Values that both models compute, in order, at most `FEATURES_MAXIMUM` of them.
+
+    Args:
+        optimized: the model that is healed.
+        original: the model whose values it is to give again.
+        candidates: names of values of the optimized model, in the order of its nodes.
+        samples: a few.
+    """
+    ours = _looks(optimized, candidates, samples)
+    theirs = _looks(original, original.computed(), samples)
+    found = _in_order(_likenesses(ours, theirs))
+    step = max(1, -(-len(found) // FEATURES_MAXIMUM))
+    # The last ones say most about the outputs.
+    return [_feature(a, b, ours, theirs) for a, b in reversed(found[::-1][::step])]
+
+
+def _looks(
+    model: Interpreter, names: Sequence[str], samples: Sequence[Tensors]
+) -> dict[str, tuple[tuple[int, ...], np.ndarray]]:
+    """Of each value, the shape on the first sample and some of its numbers on all, float32 [n]."""
+    looks: dict[str, list[np.ndarray]] = defaultdict(list)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for sample in samples:
+        with torch.no_grad():
+            values = model.run(sample, names)
+        for name, value in values.items():
+            if not value.is_floating_point() or value.numel() < NUMBERS_MINIMUM:
+                continue
+            shapes.setdefault(name, tuple(value.shape))
+            flat = value.reshape(-1)
+            places = torch.linspace(0, flat.numel() - 1, min(POSITIONS_MAXIMUM, flat.numel()))
+            looks[name].append(flat[places.long().to(flat.device)].float().cpu().numpy())
+    return {name: (shapes[name], np.concatenate(parts)) for name, parts in looks.items()}
+
+
+Looks = Mapping[str, tuple[tuple[int, ...], np.ndarray]]
+
+
+def _likenesses(ours: Looks, theirs: Looks) -> list[tuple[str, str, int, float]]:
+    """For each of ours the most alike of theirs, its place among them, and the correlation."""
+    groups: dict[object, list[tuple[int, str]]] = defaultdict(list)
+    for place, (name, (shape, look)) in enumerate(theirs.items()):
+        groups[shape, look.size].append((place, name))
+    rows = {
+        key: _centered(np.stack([theirs[name][1] for _, name in group]))
+        for key, group in groups.items()
+    }
+    found = []
+    for name, (shape, look) in ours.items():
+        group = groups.get((shape, look.size))
+        if not group:
+            continue
+        alike = rows[shape, look.size] @ _centered(look[np.newaxis])[0]
+        # Of equals the last: what moves or copies a value comes after it.
+        best = len(alike) - 1 - int(np.argmax(alike[::-1]))
+        if alike[best] >= CORRELATION_MINIMUM:
+            found.append((name, group[best][1], group[best][0], float(alike[best])))
+    return found
+
+
+def _centered(rows: np.ndarray) -> np.ndarray:
+    rows = np.nan_to_num(rows - rows.mean(1, keepdims=True), posinf=0, neginf=0)
+    return np.asarray(rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12))
+
+
+def _in_order(pairs: Sequence[tuple[str, str, int, float]]) -> list[tuple[str, str]]:
+    """The pairs of the largest sum of correlations whose places ascend."""
+    totals: list[float] = []
+    before: list[int] = []
+    for i, (*_, place, alike) in enumerate(pairs):
+        earlier = [(totals[j], j) for j in range(i) if pairs[j][2] <= place]
+        best, last = max(earlier, default=(0.0, -1))
+        totals.append(best + alike)
+        before.append(last)
+    at = int(np.argmax(totals)) if totals else -1
+    chain = []
+    while at >= 0:
+        chain.append(pairs[at][:2])
+        at = before[at]
+    return chain[::-1]
+
+
+def _feature(name: str, original: str, ours: Looks, theirs: Looks) -> Feature:
+    first, second = theirs[original][1].astype(np.float64), ours[name][1].astype(np.float64)
+    variance = float(first.var()) or 1.0
+    return Feature(name, original, variance, float(np.mean((first - second) ** 2)) / variance)

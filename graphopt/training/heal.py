@@ -1,0 +1,233 @@
+"""heal: let an optimized model learn again from the original what it lost."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+
+from graphopt import saving
+from graphopt.api import validate
+from graphopt.errors import CheckFailed, ModelError, RuntimeUnavailable, SpecError
+from graphopt.loading import ModelLike, Source
+from graphopt.runtime import Reference, Session
+from graphopt.samples import Samples
+from graphopt.signature import signature
+from graphopt.subject import SamplesLike, State, Subject, open_subject
+from graphopt.training.companions import beside
+from graphopt.training.healing import Budget, Healing, Lesson, Point
+from graphopt.training.stored_weights import StoredWeight, forms_of, stored_weights, write
+from graphopt.validation import OutputError
+
+MINUTES_DEFAULT = 10.0
+
+HEALED_KEY = "graphopt.healed_by"
+"""Key in a model's `metadata_props`: the hash of the original that it learnt from."""
+
+
+def _quiet(_: str) -> None:
+    """Progress that nobody watches."""
+
+
+@dataclass(frozen=True)
+class Healed:
+    """The result of healing, with its evidence.
+
+    Attributes:
+        model: the optimized graph with healed weights: same nodes, formats and bytes of weights.
+        weights: how many of its weights learnt, by the form in which they are stored.
+        elements: of all of them.
+        features: values on the way to the outputs that both models compute.
+        samples: how many were learnt from, and how many judged.
+        way: how the models were run on several samples.
+        curve: the error on the samples that judge, from the first moment to the last.
+        steps: of the optimizer.
+        before: errors of the optimized model's outputs, on the samples that judge, as deployed.
+        after: those of the healed one.
+        stored_bytes: of the model's file.
+        notes: what else a user should know.
+        source: the optimized model as it was given.
+    """
+
+    model: ir.Model
+    weights: Mapping[str, int]
+    elements: int
+    features: int
+    samples: tuple[int, int]
+    way: str
+    curve: tuple[Point, ...]
+    steps: int
+    before: tuple[OutputError, ...]
+    after: tuple[OutputError, ...]
+    stored_bytes: int
+    notes: tuple[str, ...]
+    source: Source
+
+    def save(self, path: str | Path) -> Healed:
+        """Write the model; returns the result with its size.
+
+        Raises:
+            ModelError: it cannot be written there.
+        """
+        written_bytes = saving.save(
+            self.model,
+            path,
+            external_data=self.source.external_data(),
+            verify=lambda written: None if Session(written, Reference.AS_DEPLOYED) else None,
+        )
+        return replace(self, stored_bytes=written_bytes)
+
+
+def heal(
+    original: ModelLike,
+    optimized: ModelLike,
+    *,
+    samples: SamplesLike,
+    state: State = (),
+    minutes: float = MINUTES_DEFAULT,
+    steps: int | None = None,
+    gate_samples: int | None = None,
+    device: str = "cpu",
+    processes: int = 1,
+    threads: int | None = None,
+    seed: int = 0,
+    progress: Callable[[str], None] = _quiet,
+) -> Healed:
+    """Let an optimized model learn from the original again, without labels.
+
+    What decides which numbers a weight may hold stays: zeros that were pruned, scales and zero
+    points of grids, codebooks. Which of these numbers each one is, learns, and so do the weights
+    and biases that are stored as they are. Nodes, formats and bytes stay.
+
+    Args:
+        original: path, bytes, `onnx.ModelProto` or `ir.Model`; never modified.
+        optimized: what passes made of it; never modified.
+        samples: see `graphopt.optimize`; 20 % of them judge, and are never learnt from.
+        state: pairs of output and input that carry state from sample to sample.
+        minutes: how long to learn.
+        steps: learn for so many steps instead, so that two runs on a machine give the same.
+        gate_samples: how many samples judge.
+        device: "cpu" or "cuda".
+        processes: how many learn side by side, each from its share of every batch; on CUDA each
+            has a device of its own.
+        threads: of torch; None leaves them as they are.
+        seed: of the order of the samples and of how they are seen.
+        progress: called with a few words on what goes on.
+
+    Raises:
+        GraphoptError: a model or a sample is at fault, or an operator is not known.
+        CheckFailed: the outputs on the samples that judge did not come nearer.
+    """
+    _check(minutes, steps, device, processes)
+    reference = open_subject(original, "cpu", True, False, progress)
+    subject = open_subject(optimized, "cpu", True, False, progress)
+    _check_interfaces(reference, subject)
+    if reference.is_random():
+        raise ModelError("the original is random: there are no outputs to learn")
+    feed = reference.feed(samples, None, state)
+    learnt, judged = reference.split(feed, gate_samples, passes_look=True)
+    working = subject.working_copy(keep_overridable=True, is_needed_again=True)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    lesson = Lesson(
+        reference.source.model, learnt.samples, judged.samples, feed.inputs, feed.state, seed
+    )
+    budget = Budget(minutes, steps)
+    with beside(processes, working, lesson, budget, device) as ranks:
+        healing = Healing(working, lesson, torch.device(device), ranks, progress=progress)
+        numbers = healing.run(budget)
+    weights = healing.weights
+    write(list(zip(weights, numbers, strict=True)))
+    _check_kept(subject.source.model, working, weights)
+    before, after = _errors(reference, subject, working, judged.samples, state)
+    _check_better(before, after)
+    working.metadata_props[HEALED_KEY] = reference.source.sha256()
+    return Healed(
+        model=working,
+        weights=Counter(forms_of(weights)),
+        elements=sum(weight.numbers.numel() for weight in weights),
+        features=len(healing.features),
+        samples=(len(learnt.samples), len(judged.samples)),
+        way=healing.student.way.value,
+        curve=tuple(healing.curve),
+        steps=healing.curve[-1].steps,
+        before=before,
+        after=after,
+        stored_bytes=saving.stored_bytes(working, subject.source.external_data()),
+        notes=tuple(dict.fromkeys((*reference.notes, *subject.notes))),
+        source=subject.source,
+    )
+
+
+def _check(minutes: float, steps: int | None, device: str, processes: int) -> None:
+    if not minutes > 0:
+        raise SpecError(f"{minutes} minutes to heal; give more than 0")
+    if steps is not None and steps < 1:
+        raise SpecError(f"{steps} steps to heal; give 1 or more")
+    if device not in ("cpu", "cuda"):
+        raise SpecError(f"there is no device {device!r}; there is cpu, cuda")
+    if processes < 1:
+        raise SpecError(f"{processes} processes to heal; give 1 or more")
+    if device == "cuda" and torch.cuda.device_count() < processes:
+        found = torch.cuda.device_count()
+        raise RuntimeUnavailable(f"torch finds {found} CUDA devices for {processes} processes")
+
+
+def _check_interfaces(reference: Subject, subject: Subject) -> None:
+    """Raise ModelError where the second model is not made of the first."""
+    first, second = reference.source.model.graph, subject.source.model.graph
+    taken = {i.name for i in signature(reference.source.model)}
+    other = [i.name for i in signature(subject.source.model) if i.required and i.name not in taken]
+    if other:
+        raise ModelError(
+            f"the optimized model has an input {other[0]!r} that the original has not: it was "
+            "made of another model"
+        )
+    names = {value.name for value in second.outputs}
+    missing = [value.name for value in first.outputs if value.name not in names]
+    if missing:
+        raise ModelError(
+            f"the optimized model has no output {missing[0]!r}, which the original has: it was "
+            "made of another model"
+        )
+
+
+def _check_kept(before: ir.Model, after: ir.Model, weights: list[StoredWeight]) -> None:
+    """The law of healing, looked at in what is going to be written."""
+    found = {w.value.name: w for w in stored_weights(after.graph)}
+    learnt = {constant.name for w in weights for constant in w.constants(w.numbers)}
+    for weight in weights:
+        again = found.get(weight.value.name)
+        if again is None or not torch.equal(weight.nearest(again.numbers), again.numbers):
+            raise AssertionError(f"{weight.value.name} holds numbers that its form has not")
+    for name, value in before.graph.initializers.items():
+        stored = after.graph.initializers[name].const_value
+        if stored is value.const_value or stored is None or value.const_value is None:
+            continue
+        if stored.nbytes != value.const_value.nbytes or name not in learnt:
+            raise AssertionError(f"the constant {name} changed in more than its numbers")
+
+
+def _errors(
+    reference: Subject, subject: Subject, healed: ir.Model, judged: Samples, state: State
+) -> tuple[tuple[OutputError, ...], tuple[OutputError, ...]]:
+    """Of the outputs on the samples that judge, before and after, by onnxruntime as deployed."""
+    found = []
+    for model in (subject.source.model, healed):
+        compared = validate(reference.source.model, model, samples=judged, state=state)
+        found.append(compared.numerics[Reference.AS_DEPLOYED.value])
+    return found[0], found[1]
+
+
+def _check_better(before: tuple[OutputError, ...], after: tuple[OutputError, ...]) -> None:
+    worst = [max((o.rel_l2 for o in outputs), default=0.0) for outputs in (before, after)]
+    if worst[1] > worst[0]:
+        raise CheckFailed(
+            f"healing did not help: the worst relative L2 error of the outputs was {worst[0]:.3g} "
+            f"and is {worst[1]:.3g} on samples that it did not learn from. Give more samples, or "
+            "more minutes"
+        )

@@ -1,0 +1,401 @@
+"""Healing: an optimized graph learns from the original again what it lost, without labels.
+
+The optimized graph is run in torch, operator by operator. Its weights learn, in the form in which
+they are stored (`graphopt.training.stored_weights`), to give again the outputs of the original and
+values on the way to them: first each part of the network for itself, its inputs taken as they come
+(as in BRECQ, Li et al. 2021), then all together (distillation, Hinton et al. 2015). Rounding to a
+grid or a codebook lets gradients through as they are (Bengio et al. 2013). Samples that the
+training never sees say whether it helped, and the best state is kept.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from graphopt.errors import ModelError
+from graphopt.samples import Samples
+from graphopt.signature import Input
+from graphopt.training.features import Feature, features
+from graphopt.training.interpreter import Interpreter
+from graphopt.training.output_aims import Aim, aim_of, squares
+from graphopt.training.ranks import Ranks
+from graphopt.training.sample_batches import Batches, Runner, Sequences, Tensors, way_of
+from graphopt.training.starting_points import starting_points
+from graphopt.training.stored_weights import StoredWeight, stored_weights
+
+RATE = 0.005
+"""Of Adam: by how much of its own size a weight changes in a step, about."""
+
+VECTOR_SHARE = 0.1
+"""Of this rate, what biases and scales take: one of them moves a whole channel."""
+
+WARM_UP_SHARE, APART_SHARE = 0.05, 0.3
+"""Of the time: while the rate rises, and while each part learns for itself."""
+
+CHECKS = 12
+"""How often the samples that are not learnt from are asked."""
+
+LOOKS = 8
+"""Samples by which values of both models are found to be the same."""
+
+BATCH_MAXIMUM, BATCHES_MINIMUM = 32, 6
+"""Samples in a batch, and batches in an epoch."""
+
+WINDOW = 16
+"""Steps of a roll-out through which gradients go back."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """The state of healing at one moment.
+
+    Attributes:
+        minutes: since it began.
+        steps: taken until then.
+        error: of the outputs on held-out samples, the mean over the outputs; see
+            `graphopt.training.output_aims`.
+    """
+
+    minutes: float
+    steps: int
+    error: float
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long healing goes on.
+
+    Attributes:
+        minutes: of the clock.
+        steps: of the optimizer; None lets the clock alone decide, so that two runs may differ.
+    """
+
+    minutes: float
+    steps: int | None = None
+
+    def share(self, seconds: float, steps: int) -> float:
+        """What is over, 0 to 1 or more."""
+        if self.steps is not None:
+            return steps / self.steps
+        return seconds / 60 / self.minutes
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What is learnt from.
+
+    Attributes:
+        original: the model that shows how; not modified.
+        training: samples to learn from.
+        held_out: samples to judge by.
+        inputs: of the original.
+        state: pairs of output and input that carry state from sample to sample.
+        seed: of the order and the views of samples.
+    """
+
+    original: ir.Model
+    training: Samples
+    held_out: Samples
+    inputs: tuple[Input, ...]
+    state: tuple[tuple[str, str], ...] = ()
+    seed: int = 0
+
+
+@dataclass
+class Healing:
+    """An optimized model that learns.
+
+    Attributes:
+        optimized: not modified.
+        lesson: what it learns from.
+        device: where it runs.
+        ranks: the processes that learn together.
+        rate: see `RATE`.
+        progress: is told what goes on.
+        curve: the error on held-out samples since it began.
+
+    Raises:
+        ModelError: an operator of a model is not known, or no weight can learn.
+    """
+
+    optimized: ir.Model
+    lesson: Lesson
+    device: torch.device
+    ranks: Ranks = field(default_factory=Ranks)
+    rate: float = RATE
+    progress: Callable[[str], None] = lambda _: None
+    curve: list[Point] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.weights = stored_weights(self.optimized.graph, self.device)
+        if not self.weights:
+            raise ModelError("the optimized model has no weight in a known form that could learn")
+        student = Interpreter(self.optimized, self.device, straight_through=True)
+        teacher = Interpreter(self.lesson.original, self.device)
+        looks = self._looks(teacher)
+        self.progress("looking for values that both models compute")
+        self.features = features(student, teacher, self._candidates(), looks)
+        alike = [s for s in looks if _shapes(s) == _shapes(looks[0])]
+        way = way_of((student, teacher), (alike * 2)[:2])
+        self.student, self.teacher = Runner(student, way), Runner(teacher, way)
+        self.aims = self._aims(looks)
+
+    # -------------------------------------------------------------- set-up
+
+    @cached_property
+    def outputs(self) -> list[str]:
+        """Names of the outputs that are numbers of floating point."""
+        return [
+            value.name or ""
+            for value in self.lesson.original.graph.outputs
+            if value.dtype is None or value.dtype.is_floating_point()
+        ]
+
+    def _looks(self, teacher: Interpreter) -> list[Tensors]:
+        """A few samples, with the state that the original has when it comes to them."""
+        found: list[Tensors] = []
+        for sequences in self._batches(self.lesson.training, 1).once():
+            carried: Tensors = {}
+            for step in sequences[: LOOKS - len(found)]:
+                found.append({**step[0], **carried})
+                if self.lesson.state:
+                    with torch.no_grad():
+                        carried = self._carried(teacher.run(found[-1], self._names([])))
+            if len(found) >= LOOKS:
+                break
+        return found
+
+    def _candidates(self) -> list[str]:
+        """Values that layers read, and what outputs are made of: where both models are the same,
+        it is there that it counts.
+        """
+        readers = dict.fromkeys(weight.reader for weight in self.weights)
+        makers = (value.producer() for value in self.optimized.graph.outputs)
+        readers.update(dict.fromkeys(node for node in makers if node is not None))
+        read = {value for node in readers for value in node.inputs if value is not None}
+        made = [v for node in self.optimized.graph for v in node.outputs if v in read]
+        return [v.name for v in made if v.name and not v.is_graph_output()]
+
+    def _aims(self, looks: Sequence[Tensors]) -> dict[str, Aim]:
+        """What is asked of each output, by its numbers on a few samples."""
+        with torch.no_grad():
+            runs = [self.teacher.interpreter.run(sample, self.outputs) for sample in looks]
+        return {name: aim_of([run[name] for run in runs]) for name in self.outputs}
+
+    def _batches(self, samples: Samples, size: int) -> Batches:
+        return Batches(samples, size, self.lesson.inputs, self.device, self.lesson.seed)
+
+    # -------------------------------------------------------------- running both
+
+    def _names(self, further: Sequence[str]) -> list[str]:
+        """What is asked of a model: outputs, state and some values more, each once."""
+        state = [output for output, _ in self.lesson.state]
+        return list(dict.fromkeys([*self.outputs, *state, *further]))
+
+    def _carried(self, values: Tensors) -> Tensors:
+        """What the next step is given of the outputs of this one."""
+        return {target: values[source].detach() for source, target in self.lesson.state}
+
+    def _fed_soft(self, numbers, softness):
+        fed = {}
+        for weight, latent, soft in zip(self.weights, numbers, self.soft, strict=True):
+            if soft:
+                fed[weight.value.name or ""] = weight.fed(weight.softened(latent, softness))
+            else:
+                rounded = weight.nearest(latent.detach())
+                fed[weight.value.name or ""] = weight.fed(latent + (rounded - latent).detach())
+        return fed
+
+    def _fed(self, numbers: Sequence[Tensor]) -> Tensors:
+        """The weights for the interpreter; gradients go through rounding as they are."""
+        fed = {}
+        for weight, latent in zip(self.weights, numbers, strict=True):
+            rounded = weight.nearest(latent.detach())
+            fed[weight.value.name or ""] = weight.fed(latent + (rounded - latent).detach())
+        return fed
+
+    def _output_error(self, values: Tensors, targets: Tensors) -> Tensor:
+        """The mean over the outputs."""
+        errors = [aim.error(values[name], targets[name]) for name, aim in self.aims.items()]
+        return torch.stack(errors).mean()
+
+    def error(self, numbers: Sequence[Tensor]) -> float:
+        """Of the outputs on the held-out samples, each rank looking at all of them."""
+        total, count = 0.0, 0
+        with torch.no_grad():
+            fed = self._fed(numbers)
+            for sequences in self._batches(self.lesson.held_out, BATCH_MAXIMUM).once():
+                ours: Tensors = {}
+                theirs: Tensors = {}
+                for step in sequences:
+                    feeds = self.teacher.joined(step)
+                    targets = self.teacher({**feeds, **theirs}, self._names([]))
+                    values = self.student({**feeds, **ours}, self._names([]), fed)
+                    ours, theirs = self._carried(values), self._carried(targets)
+                    total += float(self._output_error(values, targets)) * len(step)
+                    count += len(step)
+        return total / count
+
+    # -------------------------------------------------------------- learning
+
+    def run(self, budget: Budget) -> list[Tensor]:
+        """Learn, and return the numbers of the best state, as they can be stored."""
+        started = time.monotonic()
+        starts = (
+            starting_points(self.weights, self.student.interpreter, self.lesson.original)
+            if START
+            else [w.numbers for w in self.weights]
+        )
+        self.soft = [
+            w.is_rounded and not torch.equal(a, w.numbers) for a, w in zip(starts, self.weights)
+        ]
+        self.moved = [
+            float((a - w.numbers).abs().mean() / w.numbers.abs().mean())
+            for a, w in zip(starts, self.weights)
+            if w.is_rounded
+        ]
+        latent = [numbers.clone().requires_grad_() for numbers in starts]
+        optimizer = Steps(self.weights, latent)
+        best = self._stored(latent)
+        self.curve = [Point(0.0, 0, self.error(best))]
+        lowest, steps = self.curve[0].error, 0
+        for window, carried in self._windows():
+            share = self.ranks.agreed(budget.share(time.monotonic() - started, steps))
+            if share * CHECKS >= len(self.curve) or share >= 1:
+                error = self.error(latent)
+                minutes = (time.monotonic() - started) / 60
+                self.curve.append(Point(minutes, steps, error))
+                self.progress(
+                    f"healing: error {self.curve[0].error:.3g}, now {error:.3g} loss {sum(self.trail[-40:]) / max(1, len(self.trail[-40:])):.3g} steps {steps}"
+                )
+                if error <= lowest:
+                    lowest, best = error, self._stored(latent)
+            if share >= 1:
+                break
+            rate = self.rate * min(1.0, share / WARM_UP_SHARE) * (1 + math.cos(math.pi * share)) / 2
+            optimizer.rate = rate
+            optimizer.zero_grad()
+            self.softness = SOFT_FROM * (SOFT_TO / SOFT_FROM) ** min(1.0, share / HARD_AT)
+            self._learn(window, carried, latent, is_apart=share < APART_SHARE)
+            optimizer.step()
+            steps += 1
+        return best
+
+    def _stored(self, latent: Sequence[Tensor]) -> list[Tensor]:
+        return [w.nearest(n.detach()).clone() for w, n in zip(self.weights, latent, strict=True)]
+
+    def _windows(self) -> Iterator[tuple[Sequences, _Carried]]:
+        """Some steps of several samples, and what both models carry into them and out again."""
+        size = len(self.lesson.training.sequences) // BATCHES_MINIMUM
+        for sequences in self._batches(
+            self.lesson.training, max(1, min(BATCH_MAXIMUM, size))
+        ).epochs():
+            carried = _Carried()
+            for start in range(0, len(sequences), WINDOW):
+                yield sequences[start : start + WINDOW], carried
+
+    def _learn(
+        self, window: Sequences, carried: _Carried, latent: Sequence[Tensor], is_apart: bool
+    ) -> None:
+        """The gradients of one batch."""
+        fed = self._fed_soft(latent, self.softness) if SOFT else self._fed(latent)
+        cut = [f.name for f in self.features] if is_apart else []
+        loss = torch.zeros((), device=self.device)
+        share = self.ranks.share_of(len(window[0]))
+        for step in window:
+            samples = step[share]
+            if not samples:
+                continue
+            feeds = self.teacher.joined(samples)
+            with torch.no_grad():
+                names = self._names([f.original for f in self.features])
+                targets = self.teacher({**feeds, **carried.theirs}, names)
+            names = self._names([f.name for f in self.features])
+            values = self.student({**feeds, **carried.ours}, names, fed, cut)
+            carried.ours, carried.theirs = self._carried(values), self._carried(targets)
+            loss = loss + self._loss(values, targets) * len(samples) / len(step) / len(window)
+        self.trail = getattr(self, "trail", []) + [float(loss)]
+        if loss.requires_grad:
+            torch.autograd.backward(loss)
+        self.ranks.add_gradients(latent)
+
+    def _loss(self, values: Tensors, targets: Tensors) -> Tensor:
+        loss = self._output_error(values, targets)
+        if not self.features:
+            return loss
+        errors = [_feature_error(f, values, targets) for f in self.features]
+        return loss + torch.stack(errors).mean()
+
+
+@dataclass
+class _Carried:
+    """The state of both models between two windows of a roll-out."""
+
+    ours: Tensors = field(default_factory=dict)
+    theirs: Tensors = field(default_factory=dict)
+
+
+def _feature_error(feature: Feature, values: Tensors, targets: Tensors) -> Tensor:
+    return squares(values[feature.name], targets[feature.original]) / feature.variance
+
+
+class Steps:
+    def __init__(self, weights, latent):
+        self.param_groups = [{}]
+        self.w = list(zip(weights, latent))
+        self.t = 0
+        self.m = [torch.zeros_like(n) for n in latent]
+        self.v = [torch.zeros_like(n) for n in latent]
+        self.size = [_size(w) for w in weights]
+        self.rate = 0.0
+
+    def zero_grad(self):
+        for _, n in self.w:
+            n.grad = None
+
+    def step(self):
+        self.t += 1
+        for i, (w, n) in enumerate(self.w):
+            if n.grad is None:
+                continue
+            g = n.grad
+            with torch.no_grad():
+                self.m[i].lerp_(g, 0.1)
+                self.v[i].lerp_(g * g, 0.01)
+                v = self.v[i]
+                whole = WHOLE == 2 or (WHOLE == 1 and w.is_rounded)
+                if whole:
+                    v = v.mean()
+                if w.is_rounded and MEAN:
+                    v = (v.sqrt() + MEAN * v.mean().sqrt()) ** 2
+                d = self.m[i] / (1 - 0.9**self.t) / ((v / (1 - 0.99**self.t)).sqrt() + 1e-16)
+                n.sub_(d, alpha=self.rate * self.size[i] * (CODE_SHARE if w.is_rounded else 1.0))
+
+
+WHOLE = 0
+SOFT = 0
+SOFT_FROM = 1.0
+SOFT_TO = 0.03
+HARD_AT = 0.95
+MEAN = 0.0
+CODE_SHARE = 0.2
+START = 0
+
+
+def _size(weight: StoredWeight) -> float:
+    """What a step is measured by: the root mean square of the numbers that are not zero."""
+    numbers = weight.numbers[weight.numbers != 0]
+    size = float(numbers.square().mean().sqrt()) if numbers.numel() else 0.01
+    return size * (VECTOR_SHARE if weight.is_vector else 1.0)
+
+
+def _shapes(sample: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: array.shape for name, array in sample.items()}

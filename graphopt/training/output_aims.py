@@ -1,0 +1,106 @@
+"""What healing asks of an output: near the original's numbers, or its distribution.
+
+Errors are shares: 0 for an output like the original's, 1 for one that says nothing but the mean.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SUM_TOLERANCE = 1e-3
+"""A distribution sums up to 1, but for rounding in float16."""
+
+CLASSES_MINIMUM = 2
+
+FLOOR = 1e-12
+
+
+class Aim(ABC):
+    """What is asked of one output."""
+
+    @abstractmethod
+    def error(self, found: Tensor, wanted: Tensor) -> Tensor:
+        """A scalar, 0 where the output is as wanted."""
+
+
+@dataclass(frozen=True)
+class Near(Aim):
+    """The same numbers: squared difference on average, as a share of the variance.
+
+    Attributes:
+        variance: of the original's numbers.
+    """
+
+    variance: float
+
+    def error(self, found: Tensor, wanted: Tensor) -> Tensor:
+        """The share."""
+        return squares(found, wanted) / self.variance
+
+
+@dataclass(frozen=True)
+class Likely(Aim):
+    """The same distribution: what it tells less of the original's (Kullback and Leibler 1951), as
+    a share of what that tells beyond its mean.
+
+    Attributes:
+        axis: along which the numbers sum up to 1, counted from the end.
+        information: nats that the original's tells beyond its mean.
+    """
+
+    axis: int
+    information: float
+
+    def error(self, found: Tensor, wanted: Tensor) -> Tensor:
+        """The share."""
+        return divergence(found, wanted, self.axis).mean() / self.information
+
+
+def aim_of(seen: Sequence[Tensor]) -> Aim:
+    """What is asked of an output, by what the original gives for a few samples.
+
+    Args:
+        seen: the output for each sample.
+    """
+    axis = _axis_of_distribution(seen)
+    if axis is not None:
+        rows = torch.cat(
+            [one.float().movedim(axis, -1).reshape(-1, one.shape[axis]) for one in seen]
+        )
+        information = float(divergence(rows.mean(0).expand_as(rows), rows, -1).mean())
+        return Likely(axis, max(information, FLOOR))
+    numbers = torch.cat([one.reshape(-1).double() for one in seen])
+    numbers = numbers[numbers.isfinite()]
+    return Near(max(float(numbers.var(correction=0)) if numbers.numel() else 0.0, FLOOR))
+
+
+def _axis_of_distribution(seen: Sequence[Tensor]) -> int | None:
+    """The axis, counted from the end, along which all outputs sum up to 1; None if there is none."""
+    rank = min(one.ndim for one in seen)
+    for axis in range(-1, -rank - 1, -1):
+        if all(_sums_to_one(one, axis) for one in seen):
+            return axis
+    return None
+
+
+def _sums_to_one(one: Tensor, axis: int) -> bool:
+    if one.shape[axis] < CLASSES_MINIMUM or not one.numel() or bool((one < 0).any()):
+        return False
+    return bool(((one.float().sum(axis) - 1).abs() <= SUM_TOLERANCE).all())
+
+
+def divergence(found: Tensor, wanted: Tensor, axis: int) -> Tensor:
+    """Of one distribution from another, in nats, without the axis."""
+    found, wanted = found.float().clamp_min(FLOOR), wanted.float()
+    return (torch.xlogy(wanted, wanted) - wanted * found.log()).sum(axis)
+
+
+def squares(found: Tensor, wanted: Tensor) -> Tensor:
+    """The mean squared difference; where the original is not finite, there is nothing to learn."""
+    difference = torch.where(wanted.isfinite(), found.to(wanted.dtype) - wanted, 0)
+    return difference.float().square().mean()

@@ -1,0 +1,236 @@
+"""Samples in batches, seen otherwise each time, and models run on several at once.
+
+An exported model often has a batch of 1 in its graph. Where it gives for samples side by side along
+the first axis what it gives for each, they are run so; else as many models side by side
+(`torch.func.vmap`); else one by one.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graphopt.errors import GraphoptError
+from graphopt.samples import Samples
+from graphopt.signature import Input, complete
+from graphopt.training.interpreter import Interpreter
+from graphopt.variations import image_axes
+
+Tensors = dict[str, Tensor]
+
+NEAREST = 0.7
+"""The least share of a side that is cut out of an image and magnified."""
+
+MIXED_SHARE = 0.5
+"""Of batches, those in which every sample is mixed with another."""
+
+SAME = 1e-3
+"""A relative difference up to which outputs are the same, in whatever order sums are added up."""
+
+
+class Way(Enum):
+    """How a model is run on several samples."""
+
+    TOGETHER = "along the first axis"
+    BESIDE = "side by side"
+    EACH = "one by one"
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Runs a model on samples of equal shapes.
+
+    Attributes:
+        interpreter: of the model.
+        way: in which it runs several.
+    """
+
+    interpreter: Interpreter
+    way: Way
+
+    def joined(self, samples: Sequence[Tensors]) -> Tensors:
+        """What the model is given for samples: [samples * n, ...] along the first axis, or
+        [samples, ...].
+        """
+        join = torch.cat if self.way is Way.TOGETHER else torch.stack
+        return {name: join([sample[name] for sample in samples]) for name in samples[0]}
+
+    def __call__(
+        self,
+        feeds: Tensors,
+        wanted: Sequence[str],
+        weights: Mapping[str, Tensor] | None = None,
+        cut: Sequence[str] = (),
+    ) -> Tensors:
+        """Values of the model, joined as what it is given.
+
+        Args:
+            feeds: of several samples; see `joined`.
+            wanted: names of values.
+            weights: what takes the place of values of the model, by name.
+            cut: names of values through which no gradient goes back.
+        """
+        given = dict(weights or {})
+
+        def run(one: Tensors) -> Tensors:
+            return self.interpreter.run({**one, **given}, wanted, cut)
+
+        if self.way is Way.TOGETHER:
+            return run(feeds)
+        if self.way is Way.BESIDE:
+            values: Tensors = torch.func.vmap(run)(feeds)
+            return values
+        count = len(next(iter(feeds.values())))
+        each = [run({name: array[i] for name, array in feeds.items()}) for i in range(count)]
+        return {name: torch.stack([values[name] for values in each]) for name in wanted}
+
+
+def way_of(models: Sequence[Interpreter], pair: Sequence[Tensors]) -> Way:
+    """The fastest way in which all models give for samples what they give for each of them.
+
+    Args:
+        models: of the same inputs.
+        pair: two samples or more of equal shapes.
+    """
+    for way in (Way.TOGETHER, Way.BESIDE):
+        if all(_is_same(model, way, pair) for model in models):
+            return way
+    return Way.EACH
+
+
+def _is_same(model: Interpreter, way: Way, pair: Sequence[Tensors]) -> bool:
+    with torch.no_grad():
+        each = [model.run(sample) for sample in pair]
+    if way is Way.TOGETHER and any(not t.ndim for one in (*pair, *each) for t in one.values()):
+        return False
+    runner, names = Runner(model, way), list(each[0])
+    with torch.no_grad():
+        try:
+            values = runner(runner.joined(pair), names)
+        except (GraphoptError, RuntimeError, ValueError, IndexError):
+            # A shape that the graph states is of one sample, or data decides what is run.
+            return False
+    expected = runner.joined(each)
+    return all(_near(values[name], expected[name]) for name in names)
+
+
+def _near(first: Tensor, second: Tensor) -> bool:
+    if first.shape != second.shape:
+        return False
+    first, second = first.double().nan_to_num(), second.double().nan_to_num()
+    return float((first - second).norm()) <= SAME * float(second.norm())
+
+
+Sequences = list[list[Tensors]]
+"""For each step of several roll-outs of equal lengths, one sample of each."""
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Samples in an order of chance, in batches of equal shapes.
+
+    Attributes:
+        samples: each standing alone, or sequences that carry state.
+        size: of a batch, at most.
+        inputs: of the model; what a sample lacks of state is zeros.
+        device: where the tensors are.
+        seed: of the order and of the views.
+    """
+
+    samples: Samples
+    size: int
+    inputs: tuple[Input, ...]
+    device: torch.device
+    seed: int = 0
+
+    @cached_property
+    def _shapes(self) -> list[Hashable]:
+        """Of each sequence; read once."""
+        shapes = [
+            tuple((name, array.shape) for name, array in sample.items()) for sample in self.samples
+        ]
+        return [tuple(shapes[i] for i in sequence) for sequence in self.samples.sequences]
+
+    def epochs(self) -> Iterator[Sequences]:
+        """Batches without an end, each sample once in every epoch, seen otherwise each time."""
+        generator = np.random.default_rng(self.seed)
+        while True:
+            batches = self._cut(generator.permutation(len(self._shapes)).tolist())
+            for place in generator.permutation(len(batches)):
+                yield self._varied(self._read(batches[place]), generator)
+
+    def once(self) -> Iterator[Sequences]:
+        """All samples once, as they are."""
+        for chosen in self._cut(range(len(self._shapes))):
+            yield self._read(chosen)
+
+    def _cut(self, order: Iterable[int]) -> list[list[int]]:
+        groups = defaultdict(list)
+        for number in order:
+            groups[self._shapes[number]].append(number)
+        return [
+            group[start : start + self.size]
+            for group in groups.values()
+            for start in range(0, len(group), self.size)
+        ]
+
+    def _read(self, chosen: Sequence[int]) -> Sequences:
+        rows = [self.samples.sequences[number] for number in chosen]
+        return [[self._sample(index) for index in step] for step in zip(*rows, strict=True)]
+
+    def _sample(self, index: int) -> Tensors:
+        arrays = complete(self.samples.loaders[index](), self.inputs)
+        return {n: torch.from_numpy(np.array(a)).to(self.device) for n, a in arrays.items()}
+
+    def _varied(self, batch: Sequences, generator: np.random.Generator) -> Sequences:
+        if len(batch) > 1:
+            # What comes in turn is left alone.
+            return batch
+        samples = [_seen_otherwise(sample, generator) for sample in batch[0]]
+        if len(samples) > 1 and generator.random() < MIXED_SHARE:
+            samples = _mixed(samples, generator)
+        return [samples]
+
+
+def _seen_otherwise(sample: Tensors, generator: np.random.Generator) -> Tensors:
+    """All images of a sample cut out, magnified and perhaps mirrored, each alike."""
+    share = generator.uniform(NEAREST, 1)
+    corner = generator.uniform(0, 1 - share, 2)
+    mirrored = generator.random() < 0.5
+
+    def view(array: Tensor) -> Tensor:
+        axes = image_axes(array.shape)
+        if axes is None or not array.is_floating_point():
+            return array
+        for axis, start in zip(axes, corner, strict=True):
+            size = array.shape[axis]
+            places = (torch.arange(size) + 0.5) * share + start * size
+            array = array.index_select(axis, places.long().to(array.device))
+        return array.flip(axes[1]) if mirrored else array
+
+    return {name: view(array) for name, array in sample.items()}
+
+
+def _mixed(batch: list[Tensors], generator: np.random.Generator) -> list[Tensors]:
+    """Images mixed with those of the next sample (mixup, Zhang et al. 2018).
+
+    The original says what it gives for a mixture, so that no label need be mixed.
+    """
+    share = float(generator.beta(1, 1))
+
+    def mix(name: str, first: Tensor, second: Tensor) -> Tensor:
+        if image_axes(first.shape) is None or not first.is_floating_point():
+            return first
+        return first * share + second * (1 - share)
+
+    return [
+        {name: mix(name, array, batch[i - 1][name]) for name, array in sample.items()}
+        for i, sample in enumerate(batch)
+    ]

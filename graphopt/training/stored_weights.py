@@ -1,0 +1,675 @@
+"""The weights of a graph as they are stored: which numbers can learn, and which they may be.
+
+A weight may be plain numbers, integers that a grid makes numbers of, codes into a codebook, or
+what is put between zeros that are not stored. What says which numbers there can be (scales, zero
+points, codebooks, places) stays as it is; which of them each one is, can learn. So the graph keeps
+its nodes, its formats and its bytes.
+
+The numbers are taken where they come to life: a constant of floating point, the integers that a
+DequantizeLinear or an integer kernel reads, or what a Gather looks up in a codebook. All behind
+that is arithmetic, through which gradients flow.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from graphopt.code_fields import DIGITS_IN_A_BYTE, Field, unpack
+from graphopt.content import read_array
+from graphopt.operators import ONNX_DOMAINS, is_onnx
+from graphopt.packing import holds_tensor, is_constant, nodes_behind, repeats_rows
+from graphopt.rewriting import constant_tensor, tensor_of
+
+_FLOATS = {
+    ir.DataType.FLOAT: torch.float32,
+    ir.DataType.FLOAT16: torch.float16,
+    ir.DataType.BFLOAT16: torch.bfloat16,
+    ir.DataType.DOUBLE: torch.float64,
+}
+_CODES = frozenset(
+    {
+        ir.DataType.INT2,
+        ir.DataType.UINT2,
+        ir.DataType.INT4,
+        ir.DataType.UINT4,
+        ir.DataType.INT8,
+        ir.DataType.UINT8,
+        ir.DataType.INT16,
+        ir.DataType.UINT16,
+        ir.DataType.INT32,
+    }
+)
+
+BIAS_CODE_MAXIMUM = float(1 << 23)
+"""The largest code of a bias in int32 that float32 holds with room for learning."""
+
+FLOOR = 1e-12
+
+CELL_MARGIN = 0.02
+"""Of a step of a grid, what a number keeps away from the border to the next code."""
+
+PRUNED_SHARE = 0.3
+"""Codes of which more are zero were pruned: a grid of 4 bits gives a zero to one in seven."""
+
+_OPERANDS: Mapping[tuple[str, str], tuple[tuple[int, ...], tuple[int, ...]]] = {
+    ("", "BatchNormalization"): ((), (1, 2)),
+    ("", "Conv"): ((1,), (2,)),
+    ("", "ConvInteger"): ((1,), ()),
+    ("", "ConvTranspose"): ((1,), (2,)),
+    ("", "GRU"): ((1, 2), (3,)),
+    ("", "Gather"): ((0,), ()),
+    ("", "Gemm"): ((0, 1), (2,)),
+    ("", "GroupNormalization"): ((), (1, 2)),
+    ("", "InstanceNormalization"): ((), (1, 2)),
+    ("", "LSTM"): ((1, 2), (3, 7)),
+    ("", "LayerNormalization"): ((), (1, 2)),
+    ("", "MatMul"): ((0, 1), ()),
+    ("", "MatMulInteger"): ((0, 1), ()),
+    ("", "PRelu"): ((), (1,)),
+    ("", "QLinearConv"): ((3,), (8,)),
+    ("", "QLinearMatMul"): ((3,), ()),
+    ("", "RMSNormalization"): ((), (1,)),
+    ("", "RNN"): ((1, 2), (3,)),
+    ("com.microsoft", "DynamicQuantizeLSTM"): ((1, 2), (3,)),
+    ("com.microsoft", "DynamicQuantizeMatMul"): ((1,), (4,)),
+    ("com.microsoft", "FusedConv"): ((1,), (2,)),
+    ("com.microsoft", "FusedGemm"): ((1,), (2,)),
+    ("com.microsoft", "FusedMatMul"): ((0, 1), ()),
+    ("com.microsoft", "GatherBlockQuantized"): ((0,), ()),
+    ("com.microsoft", "MatMulIntegerToFloat"): ((1,), (6,)),
+    ("com.microsoft", "MatMulNBits"): ((1,), (5,)),
+    ("com.microsoft", "SkipLayerNormalization"): ((), (2, 3, 4)),
+    ("com.microsoft", "SkipSimplifiedLayerNormalization"): ((), (2, 3)),
+}
+"""Inputs of layers that hold weights, and those that hold biases and scales, by domain and operator."""
+
+ALL = 1 << 62
+"""More numbers than any scales are."""
+
+_ELEMENTWISE = ("Add", "Div", "Mul", "Sub")
+"""Where one side is a constant vector, this is a bias or a scale."""
+
+
+@dataclass(frozen=True)
+class Operand:
+    """What a layer takes its weight from.
+
+    Attributes:
+        value: the weight.
+        reader: the layer.
+        is_vector: it is a bias or a scale, rather than a matrix or a kernel.
+    """
+
+    value: ir.Value
+    reader: ir.Node
+    is_vector: bool
+
+
+class StoredWeight(ABC):
+    """Numbers of a graph that can learn.
+
+    Attributes:
+        operand: the whole weight, and whose it is.
+        value: what is given to the interpreter: a constant, or what is looked up by codes.
+        numbers: as they are stored: float32 of the shape of the value; integers where they are
+            codes.
+    """
+
+    operand: Operand
+    value: ir.Value
+    numbers: Tensor
+
+    @property
+    def reader(self) -> ir.Node:
+        """The layer that the weight belongs to."""
+        return self.operand.reader
+
+    @property
+    def is_vector(self) -> bool:
+        """A bias or a scale, rather than a matrix or a kernel."""
+        return self.operand.is_vector
+
+    @property
+    def is_rounded(self) -> bool:
+        """The numbers are few, so that what learns is rounded to them."""
+        return False
+
+    def within(self, numbers: Tensor) -> Tensor:
+        """The numbers, moved to where they are rounded to those that are stored."""
+        return numbers
+
+    def softened(self, numbers: Tensor, softness: float) -> Tensor:
+        """The numbers, drawn to those that can be stored: all the way for a softness of 0."""
+        return self.nearest(numbers)
+
+    @abstractmethod
+    def nearest(self, numbers: Tensor) -> Tensor:
+        """The nearest numbers that can be stored: float32 of the same shape."""
+
+    @abstractmethod
+    def fed(self, numbers: Tensor) -> Tensor:
+        """What the interpreter takes for numbers that can be stored."""
+
+    @abstractmethod
+    def constants(self, numbers: Tensor) -> dict[ir.Value, np.ndarray]:
+        """What is stored for numbers that can be: for each constant, its array, as before in
+        dtype and shape.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class PlainNumbers(StoredWeight):
+    """A constant of floating point. Zeros of a matrix stay zeros.
+
+    Attributes:
+        dtype: of the constant.
+        kept: bool of its shape, False where a zero stays; None where none need stay.
+    """
+
+    operand: Operand
+    value: ir.Value
+    numbers: Tensor
+    dtype: ir.DataType
+    kept: Tensor | None
+
+    def nearest(self, numbers: Tensor) -> Tensor:
+        """Rounded to the type of the constant, and zero where it was."""
+        rounded = numbers.to(_FLOATS[self.dtype]).to(numbers.dtype)
+        return rounded if self.kept is None else rounded * self.kept.to(rounded)
+
+    def fed(self, numbers: Tensor) -> Tensor:
+        """In the type of the constant."""
+        return numbers.to(_FLOATS[self.dtype])
+
+    def constants(self, numbers: Tensor) -> dict[ir.Value, np.ndarray]:
+        """The constant itself."""
+        array = numbers.detach().cpu().numpy().astype(self.dtype.numpy())
+        return {self.value: array}
+
+
+@dataclass(frozen=True, eq=False)
+class GridCodes(StoredWeight):
+    """Integers that a grid makes numbers of: the grid stays, and the range of the codes.
+
+    Attributes:
+        dtype: of the constant.
+        least: of the codes.
+        most: of the codes.
+        kept: bool of its shape, False where a code of zero stays; None where none need stay.
+    """
+
+    operand: Operand
+    value: ir.Value
+    numbers: Tensor
+    dtype: ir.DataType
+    least: float
+    most: float
+    kept: Tensor | None
+
+    @property
+    def is_rounded(self) -> bool:
+        """Integers are."""
+        return True
+
+    def within(self, numbers: Tensor) -> Tensor:
+        """Less than half a step from the codes."""
+        half = 0.5 - CELL_MARGIN
+        moved = torch.clamp(numbers, self.numbers - half, self.numbers + half)
+        return moved if self.kept is None else torch.where(self.kept, moved, self.numbers)
+
+    def softened(self, numbers: Tensor, softness: float) -> Tensor:
+        """Between two integers by a step of that softness."""
+        numbers = numbers.clamp(self.least, self.most)
+        low = numbers.detach().floor().clamp(max=self.most - 1)
+        soft = low + _soft_step(numbers - low, softness)
+        return soft if self.kept is None else torch.where(self.kept, soft, self.numbers)
+
+    def nearest(self, numbers: Tensor) -> Tensor:
+        """Rounded half to even, within the range, and unmoved where a zero stays."""
+        codes = numbers.round().clamp(self.least, self.most)
+        return codes if self.kept is None else torch.where(self.kept, codes, self.numbers)
+
+    def fed(self, numbers: Tensor) -> Tensor:
+        """Integers as floats, so that gradients reach them."""
+        return numbers
+
+    def constants(self, numbers: Tensor) -> dict[ir.Value, np.ndarray]:
+        """The constant itself."""
+        return {self.value: numbers.detach().cpu().numpy().astype(self.dtype.numpy())}
+
+
+@dataclass(frozen=True, eq=False)
+class CodebookNumbers(StoredWeight):
+    """What a Gather looks up in a codebook: the codebook stays.
+
+    Attributes:
+        levels: the numbers in use, float32 of shape [groups, levels], ascending; infinite behind
+            the last one.
+        codes: int64 of the same shape: the code of each.
+        fields: how codes lie in bytes, with the constant that holds the bytes of each.
+        dtype: of the codebook.
+        kept: bool of the shape of the value, False where a zero stays; None where none need stay.
+    """
+
+    operand: Operand
+    value: ir.Value
+    numbers: Tensor
+    levels: Tensor
+    codes: Tensor
+    fields: tuple[tuple[ir.Value, Field], ...]
+    dtype: ir.DataType
+    kept: Tensor | None
+
+    @property
+    def is_rounded(self) -> bool:
+        """Numbers of a codebook are."""
+        return True
+
+    def within(self, numbers: Tensor) -> Tensor:
+        """In the cells of the levels; as far beyond the first and the last as the next is away."""
+        places = self._places(self.numbers)
+        low, high = self._borders()
+        rows = numbers.reshape(len(self.levels), -1)
+        moved = torch.clamp(rows, low.gather(1, places), high.gather(1, places))
+        moved = moved.reshape(numbers.shape)
+        return moved if self.kept is None else torch.where(self.kept, moved, self.numbers)
+
+    def _borders(self) -> tuple[Tensor, Tensor]:
+        """The least and the most that is rounded to each level, without a margin: as the levels."""
+        gaps = self.levels[:, 1:] - self.levels[:, :-1]
+        gaps = torch.where(gaps.isfinite(), gaps, 0)
+        if not gaps.shape[1]:
+            return self.levels, self.levels
+        below = torch.cat([gaps[:, :1], gaps], 1)
+        above = torch.cat([gaps, gaps[:, -1:]], 1)
+        half = 0.5 - CELL_MARGIN
+        return self.levels - half * below, self.levels + half * above
+
+    def _places(self, numbers: Tensor) -> Tensor:
+        """Which level is nearest: int64 of shape [groups, numbers in a group]."""
+        rows = numbers.detach().reshape(len(self.levels), -1).contiguous()
+        # Between infinities there is no middle, and nothing is beyond it.
+        middles = (self.levels[:, 1:] + self.levels[:, :-1]) / 2
+        return torch.searchsorted(middles.contiguous(), rows)
+
+    def softened(self, numbers: Tensor, softness: float) -> Tensor:
+        """Between two numbers of the codebook by a step of that softness."""
+        rows = numbers.reshape(len(self.levels), -1)
+        count = self.levels.isfinite().sum(1, keepdim=True)
+        last = self.levels.gather(1, count - 1)
+        rows = torch.minimum(torch.maximum(rows, self.levels[:, :1]), last)
+        place = torch.searchsorted(self.levels, rows.detach().contiguous(), right=True) - 1
+        place = torch.minimum(place, (count - 2).clamp_min(0))
+        low = self.levels.gather(1, place)
+        gap = self.levels.gather(1, (place + 1).clamp(max=self.levels.shape[1] - 1)) - low
+        share = torch.where(gap > 0, (rows - low) / gap.clamp_min(FLOOR), 0)
+        soft = (low + gap * _soft_step(share, softness)).reshape(numbers.shape)
+        return soft if self.kept is None else torch.where(self.kept, soft, self.numbers)
+
+    def nearest(self, numbers: Tensor) -> Tensor:
+        """The nearest number in use of the codebook of the group."""
+        found = self.levels.gather(1, self._places(numbers)).reshape(numbers.shape)
+        return found if self.kept is None else torch.where(self.kept, found, self.numbers)
+
+    def fed(self, numbers: Tensor) -> Tensor:
+        """In the type of the codebook; of integers as floats, so that gradients reach them."""
+        return numbers.to(_FLOATS.get(self.dtype, torch.float32))
+
+    def constants(self, numbers: Tensor) -> dict[ir.Value, np.ndarray]:
+        """The bytes of each field."""
+        codes = self.codes.gather(1, self._places(numbers)).reshape(-1).cpu().numpy()
+        return {value: field.pack(codes.astype(np.uint8)) for value, field in self.fields}
+
+
+def _soft_step(share: Tensor, softness: float) -> Tensor:
+    """From 0 to 1 as the share does: straight where very soft, at once in the middle where hard."""
+    edge = math.tanh(0.25 / softness)
+    return 0.5 + torch.tanh((share - 0.5) / (2 * softness)) / (2 * edge)
+
+
+def stored_weights(graph: ir.Graph, device: torch.device | str = "cpu") -> list[StoredWeight]:
+    """The weights of the layers of a graph that can learn, each once, in the order of the layers.
+
+    Left out are those in bodies of If, Loop and Scan, and what is packed in a form that is not
+    known.
+    """
+    found: dict[ir.Value, StoredWeight] = {}
+    for node in graph:
+        for operand in _operands_of(node):
+            for weight in _behind(operand, torch.device(device)):
+                found.setdefault(weight.value, weight)
+    return list(found.values())
+
+
+def write(weights: Sequence[tuple[StoredWeight, Tensor]]) -> None:
+    """Store numbers in the constants of the graph that the weights were found in.
+
+    Raises:
+        ValueError: the numbers would be stored in another shape or type.
+    """
+    for weight, numbers in weights:
+        for value, array in weight.constants(numbers).items():
+            _store(value, array)
+
+
+def _store(value: ir.Value, array: np.ndarray) -> None:
+    before = constant_tensor(value)
+    if before is None or tuple(before.shape.numpy()) != array.shape:
+        raise ValueError(f"{value.name} is not of shape {array.shape}")
+    tensor = tensor_of(array, before.name or value.name or "", before.dtype)
+    node = value.producer()
+    if node is None:
+        value.const_value = tensor
+    else:
+        node.attributes["value"] = ir.AttrTensor("value", tensor)
+
+
+# ------------------------------------------------------------------ which weights
+
+
+def _operands_of(node: ir.Node) -> Iterator[Operand]:
+    """The operands of a layer that constants alone make."""
+    if all(nodes_behind(output) is not None for output in node.outputs):
+        # A step on the way to a weight.
+        return
+    domain = "" if node.domain in ONNX_DOMAINS else node.domain
+    for is_vector, places in enumerate(_OPERANDS.get((domain, node.op_type), ())):
+        for place in places:
+            value = node.inputs[place] if place < len(node.inputs) else None
+            if value is not None and nodes_behind(value) is not None:
+                yield Operand(value, node, bool(is_vector))
+    if is_onnx(node, *_ELEMENTWISE):
+        yield from (Operand(value, node, True) for value in _vectors(node))
+
+
+def _vectors(node: ir.Node) -> Iterator[ir.Value]:
+    """The constant side of arithmetic on an activation, if it is a vector."""
+    sides = [v for v in node.inputs if v is not None]
+    constant = [v for v in sides if nodes_behind(v) is not None]
+    if len(constant) != 1 or len(sides) != 2:
+        return
+    shape = constant[0].shape
+    sizes = [d for d in shape or () if not isinstance(d, int) or d > 1]
+    if len(sizes) == 1:
+        yield constant[0]
+
+
+def _behind(operand: Operand, device: torch.device) -> Iterator[StoredWeight]:
+    """The numbers that a weight is made of, on the way from it to the constants."""
+    waiting, seen = [operand.value], set[ir.Value]()
+    while waiting:
+        current = waiting.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        found = _stored(current, operand, device)
+        if found is not None:
+            yield found
+        elif not is_constant(current):
+            waiting += _towards_numbers(current)
+
+
+def _towards_numbers(value: ir.Value) -> list[ir.Value]:
+    """The inputs of a node through which the numbers of a weight come: no scales, no places."""
+    node = value.producer()
+    assert node is not None
+    inputs = [v for v in node.inputs if v is not None]
+    if is_onnx(node, "Concat"):
+        return inputs
+    if is_onnx(node, "Add", "Mul", "Sub") and len(inputs) == 2:
+        sizes = [_size(v) for v in inputs]
+        # Scales and offsets are fewer than what they are of.
+        return inputs if sizes[0] == sizes[1] else [inputs[int(sizes[1] > sizes[0])]]
+    if is_onnx(node, "Where"):
+        return inputs[1:]
+    if is_onnx(node, "ScatterElements"):
+        return [inputs[2]]
+    return inputs[:1]
+
+
+def _size(value: ir.Value) -> int:
+    """How many numbers are on the way, about: enough to tell a weight from its scales."""
+    tensor = constant_tensor(value)
+    if tensor is not None:
+        return tensor.size
+    node = value.producer()
+    assert node is not None
+    inputs = [v for v in node.inputs if v is not None]
+    if is_onnx(node, "Gather"):
+        spread = inputs[0].producer()
+        field = None if spread is None else _field(spread.inputs[-1])
+        return _size(inputs[1]) * (1 if field is None else field.digits)
+    if is_onnx(node, "ScatterElements"):
+        return ALL
+    if is_onnx(node, "Add", "Concat", "Mul", "Sub"):
+        return max(map(_size, inputs))
+    return _size(inputs[0])
+
+
+# ------------------------------------------------------------------ how they are stored
+
+
+def _stored(value: ir.Value, operand: Operand, device: torch.device) -> StoredWeight | None:
+    """The numbers, if they come to life here."""
+    node = value.producer()
+    if node is not None and is_onnx(node, "Gather"):
+        return _codebook(value, node, operand, device)
+    tensor = constant_tensor(value) if is_constant(value) else None
+    if tensor is None or (node is not None and not _is_tensor(node)):
+        return None
+    if tensor.dtype in _FLOATS and tensor.size > 1:
+        return _plain(value, tensor, operand, device)
+    if tensor.dtype in _CODES and tensor.size > 1 and _is_grid(value):
+        return _grid(value, tensor, operand, device)
+    return None
+
+
+def _is_tensor(node: ir.Node) -> bool:
+    return holds_tensor(node) and "value" in node.attributes
+
+
+def _is_grid(value: ir.Value) -> bool:
+    """What reads the codes makes numbers of them by scales."""
+    readers = ("DequantizeLinear", "ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul")
+    contrib = (
+        "DynamicQuantizeLSTM",
+        "DynamicQuantizeMatMul",
+        "GatherBlockQuantized",
+        "MatMulIntegerToFloat",
+        "MatMulNBits",
+    )
+    uses = [use.node for use in value.uses()]
+    return any(is_onnx(n, *readers) or n.op_type in contrib for n in uses)
+
+
+def _plain(
+    value: ir.Value, tensor: ir.TensorProtocol, operand: Operand, device: torch.device
+) -> StoredWeight:
+    numbers = torch.from_numpy(read_array(tensor).astype(np.float32)).to(device)
+    kept = numbers != 0
+    is_pruned = not operand.is_vector and not bool(kept.all())
+    return PlainNumbers(operand, value, numbers, tensor.dtype, kept if is_pruned else None)
+
+
+def _grid(
+    value: ir.Value, tensor: ir.TensorProtocol, operand: Operand, device: torch.device
+) -> StoredWeight:
+    numbers = torch.from_numpy(read_array(tensor).astype(np.float32)).to(device)
+    least, most = float(numbers.min()), float(numbers.max())
+    if tensor.dtype == ir.DataType.INT32:
+        return GridCodes(
+            operand, value, numbers, tensor.dtype, -BIAS_CODE_MAXIMUM, BIAS_CODE_MAXIMUM, None
+        )
+    zero = 0.0 if tensor.dtype.is_signed() else float(1 << (tensor.dtype.bitwidth - 1))
+    kept = _unpruned(numbers, zero, round(most - least) + 1)
+    return GridCodes(operand, value, numbers, tensor.dtype, least, most, kept)
+
+
+def _unpruned(numbers: Tensor, zero: float, levels: int) -> Tensor | None:
+    """Where numbers were not pruned; None where none were: a coarse grid has zeros, too."""
+    kept = numbers != zero
+    is_pruned = 1 - float(kept.float().mean()) > max(PRUNED_SHARE, 1.5 / levels)
+    return kept if is_pruned else None
+
+
+def _codebook(
+    value: ir.Value, gather: ir.Node, operand: Operand, device: torch.device
+) -> StoredWeight | None:
+    if repeats_rows(gather) or gather.attributes.get_int("axis", 0) != 0:
+        return None
+    data, index = gather.inputs
+    if data is None or index is None:
+        return None
+    spread, book, fields = _book(data, index)
+    tensor = constant_tensor(book)
+    if tensor is None or not fields or len(tensor.shape) != 1:
+        return None
+    array = read_array(tensor).astype(np.float32)
+    starts = _starts(index)
+    stored = [read_array(_tensor(constant)).reshape(-1) for constant, _ in fields]
+    layout = [field for _, field in fields]
+    count = stored[0].size * layout[0].digits if spread else _cut(index, stored[0], layout[0])
+    codes = unpack(layout, stored, count)
+    groups = 1 if starts is None else starts.size
+    levels, numbers = _levels(array.reshape(groups, -1), codes.reshape(groups, -1))
+    shape = (-1, layout[0].digits) if spread else (groups, -1) if groups > 1 else (-1,)
+    numbers = numbers.reshape(shape)
+    return CodebookNumbers(
+        operand=operand,
+        value=value,
+        numbers=torch.from_numpy(numbers).to(device),
+        levels=torch.from_numpy(levels[0]).to(device),
+        codes=torch.from_numpy(levels[1]).to(device),
+        fields=tuple(fields),
+        dtype=tensor.dtype,
+        kept=_unpruned(torch.from_numpy(numbers).to(device), 0.0, levels[0].shape[1]),
+    )
+
+
+def _tensor(value: ir.Value) -> ir.TensorProtocol:
+    tensor = constant_tensor(value)
+    assert tensor is not None
+    return tensor
+
+
+def _levels(
+    books: np.ndarray, codes: np.ndarray
+) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
+    """The numbers in use and their codes, [groups, levels] ascending; and each number.
+
+    A codebook may have room for more than are in use, and these would be new numbers.
+    """
+    groups, size = books.shape
+    rows = np.arange(groups)[:, np.newaxis]
+    used = np.zeros((groups, size), bool)
+    used[rows, codes] = True
+    books_in_use = np.where(used, books, np.float32(np.inf))
+    order = np.argsort(books_in_use, axis=1, kind="stable")[:, : int(used.sum(1).max())]
+    numbers = books[rows, codes]
+    return (books_in_use[rows, order], order), numbers
+
+
+def _book(data: ir.Value, index: ir.Value) -> tuple[bool, ir.Value, list[tuple[ir.Value, Field]]]:
+    """Whether bytes are looked up, the codebook, and the fields of the codes."""
+    maker = data.producer()
+    if maker is not None and is_onnx(maker, "Gather"):
+        # The numbers of every byte: one lookup gives those of several codes.
+        book, digits = maker.inputs
+        field, stored = _field(digits), _bytes(index)
+        known = book is not None and field is not None and stored is not None
+        return True, book or data, [(stored, field)] if known else []  # type: ignore[list-item]
+    return False, data, list(_fields(index))
+
+
+def _fields(index: ir.Value) -> Iterator[tuple[ir.Value, Field]]:
+    """The fields whose sum an index is, in their order; none where it is none."""
+    node = index.producer()
+    if node is None:
+        return
+    if is_onnx(node, "Reshape", "Slice"):
+        inner = node.inputs[0]
+        if inner is not None:
+            yield from _fields(inner)
+    elif is_onnx(node, "Add"):
+        for side in node.inputs:
+            if side is not None and not is_constant(side):
+                yield from _fields(side)
+    elif is_onnx(node, "Gather"):
+        digits, which = node.inputs
+        field, stored = _field(digits), _bytes(which)
+        if field is not None and stored is not None:
+            yield stored, field
+    elif (stored := _bytes(index)) is not None:
+        yield stored, Field(256, 1)
+
+
+def _bytes(index: ir.Value | None) -> ir.Value | None:
+    """The bytes that a Cast makes an index of."""
+    node = index.producer() if index is not None else None
+    stored = node.inputs[0] if node is not None and is_onnx(node, "Cast") else None
+    tensor = constant_tensor(stored) if stored is not None and is_constant(stored) else None
+    is_bytes = tensor is not None and tensor.dtype == ir.DataType.UINT8 and len(tensor.shape) == 1
+    return stored if is_bytes else None
+
+
+def _field(digits: ir.Value | None) -> Field | None:
+    """The field whose table of digits a value is."""
+    node = digits.producer() if digits is not None else None
+    if node is not None and is_onnx(node, "Cast"):
+        digits = node.inputs[0]
+    tensor = constant_tensor(digits)
+    if tensor is None or len(tensor.shape) != 2 or tensor.size > 256 * 8:
+        return None
+    table = read_array(tensor)
+    for base, count in DIGITS_IN_A_BYTE.items():
+        if table.shape == (base**count, count) and table.shape[0] > 1:
+            field = Field(base, int(table[1, 0]))
+            return field if np.array_equal(table, field.table()) else None
+    return None
+
+
+def _starts(index: ir.Value) -> np.ndarray | None:
+    """Where the codebook of each group begins, if there are several."""
+    node = index.producer()
+    if node is None or not is_onnx(node, "Add"):
+        return None
+    tensors = [constant_tensor(v) for v in node.inputs if v is not None and is_constant(v)]
+    found = [t for t in tensors if t is not None and len(t.shape) == 2 and t.shape[1] == 1]
+    return read_array(found[0]) if found else None
+
+
+def _cut(index: ir.Value, stored: np.ndarray, field: Field) -> int:
+    """How many codes an index has: a Slice cuts off what is behind the last one."""
+    waiting = [index]
+    while waiting:
+        node = waiting.pop().producer()
+        if node is None:
+            continue
+        if is_onnx(node, "Slice"):
+            ends = constant_tensor(node.inputs[2])
+            return stored.size * field.digits if ends is None else int(read_array(ends)[0])
+        if is_onnx(node, "Add", "Reshape"):
+            waiting += [v for v in node.inputs if v is not None and not is_constant(v)]
+    return stored.size * field.digits
+
+
+def forms_of(weights: Sequence[StoredWeight]) -> list[str]:
+    """In which form each is stored, in words."""
+    return [_form(weight) for weight in weights]
+
+
+def _form(weight: StoredWeight) -> str:
+    if isinstance(weight, CodebookNumbers):
+        return "codebook"
+    if isinstance(weight, GridCodes):
+        return "integers on a grid"
+    is_pruned = isinstance(weight, PlainNumbers) and weight.kept is not None
+    return "pruned" if is_pruned else "plain"
