@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any
 
 import typer
@@ -316,6 +317,39 @@ def passes(
 
 
 @app.command()
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The .toml file.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="SECTION.KEY=VALUE",
+            help="A value in place of that in CONFIG, in TOML; words need no quotes. Repeatable.",
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint, if there is one.")
+    ] = False,
+    json: Json = None,
+) -> None:
+    """Train a PyTorch model as CONFIG says, export it, and optimize what was exported.
+
+    With several processes: torchrun --nproc_per_node=N -m graphopt.training CONFIG.
+    """
+    _check_json(json, others=[config])
+    training = _training()
+    read = training.read_config(config, settings or ())
+    with _progress() as progress:
+        trained = training.train(read, resume=resume, progress=progress)
+    # One of several processes speaks for all.
+    if trained.module is not None:
+        shown = training.render_trained(trained)
+        _show(shown, json, lambda: training.trained_to_json(trained))
+    if trained.run is not None and trained.run.failures:
+        raise CheckFailed("; ".join(trained.run.failures))
+
+
+@app.command()
 def demo(
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Where to write the optimized model.")
@@ -339,6 +373,17 @@ def _check_json(
     if json not in (None, "-"):
         files = [path for path in others if path is not None]
         saving.check_text_target(Path(json), models, files)
+
+
+def _training() -> ModuleType:
+    """The training side, which needs more than the rest."""
+    try:
+        from graphopt import training
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise GraphoptError("training needs torch: pip install 'graphopt[train]'") from None
+    return training
 
 
 def _states(texts: list[str] | None) -> list[tuple[str, str]]:

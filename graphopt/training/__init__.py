@@ -1,0 +1,31 @@
+"""Training before the export, on PyTorch; it needs `pip install graphopt[train]`.
+
+A TOML file says what is trained on what, how, and by how many processes::
+
+    trained = train("digits_cnn.toml")
+
+The parts: `config` and `reading` (the file), `batches`, `objectives`, `optimizers`, `precision`
+(what a step is made of), `strategy` and one module for each kind of parallelism (how processes
+divide it), `loop`, `checkpoints`, `recorder`, `exporting`, and `api`, which puts them together.
+"""
+
+from __future__ import annotations
+
+from graphopt.training.api import Trained, train
+from graphopt.training.config import Config
+from graphopt.training.objectives import Objective
+from graphopt.training.preparation import Preparation
+from graphopt.training.reading import config_of, read_config
+from graphopt.training.summary import render_trained, trained_to_json
+
+__all__ = [
+    "Config",
+    "Objective",
+    "Preparation",
+    "Trained",
+    "config_of",
+    "read_config",
+    "render_trained",
+    "train",
+    "trained_to_json",
+]
