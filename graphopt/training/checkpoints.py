@@ -12,7 +12,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -99,11 +102,14 @@ class Checkpoints:
         written = self.folder / f".{name}.part"
         if strategy.world.first:
             self.folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(written, ignore_errors=True)
+            # Those of a process that was killed, too.
+            for left in self.folder.glob(".step-*.part"):
+                shutil.rmtree(left)
         strategy.world.barrier()
         state = _state(strategy, optimizer, scale, progress.best_state)
         try:
-            save_pieces(state, checkpoint_id=written, no_dist=strategy.world.size == 1)
+            with _alone(strategy.world.size):
+                save_pieces(state, checkpoint_id=written)
         except CheckpointException as error:
             raise TrainingFailed(
                 f"the checkpoint {self.folder / name} cannot be written: {error}"
@@ -150,7 +156,8 @@ class Checkpoints:
         best_state = strategy.module_state() if run["has_best_state"] else None
         state = _state(strategy, optimizer, scale, best_state)
         try:
-            load_pieces(state, checkpoint_id=path, no_dist=strategy.world.size == 1)
+            with _alone(strategy.world.size):
+                load_pieces(state, checkpoint_id=path)
         except (CheckpointException, RuntimeError, KeyError, ValueError) as error:
             raise ConfigError(f"the checkpoint {path} cannot be read: {error}") from error
         set_model_state_dict(strategy.learner, state["learner"])
@@ -204,6 +211,15 @@ def _state(
         f"random.{strategy.world.rank}": _random_state(),
     }
     return state if best_state is None else {**state, "best": best_state}
+
+
+@contextmanager
+def _alone(processes: int) -> Iterator[None]:
+    """Within, torch does not warn of what is meant: one process that writes without a group."""
+    with warnings.catch_warnings():
+        if processes == 1:
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _random_state() -> dict[str, torch.Tensor]:

@@ -22,7 +22,7 @@ class Ddp(Replicated):
         device_ids = [world.device] if world.device.type == "cuda" else None
         # Buffers are shared where they are read: see Strategy.share_buffers.
         self.wrapped: DistributedDataParallel = DistributedDataParallel(
-            learner, device_ids=device_ids, broadcast_buffers=False
+            learner, device_ids=device_ids, forward_sync_buffers=False
         )
         self.called = self.wrapped
         # The engine takes the mean of gradients over processes; shares need not be equal.

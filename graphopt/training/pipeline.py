@@ -95,7 +95,7 @@ class Pipeline(Strategy):
                 schedule.step(**arguments)
         if self.data_group is not None:
             sum_gradients(self.learner.parameters(), self.data_group)
-        mean = sum(float(loss) for loss in losses) / count / scale
+        mean = sum(float(loss.detach()) for loss in losses) / count / scale
         return self.world.sum([mean])[0]
 
     def _stage_for(self, inputs: tuple[Tensor, ...], count: int) -> PipelineStage:

@@ -7,6 +7,7 @@ MASTER_ADDR, MASTER_PORT). Without it there is one process and no process group.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ CAUSE_KEY: Final = "graphopt/cause"
 """Where the first process that fails leaves a word for the others."""
 CAUSE_WAIT_S: Final = 2.0
 """How long they look for it: who was killed has left none."""
+NO_WORD: Final = "it left no word: it was killed, crashed, or is stuck"
 
 
 @dataclass(frozen=True)
@@ -113,18 +115,17 @@ def joined(timeout_s: float, wanted: str) -> Iterator[World]:
     try:
         yield world
     except Exception as error:
-        lost = _is_loss(error)
-        if "TORCHELASTIC_ERROR_FILE" in os.environ:
-            # torchrun prints what it finds there.
-            get_error_handler().record_exception(error)
-        if store is not None and not lost:
+        if _is_loss(error):
+            lost = TrainingFailed(
+                f"process {world.rank} of {world.size} stopped, because another one was lost or "
+                f"did not answer within {timeout_s:g} s; {_cause(store)} ({_line(error)})"
+            )
+            _record(lost)
+            raise lost from error
+        _record(error)
+        if store is not None:
             store.compare_set(CAUSE_KEY, "", f"process {world.rank}: {_line(error)}")
-        if not lost:
-            raise
-        raise TrainingFailed(
-            f"process {world.rank} of {world.size} stopped, because another one was lost or did "
-            f"not answer within {timeout_s:g} s; {_cause(store)} ({_line(error)})"
-        ) from error
+        raise
     finally:
         if store is not None:
             dist.destroy_process_group()
@@ -179,15 +180,25 @@ def _is_loss(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and ("gloo" in text or "NCCL" in text)
 
 
+def _record(error: Exception) -> None:
+    """Leave an error where torchrun looks for what to print."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        get_error_handler().record_exception(error)
+
+
 def _cause(store: Store | None) -> str:
     if store is None:
         return "see there for the cause"
+    end = time.monotonic() + CAUSE_WAIT_S
     try:
-        store.wait([CAUSE_KEY], timedelta(seconds=CAUSE_WAIT_S))
-        return f"the cause is with {store.get(CAUSE_KEY).decode()}"
+        while not store.check([CAUSE_KEY]) and time.monotonic() < end:
+            time.sleep(CAUSE_WAIT_S / 20)
+        if store.check([CAUSE_KEY]):
+            return f"the cause is with {store.get(CAUSE_KEY).decode()}"
     except RuntimeError:
-        # Nobody left a word, or the process that kept the words is the lost one.
-        return "it left no word: it was killed, crashed, or is stuck"
+        # The process that kept the words is the lost one.
+        return NO_WORD
+    return NO_WORD
 
 
 def _line(error: Exception) -> str:
