@@ -63,7 +63,7 @@ def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
         outputs: [samples, classes, ...].
         targets: class numbers, [samples, ...].
     """
-    return (outputs.argmax(dim=1) == targets).float().mean()
+    return (outputs.argmax(dim=1) == targets).double().mean()
 
 
 def score(
