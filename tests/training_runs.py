@@ -251,3 +251,38 @@ class Failing(Points):
 def failing(how: str, rank: int = 1) -> tuple[Points, Points]:
     """Samples on which the process of a rank fails: raise, exit, kill or sleep."""
     return Failing(how, rank), Points(31, seed=2)
+
+
+def one(outputs: Tensor, targets: Tensor) -> float:
+    """A metric that is the same for every model."""
+    return 1.0
+
+
+class Dropping(nn.Module):
+    """Layers with dropout between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(POSITIONS * WIDTH, WIDTH),
+            nn.ReLU(),
+            nn.Dropout(0.5),
+            nn.Linear(WIDTH, CLASSES),
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        logits: Tensor = self.layers(features.flatten(1))
+        return logits
+
+
+class SlowPoints(Points):
+    """The same samples, slow enough for a run to be killed in its middle."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        time.sleep(0.002)
+        return super().__getitem__(index)
+
+
+def slow_points() -> tuple[Points, Points]:
+    """The samples of `points`, slowly."""
+    return SlowPoints(SAMPLES, seed=1), Points(31, seed=2)

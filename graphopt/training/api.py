@@ -210,7 +210,8 @@ def _check_targets(config: Config) -> Path | None:
     if find_spec("onnxscript") is None:
         raise ConfigError("the export needs onnxscript: pip install 'graphopt[train]'")
     target = config.path(config.export.path)
-    target.parent.mkdir(exist_ok=True)
+    if target.parent.parent.is_dir():
+        target.parent.mkdir(exist_ok=True)
     saving.check_target(target)
     if config.optimize is not None:
         saving.check_target(_optimized_path(config, config.optimize, target))
