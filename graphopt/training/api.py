@@ -29,7 +29,7 @@ from graphopt.training.objectives import Learner, Objective, TaskLoss, loss_name
 from graphopt.training.optimizers import check_schedule, optimizer_of
 from graphopt.training.precision import LossScale
 from graphopt.training.preparation import Preparation
-from graphopt.training.processes import World, joined
+from graphopt.training.processes import World, joined, told_to_torchrun
 from graphopt.training.reading import read_config
 from graphopt.training.recorder import Recorder
 from graphopt.training.scoring import metric_of
@@ -95,6 +95,7 @@ def train(
     if not isinstance(config, Config):
         config = read_config(config)
     with (
+        told_to_torchrun(),
         modules_of(config.folder),
         _threads(config.training.threads),
         joined(config.strategy.timeout_s, config.training.device) as world,

@@ -93,6 +93,17 @@ class World:
 
 
 @contextmanager
+def told_to_torchrun() -> Iterator[None]:
+    """Leave what is raised within where torchrun looks for what to print."""
+    try:
+        yield
+    except Exception as error:
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:
+            get_error_handler().record_exception(error)
+        raise
+
+
+@contextmanager
 def joined(timeout_s: float, wanted: str) -> Iterator[World]:
     """Meet the other processes of the run, or be the only one.
 
@@ -116,13 +127,10 @@ def joined(timeout_s: float, wanted: str) -> Iterator[World]:
         yield world
     except Exception as error:
         if _is_loss(error):
-            lost = TrainingFailed(
+            raise TrainingFailed(
                 f"process {world.rank} of {world.size} stopped, because another one was lost or "
                 f"did not answer within {timeout_s:g} s; {_cause(store)} ({_line(error)})"
-            )
-            _record(lost)
-            raise lost from error
-        _record(error)
+            ) from error
         if store is not None:
             store.compare_set(CAUSE_KEY, "", f"process {world.rank}: {_line(error)}")
         raise
@@ -178,12 +186,6 @@ def _is_loss(error: Exception) -> bool:
         return True
     text = str(error)
     return isinstance(error, RuntimeError) and ("gloo" in text or "NCCL" in text)
-
-
-def _record(error: Exception) -> None:
-    """Leave an error where torchrun looks for what to print."""
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        get_error_handler().record_exception(error)
 
 
 def _cause(store: Store | None) -> str:
