@@ -6,6 +6,7 @@ import math
 from typing import Any, Final
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from graphopt.errors import ConfigError, did_you_mean
@@ -75,6 +76,11 @@ def sizes_of(config: Config, world_size: int) -> dict[str, int]:
         raise ConfigError(
             f"strategy.name is 'single', and there are {world_size} processes; start one, or name "
             f"one of {', '.join(NAMES[1:])}"
+        )
+    if words != ("single",) and not dist.is_initialized():
+        raise ConfigError(
+            f"strategy {config.strategy.name!r} needs processes that know of each other; start "
+            "them with torchrun --nproc_per_node=N -m graphopt.training CONFIG"
         )
     return dict(zip(words, sizes, strict=True))
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
@@ -58,6 +58,9 @@ class Pipeline(Strategy):
         self.schedule = schedule
         self.microbatches = microbatches
         learner.module = self.stage.module
+        if not self.last:
+            # The objective is taken of the outputs.
+            learner.adapters = nn.ParameterList()
         if data is not None:
             self.data_rank, self.data_ranks = data.get_local_rank(), data.size()
             self.data_group = data.get_group()
@@ -93,6 +96,10 @@ class Pipeline(Strategy):
                 schedule.step(**arguments, target=rows, losses=losses, return_outputs=False)
             else:
                 schedule.step(**arguments)
+        for adapter in self.learner.adapters:
+            # The schedule does this for the parameters of the stage.
+            if adapter.grad is not None:
+                adapter.grad.div_(count)
         if self.data_group is not None:
             sum_gradients(self.learner.parameters(), self.data_group)
         mean = sum(float(loss.detach()) for loss in losses) / count / scale
