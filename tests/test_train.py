@@ -90,6 +90,10 @@ def worse_and_worse(outputs: torch.Tensor, targets: torch.Tensor) -> float:
     return -float(worse_and_worse.asked)  # type: ignore[attr-defined]
 
 
+def no_mean(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(outputs, targets, reduction="none")
+
+
 def frozen() -> nn.Module:
     return training_runs.Mlp().requires_grad_(False)
 
@@ -243,8 +247,9 @@ def test_the_best_epoch_is_what_stays() -> None:
 
     first = _train(training={"epochs": 1}, schedule=constant)
     last = _train(validation={**metric, "keep_best": False}, schedule=constant)
-    assert best.scores == (-1.0, -2.0, -3.0)
-    assert best.best == (-1.0, 1)
+    # It was asked once before training, whether it can be taken of the outputs at all.
+    assert best.scores == (-2.0, -3.0, -4.0)
+    assert best.best == (-2.0, 1)
     states = [run.module.state_dict() for run in (best, first, last) if run.module is not None]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert not torch.equal(states[0]["head.weight"], states[2]["head.weight"])
@@ -387,6 +392,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (_with("schedule", name="cosin"), "must be one of constant, linear, cosine, one-cycle"),
     (_with("schedule", warmup_steps=21), "the run has 21 steps"),
     (_with("training", loss="crossentropy"), "no loss; did you mean 'cross-entropy'"),
+    (_with("training", loss="mse"), "the loss of the first samples cannot be computed: Runtime"),
+    (_with("training", loss="test_train:no_mean"), r"the loss is \[2\]; it must be one number"),
+    (_with("data", options={"count": 3}, batch_size=4), "the run has 3 steps"),
     (_with("training", precision="float8"), "must be one of float32, bfloat16, float16"),
     (_with("training", epochs=0), "training.epochs is 0"),
     (_with("validation", metric="acuracy"), "no metric; did you mean 'accuracy'"),

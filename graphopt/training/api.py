@@ -19,9 +19,9 @@ from graphopt.errors import ConfigError
 from graphopt.json_report import run_to_json, versions
 from graphopt.ledger import Run
 from graphopt.training import exporting
-from graphopt.training.batches import Samples, Splits, first_inputs, splits_of
+from graphopt.training.batches import Samples, Splits, first_of, splits_of
 from graphopt.training.checkpoints import Checkpoints
-from graphopt.training.choosing import check_strategy, strategy_of
+from graphopt.training.choosing import check_strategy, strategy_of, words_of
 from graphopt.training.config import Config, Optimize
 from graphopt.training.importing import made_by, modules_of
 from graphopt.training.loop import Loop, steps_per_epoch
@@ -32,11 +32,9 @@ from graphopt.training.preparation import Preparation
 from graphopt.training.processes import World, joined, told_to_torchrun
 from graphopt.training.reading import read_config
 from graphopt.training.recorder import Recorder
-from graphopt.training.scoring import metric_of
+from graphopt.training.scoring import Metric, metric_of
+from graphopt.training.trial import SAMPLES, try_metric, try_objective
 from graphopt.validation import OutputError
-
-EXAMPLES = 2
-"""Samples on which a divided model is compared with the whole one."""
 
 
 def _quiet(_: str) -> None:
@@ -143,12 +141,13 @@ def _train(config: Config, world: World, resume: bool, progress: Callable[[str],
     preparations = [_preparation_of(table) for table in config.prepare]
     for preparation in preparations:
         preparation.attach(module)
-    inputs = first_inputs(splits.train, EXAMPLES)
+    inputs, _ = first_of(splits.train, SAMPLES)
     names = exporting.names_of_inputs(module, config.export, len(inputs))
     exporting.axes_of(config.export, names, inputs)
     whole = copy.deepcopy(module) if world.first else None
     learner = Learner(module, objective).to(world.device)
-    example = tuple(tensor.to(world.device) for tensor in inputs)
+    _try_out(config, learner, splits, metric, world.device)
+    example, _ = first_of(splits.train, SAMPLES, world.device)
     strategy = strategy_of(config, learner, world, example)
     optimizer = optimizer_of(config.optimizer, learner.parameters())
     # Processes that compute on the same samples draw the same numbers.
@@ -191,6 +190,15 @@ def _train(config: Config, world: World, resume: bool, progress: Callable[[str],
     if target is None:
         return trained
     return _export(config, trained, whole, splits, names, target, recorder, progress)
+
+
+def _try_out(
+    config: Config, learner: Learner, splits: Splits, metric: Metric | None, device: torch.device
+) -> None:
+    samples = first_of(splits.train, SAMPLES, device)
+    try_objective(learner, samples, "pipeline" in words_of(config))
+    if metric is not None and splits.validation is not None:
+        try_metric(learner, first_of(splits.validation, SAMPLES, device), metric)
 
 
 def _checkpoints(config: Config) -> Checkpoints | None:
@@ -274,7 +282,7 @@ def _export(
     progress("exporting")
     # Real samples that were not trained on, where there are any.
     samples = splits.validation if splits.validation is not None else splits.train
-    inputs = first_inputs(samples, config.export.samples)
+    inputs, _ = first_of(samples, config.export.samples)
     axes = exporting.axes_of(config.export, names, inputs)
     model = exporting.exported(
         module, inputs, names, config.export.output_names, axes, config.export.opset
@@ -327,7 +335,7 @@ def _optimize(
 
 def _feeds(samples: Samples, names: tuple[str, ...], count: int) -> Iterator[dict[str, np.ndarray]]:
     """Samples as `graphopt.optimize` takes them, each a batch of one."""
-    inputs = first_inputs(samples, count)
+    inputs, _ = first_of(samples, count)
     for number in range(inputs[0].shape[0]):
         yield {
             name: exporting.array_of(tensor[number : number + 1])
