@@ -156,6 +156,12 @@ def test_the_loss_is_that_of_plain_pytorch() -> None:
     assert trained.losses == pytest.approx(losses, abs=1e-6)
 
 
+def test_a_smaller_last_batch_may_be_left_out() -> None:
+    whole, dropped = _train(training={"epochs": 1}), _train(data={"drop_last": True})
+
+    assert (whole.steps, dropped.steps) == (7, 18)
+
+
 def test_accumulated_parts_give_the_curve_of_whole_batches() -> None:
     whole = _train()
 
@@ -380,6 +386,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     (_with("data", batch_size=0), "data.batch_size is 0; it must be at least 1"),
     (_with("data", batch_size=1.5), "data.batch_size is 1.5; it must be a whole number"),
+    (_with("data", batch_size=92, drop_last=True), "data.drop_last leaves nothing"),
     (_with("data", batch=3), r"\[data\] has no key 'batch'; did you mean 'batch_size'"),
     (_with("optimizer", name="adamm"), "no optimizer; did you mean 'adam'"),
     (_with("optimizer", name="lbfgs"), "which is no optimizer"),

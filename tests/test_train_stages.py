@@ -119,6 +119,17 @@ def test_where_a_model_cannot_be_taken_apart_it_is_told(
         split(module, starts)
 
 
+def test_layers_that_share_parameters_stay_together() -> None:
+    module = nn.Sequential(Tied(), nn.Linear(WIDTH, WIDTH))
+    assert layers_of(module, ()) == list(module)
+    lists = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH))
+    lists[2].weight = lists[0].weight
+
+    assert layers_of(lists, ()) == []
+    with pytest.raises(ConfigError, match="'0' shares a parameter with a module outside"):
+        layers_of(lists, ["0"])
+
+
 def test_layers_are_the_elements_of_the_outermost_lists() -> None:
     module = Transformer()
 
