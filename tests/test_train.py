@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,6 +94,10 @@ def worse_and_worse(outputs: torch.Tensor, targets: torch.Tensor) -> float:
 
 def no_mean(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(outputs, targets, reduction="none")
+
+
+def constant(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return outputs.detach().mean()
 
 
 def frozen() -> nn.Module:
@@ -402,6 +408,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (_with("training", loss="mse"), "the loss of the first samples cannot be computed: Runtime"),
     (_with("training", loss="test_train:no_mean"), r"the loss is \[2\]; it must be one number"),
     (_with("data", options={"count": 3}, batch_size=4), "the run has 3 steps"),
+    (_with("training", loss="test_train:constant"), "does not depend on any parameter"),
     (_with("training", precision="float8"), "must be one of float32, bfloat16, float16"),
     (_with("training", epochs=0), "training.epochs is 0"),
     (_with("validation", metric="acuracy"), "no metric; did you mean 'accuracy'"),
@@ -505,6 +512,18 @@ def test_the_command_trains_exports_and_optimizes_the_example(
     assert told["run"]["recipe"] == "basic"
     assert Path(told["optimized"]).is_file()
     assert told["numerics"]["logits"]["as_written"]["rel_l2"] < 1e-5
+
+
+def test_the_command_says_what_to_install_where_torch_is_not_there() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None; sys.argv = ['graphopt', 'train', 'x.toml']\n"
+        "from graphopt.cli import main; main()"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+    assert done.returncode == 2
+    assert done.stderr == "graphopt: error: training needs torch: pip install 'graphopt[train]'\n"
 
 
 def test_the_command_ends_with_a_line_and_a_code_at_a_bad_configuration(

@@ -89,15 +89,19 @@ def test_two_processes_give_the_curve_and_the_export_of_one(tmp_path: Path) -> N
     runs = {name: _exporting(name, **sections) for name, sections in TWO.items()}
     # One launch for all: most of the time goes into starting processes.
     accumulated = {f"{name}, accumulated": _joined(TWO[name], ACCUMULATED) for name in DATA}
+    idle = {"model": {"factory": "training_runs:Idle"}}
+    idling = {f"{name}, idle": _joined(TWO[name], idle) for name in DATA}
     clipping = {f"{name}, clipped": _joined(TWO[name], CLIPPED) for name in TWO}
 
-    told = in_processes(2, {**runs, **accumulated, **clipping}, tmp_path)
+    told = in_processes(2, {**runs, **accumulated, **clipping, **idling}, tmp_path)
 
     _assert_same(told, alone, tmp_path, runs)
     for name in accumulated:
         assert _distance(told[name]["losses"], alone["losses"]) < LIMIT, name
     for name in clipping:
         assert _distance(told[name]["losses"], clipped["losses"]) < LIMIT, name
+    for name in idling:
+        assert _distance(told[name]["losses"], tell(_joined(idle), tmp_path)["losses"]) < LIMIT
     assert _distance(alone["losses"], clipped["losses"]) > 1000 * LIMIT
 
 
@@ -120,6 +124,7 @@ def test_two_processes_train_in_half_precision(tmp_path: Path) -> None:
         assert np.mean(result["losses"][-7:]) < 0.8 * np.mean(result["losses"][:7]), name
 
 
+@pytest.mark.slow
 def test_four_processes_as_ddp_x_tensor_give_the_curve_and_the_export_of_one(
     tmp_path: Path,
 ) -> None:

@@ -45,6 +45,14 @@ class Mlp(nn.Module):
         return logits
 
 
+class Idle(Mlp):
+    """A layer has no part in the outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.idle = nn.Linear(WIDTH, WIDTH)
+
+
 class Block(nn.Module):
     """A transformer block whose code knows the number of heads."""
 

@@ -32,7 +32,7 @@ from graphopt.training.preparation import Preparation
 from graphopt.training.processes import World, joined, told_to_torchrun
 from graphopt.training.reading import read_config
 from graphopt.training.recorder import Recorder
-from graphopt.training.scoring import Metric, metric_of
+from graphopt.training.scoring import metric_of
 from graphopt.training.trial import SAMPLES, try_metric, try_objective
 from graphopt.validation import OutputError
 
@@ -146,9 +146,11 @@ def _train(config: Config, world: World, resume: bool, progress: Callable[[str],
     exporting.axes_of(config.export, names, inputs)
     whole = copy.deepcopy(module) if world.first else None
     learner = Learner(module, objective).to(world.device)
-    _try_out(config, learner, splits, metric, world.device)
-    example, _ = first_of(splits.train, SAMPLES, world.device)
-    strategy = strategy_of(config, learner, world, example)
+    samples = first_of(splits.train, SAMPLES, world.device)
+    uses_all = try_objective(learner, samples, "pipeline" in words_of(config))
+    if metric is not None and splits.validation is not None:
+        try_metric(learner, first_of(splits.validation, SAMPLES, world.device), metric)
+    strategy = strategy_of(config, learner, world, samples[0], uses_all)
     optimizer = optimizer_of(config.optimizer, learner.parameters())
     # Processes that compute on the same samples draw the same numbers.
     torch.manual_seed((config.training.seed + strategy.data_rank) % 2**62)
@@ -190,15 +192,6 @@ def _train(config: Config, world: World, resume: bool, progress: Callable[[str],
     if target is None:
         return trained
     return _export(config, trained, whole, splits, names, target, recorder, progress)
-
-
-def _try_out(
-    config: Config, learner: Learner, splits: Splits, metric: Metric | None, device: torch.device
-) -> None:
-    samples = first_of(splits.train, SAMPLES, device)
-    try_objective(learner, samples, "pipeline" in words_of(config))
-    if metric is not None and splits.validation is not None:
-        try_metric(learner, first_of(splits.validation, SAMPLES, device), metric)
 
 
 def _checkpoints(config: Config) -> Checkpoints | None:

@@ -119,7 +119,11 @@ def _check_pipeline(config: Config, sizes: dict[str, int]) -> None:
 
 
 def strategy_of(
-    config: Config, learner: Learner, world: World, example: tuple[Tensor, ...]
+    config: Config,
+    learner: Learner,
+    world: World,
+    example: tuple[Tensor, ...],
+    uses_all: bool,
 ) -> Strategy:
     """The strategy of a run, the learner divided as it says.
 
@@ -128,6 +132,7 @@ def strategy_of(
         learner: whole, the same on all processes, on the device.
         world: the processes.
         example: inputs of a few samples, on the device.
+        uses_all: all parameters have a part in the loss.
 
     Raises:
         ConfigError: the model cannot be divided so.
@@ -136,7 +141,7 @@ def strategy_of(
     if "single" in sizes:
         return Single(learner, world, config.training.precision)
     if tuple(sizes) == ("ddp",):
-        return Ddp(learner, world, config.training.precision)
+        return Ddp(learner, world, config.training.precision, uses_all)
     mesh = world.mesh(tuple(sizes.values()), tuple(sizes))
     data = mesh["ddp"] if "ddp" in sizes else None
     precision = config.training.precision

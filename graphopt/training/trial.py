@@ -17,7 +17,7 @@ SAMPLES = 2
 """One would not do: a batch of one is a special case to many modules."""
 
 
-def try_objective(learner: Learner, samples: Collated, on_outputs: bool) -> None:
+def try_objective(learner: Learner, samples: Collated, on_outputs: bool) -> bool:
     """Compute the objective of a few samples.
 
     Args:
@@ -25,11 +25,14 @@ def try_objective(learner: Learner, samples: Collated, on_outputs: bool) -> None
         samples: inputs and targets, where the learner is.
         on_outputs: take it of the outputs alone, as the last stage of a pipeline does.
 
+    Returns:
+        Whether all parameters that are trained have a part in it.
+
     Raises:
-        ConfigError: it cannot be computed, or is no scalar.
+        ConfigError: it cannot be computed, is no scalar, or none of them has.
     """
     learner.eval()
-    with torch.no_grad(), _told("the loss of the first samples"):
+    with _told("the loss of the first samples"):
         if on_outputs:
             loss = learner.objective.on_outputs(learner.module(*samples[0]), *samples)
         else:
@@ -37,6 +40,11 @@ def try_objective(learner: Learner, samples: Collated, on_outputs: bool) -> None
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         shown = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise ConfigError(f"the loss is {shown}; it must be one number, the mean over the samples")
+    trained = [parameter for parameter in learner.parameters() if parameter.requires_grad]
+    if not loss.requires_grad:
+        raise ConfigError("the loss does not depend on any parameter of the model")
+    gradients = torch.autograd.grad(loss.sum(), trained, allow_unused=True)
+    return all(gradient is not None for gradient in gradients)
 
 
 def try_metric(learner: Learner, samples: Collated, metric: Metric) -> None:
