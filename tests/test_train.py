@@ -322,7 +322,7 @@ def test_the_export_has_free_dimensions_and_the_names_of_the_module(tmp_path: Pa
     )
     with torch.no_grad():
         assert np.abs(found - trained.module(features).numpy()).max() < 1e-5
-    assert trained.numerics[0].rel_l2 < 1e-5
+    assert trained.delivery.numerics[0].rel_l2 < 1e-5
 
 
 def test_the_export_tells_nothing_of_the_machine(tmp_path: Path) -> None:
@@ -342,8 +342,9 @@ def test_a_run_ends_in_an_optimized_file(tmp_path: Path) -> None:
         log={"path": "run.jsonl"},
     )
 
-    assert trained.run is not None and trained.optimized == tmp_path / "small.onnx"
-    assert onnx.load(trained.optimized).graph.node
+    assert trained.delivery.run is not None
+    assert trained.delivery.optimized == tmp_path / "small.onnx"
+    assert onnx.load(trained.delivery.optimized).graph.node
     line = record_of(tmp_path / "run.jsonl")[-1]
     assert line["event"] == "optimize"
     assert line["result"]["steps"] == json.loads(json.dumps(line["result"]["steps"]))
@@ -424,6 +425,14 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (_with("export", path="x.onnx", dynamic_axes={"a": {"0": "n"}}), "there is no input 'a'"),
     (_with("export", path="x.onnx", dynamic_axes={"features": {"7": "n"}}), "no axis '7'"),
     (_with("optimize", recipe="basic"), "state export.path"),
+    (
+        table(export={"path": "x.onnx"}, optimize={"output": "./x.onnx"}),
+        "the exported file itself",
+    ),
+    (table(export={"path": "x.onnx"}, optimize={"recipe": "basik"}), "did you mean 'basic'"),
+    (table(export={"path": "x.onnx"}, optimize={"passes": "fold{"}), "fold"),
+    (table(export={"path": "x.onnx"}, optimize={"max_error": ["much"]}), "not an error budget"),
+    (table(export={"path": "x.onnx"}, optimize={"require": "much"}), "much"),
     (_with("log", path="no/such/folder/log"), "cannot write log.path"),
 ]
 

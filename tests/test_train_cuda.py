@@ -38,7 +38,9 @@ def test_a_gpu_gives_the_curve_of_the_cpu(tmp_path: Path) -> None:
 
 
 def test_a_run_on_a_gpu_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
-    run = table(training={"precision": "float16"}, checkpoint={"folder": "checkpoints"})
+    run = table(
+        training={"precision": "float16", "device": "cuda"}, checkpoint={"folder": "checkpoints"}
+    )
     first = tell(run, tmp_path)
 
     again = train(config_of(run, tmp_path), resume=True)
@@ -52,7 +54,7 @@ def test_a_run_on_a_gpu_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
 def test_a_process_with_nccl_gives_the_curve_of_a_single_one(
     name: str, precision: str, tmp_path: Path
 ) -> None:
-    training = {"precision": precision}
+    training = {"precision": precision, "device": "cuda"}
     content = table(training=training, strategy={"name": name}, log={"path": "run.jsonl"})
     process = start(torchrun(1, str(write_toml(tmp_path / "run.toml", content))))
 

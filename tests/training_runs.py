@@ -137,7 +137,7 @@ def table(**sections: Any) -> dict[str, Any]:
         "data": {"factory": f"{__name__}:points", "batch_size": 15},
         "optimizer": {"name": "sgd", "learning_rate": 0.05, "options": {"momentum": 0.9}},
         "schedule": {"name": "cosine", "warmup_steps": 3},
-        "training": {"epochs": 3, "threads": 1},
+        "training": {"epochs": 3, "threads": 1, "device": "cpu"},
     }
     for name, values in sections.items():
         merges = isinstance(values, dict) and name in content
