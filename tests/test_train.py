@@ -437,6 +437,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:Using a target size")
 @pytest.mark.parametrize(("content", "message"), BAD, ids=[message for _, message in BAD])
 def test_a_bad_configuration_is_told_what_is_wrong(
     content: dict[str, Any], message: str, tmp_path: Path

@@ -58,7 +58,8 @@ def _events(folder: Path, event: str) -> list[dict[str, Any]]:
 
 
 def _wait_for_checkpoint(process: Popen[str], folder: Path) -> None:
-    while not (folder / "checkpoints" / "step-00000010").is_dir():
+    latest = folder / "checkpoints" / "latest"
+    while not latest.is_file() or latest.read_text() < "step-00000010":
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.001)
 

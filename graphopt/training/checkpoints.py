@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_pieces
 from graphopt.errors import ConfigError, TrainingFailed
 from graphopt.training.config import Table
 from graphopt.training.precision import LossScale
+from graphopt.training.processes import is_loss
 from graphopt.training.strategy import Strategy
 
 SCHEMA_VERSION: Final = 1
@@ -159,6 +160,8 @@ class Checkpoints:
             with _alone(strategy.world.size):
                 load_pieces(state, checkpoint_id=path)
         except (CheckpointException, RuntimeError, KeyError, ValueError) as error:
+            if is_loss(error):
+                raise
             raise ConfigError(f"the checkpoint {path} cannot be read: {error}") from error
         set_model_state_dict(strategy.learner, state["learner"])
         set_optimizer_state_dict(strategy.learner, optimizer, state["optimizer"], options=BY_NAME)

@@ -16,7 +16,7 @@ from graphopt.training.ddp import Ddp
 from graphopt.training.fsdp import Fsdp
 from graphopt.training.objectives import Learner
 from graphopt.training.pipeline import Pipeline
-from graphopt.training.processes import World
+from graphopt.training.processes import World, is_loss
 from graphopt.training.strategy import Single, Strategy
 from graphopt.training.tensor import Tensor as TensorParallel
 
@@ -177,6 +177,8 @@ def _evaluated(module: nn.Module, example: tuple[Tensor, ...]) -> list[Tensor]:
 def _tensors(outputs: Any) -> list[Tensor]:
     if isinstance(outputs, Tensor):
         return [outputs]
+    if not isinstance(outputs, dict | list | tuple):
+        return []
     values = outputs.values() if isinstance(outputs, dict) else outputs
     return [tensor for value in values for tensor in _tensors(value)]
 
@@ -192,6 +194,8 @@ def _check_divided(module: nn.Module, whole: list[Tensor], example: tuple[Tensor
     try:
         parts = _evaluated(module, example)
     except RuntimeError as error:
+        if is_loss(error):
+            raise
         raise ConfigError(
             f"strategy.plan: the divided model cannot be computed: {error}; each column "
             "needs a row after it"

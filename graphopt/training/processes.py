@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final
@@ -126,13 +126,15 @@ def joined(timeout_s: float, wanted: str) -> Iterator[World]:
     try:
         yield world
     except Exception as error:
-        if _is_loss(error):
+        if is_loss(error):
             raise TrainingFailed(
                 f"process {world.rank} of {world.size} stopped, because another one was lost or "
                 f"did not answer within {timeout_s:g} s; {_cause(store)} ({_line(error)})"
             ) from error
         if store is not None:
-            store.compare_set(CAUSE_KEY, "", f"process {world.rank}: {_line(error)}")
+            # The process that keeps the words may be gone; the error is raised all the same.
+            with suppress(RuntimeError):
+                store.compare_set(CAUSE_KEY, "", f"process {world.rank}: {_line(error)}")
         raise
     finally:
         if store is not None:
@@ -180,7 +182,7 @@ def _arrive(timeout_s: float, device: torch.device) -> Store:
     return store
 
 
-def _is_loss(error: Exception) -> bool:
+def is_loss(error: BaseException) -> bool:
     """Whether a collective failed, as against anything else that a process can fail of."""
     if isinstance(error, dist.DistError):
         return True
