@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from graphopt.errors import ConfigError
 from graphopt.training import exporting
@@ -17,7 +17,7 @@ from graphopt.training.choosing import strategy_of, words_of
 from graphopt.training.config import Config
 from graphopt.training.importing import made_by
 from graphopt.training.loop import Loop, steps_per_epoch
-from graphopt.training.objectives import Learner, Loss, Objective, TaskLoss, loss_named
+from graphopt.training.objectives import Learner, Objective, TaskLoss, loss_named
 from graphopt.training.optimizers import check_schedule, optimizer_of
 from graphopt.training.precision import LossScale
 from graphopt.training.preparation import Preparation
@@ -81,11 +81,13 @@ def assemble(
     progress("making the model")
     torch.manual_seed(config.training.seed)
     module = _module_of(config)
-    objective = _objective_of(config, loss, module, world.device)
+    inputs, _ = first_of(splits.train, SAMPLES)
+    objective = _objective_of(config, TaskLoss(loss), module, inputs, world.device)
     preparations = [_preparation_of(table) for table in config.prepare]
     for preparation in preparations:
         preparation.attach(module)
-    names = _input_names(config, module, splits)
+    names = exporting.names_of_inputs(module, config.export, len(inputs))
+    exporting.axes_of(config.export, names, inputs)
     whole = copy.deepcopy(module) if world.first else None
     learner = Learner(module, objective).to(world.device)
     strategy = _strategy_of(config, world, learner, splits, metric)
@@ -118,13 +120,6 @@ def _strategy_of(
     return strategy_of(config, learner, world, inputs, uses_all)
 
 
-def _input_names(config: Config, module: nn.Module, splits: Splits) -> tuple[str, ...]:
-    inputs, _ = first_of(splits.train, SAMPLES)
-    names = exporting.names_of_inputs(module, config.export, len(inputs))
-    exporting.axes_of(config.export, names, inputs)
-    return names
-
-
 def _module_of(config: Config) -> nn.Module:
     module = made_by(config.model.factory, config.model.options, "model.factory")
     if not isinstance(module, nn.Module):
@@ -137,18 +132,25 @@ def _module_of(config: Config) -> nn.Module:
     return module
 
 
-def _objective_of(config: Config, loss: Loss, module: nn.Module, device: torch.device) -> Objective:
+def _objective_of(
+    config: Config,
+    task: TaskLoss,
+    module: nn.Module,
+    inputs: tuple[Tensor, ...],
+    device: torch.device,
+) -> Objective:
     """What training makes small.
 
     Args:
         config: may have a table on distillation.
-        loss: against targets.
-        module: the student, whole.
-        device: where it will be.
+        task: the loss against targets.
+        module: the student, whole, on the CPU.
+        inputs: of a few samples, on the CPU.
+        device: where training will be.
     """
     if config.distill is not None:
         raise ConfigError("[distill] is not there in this version of graphopt; leave it out")
-    return TaskLoss(loss)
+    return task
 
 
 def _preparation_of(table: Mapping[str, object]) -> Preparation:
