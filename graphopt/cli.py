@@ -14,8 +14,8 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any
 
 import typer
@@ -26,7 +26,7 @@ import graphopt
 from graphopt import demo as demonstration
 from graphopt import json_report, report, saving, sharing
 from graphopt.collection import no_collection
-from graphopt.errors import CheckFailed, GraphoptError, RuntimeUnavailable, SpecError
+from graphopt.errors import CheckFailed, GraphoptError, SpecError
 from graphopt.recipes import recipe as recipe_of
 from graphopt.recipes import recipe_names
 from graphopt.registry import pass_class, pass_names
@@ -336,9 +336,7 @@ def heal(
     saving.check_target(output, source=optimized)
     _check_json(json, [original, optimized], [output, samples])
     pairs = _states(state)
-    _check_torch()
-    from graphopt import training
-
+    training = _training()
     with _progress() as progress:
         found = training.heal(
             original,
@@ -373,6 +371,40 @@ def passes(
 
 
 @app.command()
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The .toml file.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="SECTION.KEY=VALUE",
+            help="A value in place of that in CONFIG, in TOML; words need no quotes. Repeatable.",
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint, if there is one.")
+    ] = False,
+    json: Json = None,
+) -> None:
+    """Train a PyTorch model as CONFIG says, export it, and optimize what was exported.
+
+    With several processes: torchrun --nproc_per_node=N -m graphopt.training CONFIG.
+    """
+    _check_json(json, others=[config])
+    training = _training()
+    read = training.read_config(config, settings or ())
+    with _progress() as progress:
+        trained = training.train(read, resume=resume, progress=progress)
+    # One of several processes speaks for all.
+    if trained.module is not None:
+        shown = training.render_trained(trained)
+        _show(shown, json, lambda: training.trained_to_json(trained))
+    run = trained.delivery.run
+    if run is not None and run.failures:
+        raise CheckFailed("; ".join(run.failures))
+
+
+@app.command()
 def demo(
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Where to write the optimized model.")
@@ -398,9 +430,15 @@ def _check_json(
         saving.check_text_target(Path(json), models, files)
 
 
-def _check_torch() -> None:
-    if find_spec("torch") is None:
-        raise RuntimeUnavailable("torch is not installed; install graphopt[train]")
+def _training() -> ModuleType:
+    """The training side, which needs more than the rest."""
+    try:
+        from graphopt import training
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise GraphoptError("training needs torch: pip install 'graphopt[train]'") from None
+    return training
 
 
 def _states(texts: list[str] | None) -> list[tuple[str, str]]:

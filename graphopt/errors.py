@@ -27,6 +27,16 @@ class SpecError(GraphoptError):
     """A pass, recipe, option, budget or other text is not of its form."""
 
 
+class ConfigError(GraphoptError):
+    """The configuration of a training run is not of its form, or does not fit what is there."""
+
+
+class TrainingFailed(GraphoptError):
+    """Training stopped: its numbers are no longer finite, or another process of it was lost."""
+
+    exit_code = 1
+
+
 class RuntimeUnavailable(GraphoptError):
     """onnxruntime, or the provider that was asked for, is not there."""
 

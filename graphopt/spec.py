@@ -80,7 +80,7 @@ def check_options(instance: Any) -> None:
     """Raise SpecError where a field of the pass has the wrong type or is out of its bounds."""
     for option in options_of(type(instance)).values():
         value = getattr(instance, option.field)
-        if not _has_type(value, option.type):
+        if not has_type(value, option.type):
             raise SpecError(_mismatch(instance.name, option, repr(value)))
         if option.bounds is not None and value is not None and value not in option.bounds:
             raise SpecError(
@@ -244,17 +244,22 @@ def _convert_tuple(raw: Any, arguments: tuple[Any, ...]) -> tuple[Any, bool]:
     return tuple(v for v, _ in items), len(raw) == len(hints) and all(fits for _, fits in items)
 
 
-def _has_type(value: Any, hint: Any) -> bool:
+def has_type(value: Any, hint: Any) -> bool:
+    """Whether a value is of the type that a field is annotated with."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
-        return any(_has_type(value, a) for a in arguments)
+        return any(has_type(value, a) for a in arguments)
     if origin is Literal:
         return any(value == a and type(value) is type(a) for a in arguments)
     if origin is tuple:
         if not isinstance(value, tuple):
             return False
         hints = [arguments[0]] * len(value) if arguments[1:] == (...,) else arguments
-        return len(value) == len(hints) and all(map(_has_type, value, hints))
+        return len(value) == len(hints) and all(map(has_type, value, hints))
+    if origin is dict:
+        return isinstance(value, dict) and all(has_type(v, arguments[1]) for v in value.values())
+    if hint is Any:
+        return True
     if hint is float:
         # NaN is left out: it is no limit and no size, and not equal to itself.
         return isinstance(value, int | float) and not isinstance(value, bool) and value == value
@@ -308,5 +313,7 @@ def describe_type(hint: Any) -> str:
         return "one of " + ", ".join(map(_plain_text, arguments))
     if origin is tuple:
         return f"a list like ({describe_type(arguments[0])}, ...)"
+    if origin is dict:
+        return "a table" if arguments[1] is Any else f"a table of {describe_type(arguments[1])}"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     return names.get(hint, "none")

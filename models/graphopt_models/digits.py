@@ -44,6 +44,25 @@ class Split:
 
 
 @dataclass(frozen=True)
+class Samples:
+    """A split as `graphopt train` takes it: items are (input, label).
+
+    Attributes:
+        inputs: float32 [n, ...].
+        labels: int64 [n], the digit 0 to 9.
+    """
+
+    inputs: NDArray[np.float32]
+    labels: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[NDArray[np.float32], np.int64]:
+        return self.inputs[index], self.labels[index]
+
+
+@dataclass(frozen=True)
 class Digits:
     """The data set: 60 % to train on, 15 % to choose an epoch by, 25 % to measure with."""
 
@@ -60,6 +79,20 @@ def load() -> Digits:
     rest, test = _divide(whole, second=0.25)
     train, validation = _divide(rest, second=0.2)
     return Digits(train, validation, test)
+
+
+def samples(view: View = "image") -> tuple[Samples, Samples]:
+    """The parts to train on and to choose an epoch by, as `graphopt train` takes them.
+
+    Args:
+        view: what the model takes.
+    """
+    data = load()
+    train, validation = data.train, data.validation
+    return (
+        Samples(train.inputs(view), train.labels),
+        Samples(validation.inputs(view), validation.labels),
+    )
 
 
 def _divide(split: Split, *, second: float) -> tuple[Split, Split]:

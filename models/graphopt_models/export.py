@@ -12,6 +12,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from graphopt.training.exporting import DynamicAxes, exported
 from graphopt_models import digits
 from graphopt_models.digits import SIDE, Split, View
 from graphopt_models.training import Classifier, accuracy, train
@@ -35,21 +36,9 @@ def export(module: nn.Module, view: View, path: Path) -> None:
     """
     # A batch of 1 would be taken for a constant.
     shape = (2, 1, SIDE, SIDE) if view == "image" else (2, SIDE, SIDE)
-    program = torch.onnx.export(
-        module.eval(),
-        (torch.zeros(shape),),
-        input_names=[view],
-        output_names=["logits"],
-        dynamic_shapes={view: {0: torch.export.Dim("batch")}},
-        opset_version=OPSET,
-        dynamo=True,
-        optimize=False,
-        verbose=False,
-    )
-    if program is None:
-        raise RuntimeError("torch.onnx.export returned no program")
-    _clear_provenance(program.model)
-    ir.save(program.model, path)
+    inputs = (torch.zeros(shape),)
+    axes: DynamicAxes = {view: {0: "batch"}}
+    ir.save(exported(module, inputs, [view], ["logits"], axes, OPSET), path)
 
 
 def write_samples(split: Split, view: View, samples: Path, labels: Path) -> None:
@@ -98,28 +87,3 @@ def main(classifier: Classifier, argv: Sequence[str] | None = None) -> None:
     parameters = sum(parameter.numel() for parameter in module.parameters())
     print(f"{stem}: {parameters} parameters")
     print(f"accuracy on the test split: {accuracy(module, test, classifier.view):.4f}")
-
-
-def _clear_provenance(model: ir.Model) -> None:
-    """Remove what the exporter notes about its origin: stack traces hold paths of the machine."""
-    model.doc_string = None
-    model.metadata_props.clear()
-    for graph in model.graphs():
-        graph.doc_string = None
-        graph.metadata_props.clear()
-        for value in (*graph.inputs, *graph.initializers.values()):
-            _clear_value(value)
-        for node in graph:
-            node.doc_string = None
-            node.metadata_props.clear()
-            for value in node.outputs:
-                _clear_value(value)
-
-
-def _clear_value(value: ir.Value) -> None:
-    """Remove doc string and metadata of a value and of the constant it holds."""
-    value.doc_string = None
-    value.metadata_props.clear()
-    if value.const_value is not None:
-        value.const_value.doc_string = None
-        value.const_value.metadata_props.clear()

@@ -1,0 +1,239 @@
+"""Trained modules out: to ONNX, and checked there against PyTorch."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from graphopt import saving
+from graphopt.contract import Effect
+from graphopt.errors import ConfigError, ModelError, SampleError, did_you_mean
+from graphopt.runtime import Reference, Session
+from graphopt.training.config import Export
+from graphopt.validation import Comparison, OutputError, why_over
+
+DynamicAxes = Mapping[str, Mapping[int, str]]
+
+
+def names_of_inputs(module: nn.Module, config: Export, count: int) -> tuple[str, ...]:
+    """The names that the inputs get.
+
+    Args:
+        module: names them after its arguments, where the configuration does not.
+        config: of the export.
+        count: of the inputs.
+
+    Raises:
+        ConfigError: the configuration names another number of them.
+    """
+    named = config.input_names
+    if named and len(named) != count:
+        raise ConfigError(
+            f"export.input_names is {list(named)}; the samples have {count} inputs, so name {count}"
+        )
+    if len(set(named)) != len(named):
+        raise ConfigError(f"export.input_names is {list(named)}; each name may be there once")
+    if named:
+        return named
+    arguments = list(inspect.signature(module.forward).parameters)
+    if len(arguments) < count:
+        raise ConfigError(
+            f"the samples have {count} inputs, and the module's forward takes "
+            f"{', '.join(arguments)}; state export.input_names"
+        )
+    return tuple(arguments[:count])
+
+
+def axes_of(config: Export, names: Sequence[str], inputs: Sequence[Tensor]) -> DynamicAxes:
+    """The dimensions of inputs that may have any size, by input and axis.
+
+    Raises:
+        ConfigError: an input or axis is not there.
+    """
+    if not config.dynamic_axes:
+        return {name: {0: "batch"} for name in names}
+    found: dict[str, dict[int, str]] = {}
+    ranks = {name: tensor.ndim for name, tensor in zip(names, inputs, strict=True)}
+    for name, axes in config.dynamic_axes.items():
+        if name not in ranks:
+            near = did_you_mean(name, names)
+            raise ConfigError(f"export.dynamic_axes: there is no input {name!r}{near}")
+        for axis in axes:
+            if not axis.isdecimal() or int(axis) >= ranks[name]:
+                raise ConfigError(
+                    f"export.dynamic_axes: {name!r} has no axis {axis!r}; its axes are 0 to "
+                    f"{ranks[name] - 1}"
+                )
+        found[name] = {int(axis): dimension for axis, dimension in axes.items()}
+    return found
+
+
+def exported(
+    module: nn.Module,
+    inputs: Sequence[Tensor],
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    axes: DynamicAxes,
+    opset: int,
+) -> ir.Model:
+    """A module as an ONNX model, left as PyTorch translates it, without where it comes from.
+
+    Args:
+        module: put into evaluation mode.
+        inputs: of two samples or more: a dimension of 1 would be taken for a constant.
+        input_names: in the order of the inputs.
+        output_names: may be empty for the exporter's own.
+        axes: dimensions that may have any size, by input and axis.
+        opset: of the default operators.
+
+    Returns:
+        The model; initializers have the names of the parameters.
+
+    Raises:
+        ModelError: PyTorch cannot export the module.
+    """
+    dimensions: dict[str, Any] = {}
+    shapes = tuple(
+        {
+            axis: dimensions.setdefault(name, torch.export.Dim(name))
+            for axis, name in axes.get(input_name, {}).items()
+        }
+        for input_name in input_names
+    )
+    try:
+        with _unmoved():
+            program = torch.onnx.export(
+                module.eval(),
+                tuple(inputs),
+                input_names=list(input_names),
+                output_names=list(output_names) or None,
+                dynamic_shapes=shapes,
+                opset_version=opset,
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+            )
+    except Exception as error:
+        raise ModelError(f"PyTorch cannot export the module: {_cause(error)}") from error
+    if program is None:
+        raise ModelError("PyTorch returned no program for the module")
+    clear_provenance(program.model)
+    return program.model
+
+
+@contextmanager
+def _unmoved() -> Iterator[None]:
+    """Within, the exporter keeps to itself what it deprecates and what it does without."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _cause(error: BaseException) -> str:
+    """What the exporter stumbled over, under what it wrapped around it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"
+
+
+def write_checked(
+    model: ir.Model, path: Path, module: nn.Module, batches: Sequence[Mapping[str, Tensor]]
+) -> tuple[OutputError, ...]:
+    """Write a model if it computes what the module does, as closely as rounding allows.
+
+    Args:
+        model: of the module.
+        path: of the file; it is the old one or the new one, whole, at every moment.
+        module: in evaluation mode.
+        batches: inputs by name, in the order of the module's arguments.
+
+    Returns:
+        The errors of the outputs.
+
+    Raises:
+        ModelError: the outputs differ, onnxruntime does not run the model, or the path cannot be
+            written.
+    """
+    errors: list[OutputError] = []
+
+    def check(written: Path) -> None:
+        errors.extend(_compared(written, module, batches))
+        reason = why_over(Effect.ROUNDING, errors)
+        if reason is not None:
+            raise ModelError(f"the exported model does not compute what the module does: {reason}")
+
+    saving.save(model, path, verify=check)
+    return tuple(errors)
+
+
+def _compared(
+    path: Path, module: nn.Module, batches: Sequence[Mapping[str, Tensor]]
+) -> tuple[OutputError, ...]:
+    session = Session(path, Reference.AS_WRITTEN)
+    comparison = Comparison()
+    for batch in batches:
+        with torch.no_grad():
+            expected = _arrays(module(*batch.values()))
+        try:
+            found = session.run({name: array_of(tensor) for name, tensor in batch.items()})
+        except SampleError as error:
+            raise ModelError(f"the exported model does not run on real samples: {error}") from error
+        if len(expected) != len(found):
+            raise ModelError(
+                f"the exported model has {len(found)} outputs, and the module {len(expected)}"
+            )
+        comparison.add(dict(zip(found, expected, strict=True)), found)
+    return comparison.outputs()
+
+
+def _arrays(outputs: Any) -> list[np.ndarray]:
+    if isinstance(outputs, Tensor):
+        return [array_of(outputs)]
+    values = outputs.values() if isinstance(outputs, Mapping) else outputs
+    return [array for value in values for array in _arrays(value)]
+
+
+def array_of(tensor: Tensor) -> np.ndarray:
+    """A tensor as an array of its own."""
+    return tensor.detach().cpu().numpy().copy()
+
+
+def clear_provenance(model: ir.Model) -> None:
+    """Remove what the exporter notes about its origin: stack traces hold paths of the machine."""
+    model.doc_string = None
+    model.metadata_props.clear()
+    graphs = [*model.graphs(), *(function.graph for function in model.functions.values())]
+    for graph in graphs:
+        graph.doc_string = None
+        graph.metadata_props.clear()
+        for value in (*graph.inputs, *graph.initializers.values()):
+            _clear(value)
+        for node in graph:
+            node.doc_string = None
+            node.metadata_props.clear()
+            for value in node.outputs:
+                _clear(value)
+
+
+def _clear(value: ir.Value) -> None:
+    value.doc_string = None
+    value.metadata_props.clear()
+    if value.const_value is not None:
+        value.const_value.doc_string = None
+        value.const_value.metadata_props.clear()

@@ -1,0 +1,143 @@
+"""Tensor parallel: processes divide the weights of single layers (`parallelize_module`, DTensor).
+
+The plan names modules by pattern and says how each is divided (Shoeybi et al., arXiv:1909.08053):
+
+- column: the output features of a Linear or Embedding; its input is whole, its output stays divided
+  along the last axis.
+- column-whole: the same, but its output is put together again.
+- row: the input features; it takes a divided input, and its output is whole.
+- sequence: the module (a normalization, dropout) computes a share of the positions, axis 1, and its
+  output is whole again (Korthikanti et al., arXiv:2205.05198).
+
+So a block is `column` for what opens it and `row` for what closes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Final
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    PrepareModuleOutput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+from graphopt.errors import ConfigError, did_you_mean
+from graphopt.training.config import Precision
+from graphopt.training.objectives import Learner
+from graphopt.training.processes import World
+from graphopt.training.strategy import Replicated, sum_gradients
+
+STYLES: Final = ("column", "column-whole", "row", "sequence")
+
+
+class Tensor(Replicated):
+    """Processes divide the weights of layers; all of one group compute on the same samples.
+
+    Args:
+        learner: its module is divided in place.
+        world: the processes.
+        precision: of the arithmetic.
+        mesh: the processes that divide weights, along one axis.
+        plan: how modules are divided, by pattern of their names.
+        data: the processes that divide the data and have the same weights; None if there are none.
+
+    Raises:
+        ConfigError: the plan does not fit the module.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        world: World,
+        precision: Precision,
+        mesh: DeviceMesh,
+        plan: Mapping[str, str],
+        data: DeviceMesh | None = None,
+    ) -> None:
+        super().__init__(learner, world, precision)
+        divide(learner.module, mesh, plan)
+        if data is not None:
+            self.data_rank, self.data_ranks = data.get_local_rank(), data.size()
+            self.data_group = data.get_group()
+
+    def finish_gradients(self) -> None:
+        """Make gradients of divided positions whole, and sum those of the other shares."""
+        for parameter in self.learner.parameters():
+            grad = parameter.grad
+            if isinstance(grad, DTensor) and isinstance(parameter, DTensor):
+                parameter.grad = grad.redistribute(placements=parameter.placements)
+        if self.data_group is not None:
+            sum_gradients(self.learner.parameters(), self.data_group)
+
+
+def divide(module: nn.Module, mesh: DeviceMesh, plan: Mapping[str, str]) -> None:
+    """Divide the weights of a module between processes, in place.
+
+    Args:
+        module: the whole.
+        mesh: the processes, along one axis.
+        plan: styles by pattern of module names; of two that match, the later one counts.
+
+    Raises:
+        ConfigError: the plan is empty, a pattern matches no module, or a style does not fit one.
+    """
+    if not plan:
+        raise ConfigError(
+            "strategy.plan is missing: tensor parallel needs to know how modules are divided, for "
+            'example {"layers.*.mlp.0" = "column", "layers.*.mlp.2" = "row"}'
+        )
+    names = dict(module.named_modules())
+    chosen: dict[str, str] = {}
+    for pattern, style in plan.items():
+        if style not in STYLES:
+            near = did_you_mean(style, STYLES)
+            raise ConfigError(f"strategy.plan: {pattern!r} is {style!r}, which is no style{near}")
+        matched = [name for name in names if name and fnmatchcase(name, pattern)]
+        if not matched:
+            near = did_you_mean(pattern, filter(None, names))
+            raise ConfigError(f"strategy.plan: {pattern!r} matches no module{near}")
+        chosen |= dict.fromkeys(matched, style)
+    for name, style in chosen.items():
+        _check_fits(name, names[name], style)
+        for part in _styles(style):
+            parallelize_module(names[name], mesh, part)
+
+
+def _check_fits(name: str, module: nn.Module, style: str) -> None:
+    if style != "sequence" and not isinstance(module, nn.Linear | nn.Embedding):
+        raise ConfigError(
+            f"strategy.plan: {name!r} is {type(module).__name__}; {style} divides Linear and "
+            "Embedding"
+        )
+    if style == "sequence" and any(module.children()):
+        raise ConfigError(
+            f"strategy.plan: {name!r} is {type(module).__name__}, which holds other modules; "
+            "sequence is for a normalization or dropout"
+        )
+
+
+def _styles(style: str) -> tuple[ParallelStyle, ...]:
+    """What is applied to a module, one after the other."""
+    if style == "row":
+        return (RowwiseParallel(),)
+    if style == "column":
+        # The output stays a DTensor, so that code which splits heads by their number is right.
+        return (ColwiseParallel(use_local_output=False),)
+    if style == "column-whole":
+        return (ColwiseParallel(output_layouts=Replicate()),)
+    whole, positions = Replicate(), Shard(1)
+    return (
+        PrepareModuleInput(input_layouts=whole, desired_input_layouts=positions),
+        SequenceParallel(),
+        PrepareModuleOutput(output_layouts=positions, desired_output_layouts=whole),
+    )
