@@ -147,6 +147,6 @@ def _heal(rank: int, work: Work) -> None:
     )
     optimized = loading.load(work.folder / "optimized.onnx")
     _join(rank, work)
-    device = torch.device(work.device, rank if work.device == "cuda" else None)
+    device = torch.device(f"cuda:{rank}" if work.device == "cuda" else "cpu")
     Healing(optimized, lesson, device, Ranks(rank, work.ranks)).run(work.budget)
     dist.destroy_process_group()

@@ -77,9 +77,13 @@ class Healed:
             self.model,
             path,
             external_data=self.source.external_data(),
-            verify=lambda written: None if Session(written, Reference.AS_DEPLOYED) else None,
+            verify=_load,
         )
         return replace(self, stored_bytes=written_bytes)
+
+
+def _load(path: Path) -> None:
+    Session(path, Reference.AS_DEPLOYED)
 
 
 def heal(

@@ -28,7 +28,6 @@ from graphopt.training.interpreter import Interpreter
 from graphopt.training.output_aims import Aim, aim_of, squares
 from graphopt.training.ranks import Ranks
 from graphopt.training.sample_batches import Batches, Runner, Sequences, Tensors, way_of
-from graphopt.training.starting_points import starting_points
 from graphopt.training.stored_weights import StoredWeight, stored_weights
 
 RATE = 0.005
@@ -36,6 +35,10 @@ RATE = 0.005
 
 VECTOR_SHARE = 0.1
 """Of this rate, what biases and scales take: one of them moves a whole channel."""
+
+CODE_SHARE = 0.2
+"""Of this rate, what is rounded takes: a number has to be pushed half a step until it moves at all,
+and then it moves a whole one, so that only what is pushed one way for long should."""
 
 WARM_UP_SHARE, APART_SHARE = 0.05, 0.3
 """Of the time: while the rate rises, and while each part learns for itself."""
@@ -174,9 +177,7 @@ class Healing:
         return found
 
     def _candidates(self) -> list[str]:
-        """Values that layers read, and what outputs are made of: where both models are the same,
-        it is there that it counts.
-        """
+        """Values that layers read, and what outputs are made of."""
         readers = dict.fromkeys(weight.reader for weight in self.weights)
         makers = (value.producer() for value in self.optimized.graph.outputs)
         readers.update(dict.fromkeys(node for node in makers if node is not None))
@@ -203,16 +204,6 @@ class Healing:
     def _carried(self, values: Tensors) -> Tensors:
         """What the next step is given of the outputs of this one."""
         return {target: values[source].detach() for source, target in self.lesson.state}
-
-    def _fed_soft(self, numbers, softness):
-        fed = {}
-        for weight, latent, soft in zip(self.weights, numbers, self.soft, strict=True):
-            if soft:
-                fed[weight.value.name or ""] = weight.fed(weight.softened(latent, softness))
-            else:
-                rounded = weight.nearest(latent.detach())
-                fed[weight.value.name or ""] = weight.fed(latent + (rounded - latent).detach())
-        return fed
 
     def _fed(self, numbers: Sequence[Tensor]) -> Tensors:
         """The weights for the interpreter; gradients go through rounding as they are."""
@@ -249,44 +240,28 @@ class Healing:
     def run(self, budget: Budget) -> list[Tensor]:
         """Learn, and return the numbers of the best state, as they can be stored."""
         started = time.monotonic()
-        starts = (
-            starting_points(self.weights, self.student.interpreter, self.lesson.original)
-            if START
-            else [w.numbers for w in self.weights]
-        )
-        self.soft = [
-            w.is_rounded and not torch.equal(a, w.numbers) for a, w in zip(starts, self.weights)
-        ]
-        self.moved = [
-            float((a - w.numbers).abs().mean() / w.numbers.abs().mean())
-            for a, w in zip(starts, self.weights)
-            if w.is_rounded
-        ]
-        latent = [numbers.clone().requires_grad_() for numbers in starts]
-        optimizer = Steps(self.weights, latent)
+        latent = [weight.numbers.clone().requires_grad_() for weight in self.weights]
+        optimizer = _adam(self.weights, latent)
         best = self._stored(latent)
         self.curve = [Point(0.0, 0, self.error(best))]
-        lowest, steps = self.curve[0].error, 0
-        for window, carried in self._windows():
+        lowest = self.curve[0].error
+        for steps, (window, carried) in enumerate(self._windows()):
             share = self.ranks.agreed(budget.share(time.monotonic() - started, steps))
             if share * CHECKS >= len(self.curve) or share >= 1:
                 error = self.error(latent)
                 minutes = (time.monotonic() - started) / 60
                 self.curve.append(Point(minutes, steps, error))
-                self.progress(
-                    f"healing: error {self.curve[0].error:.3g}, now {error:.3g} loss {sum(self.trail[-40:]) / max(1, len(self.trail[-40:])):.3g} steps {steps}"
-                )
+                self.progress(f"healing: error {self.curve[0].error:.3g}, now {error:.3g}")
                 if error <= lowest:
                     lowest, best = error, self._stored(latent)
             if share >= 1:
                 break
             rate = self.rate * min(1.0, share / WARM_UP_SHARE) * (1 + math.cos(math.pi * share)) / 2
-            optimizer.rate = rate
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["size"]
             optimizer.zero_grad()
-            self.softness = SOFT_FROM * (SOFT_TO / SOFT_FROM) ** min(1.0, share / HARD_AT)
             self._learn(window, carried, latent, is_apart=share < APART_SHARE)
             optimizer.step()
-            steps += 1
         return best
 
     def _stored(self, latent: Sequence[Tensor]) -> list[Tensor]:
@@ -306,7 +281,7 @@ class Healing:
         self, window: Sequences, carried: _Carried, latent: Sequence[Tensor], is_apart: bool
     ) -> None:
         """The gradients of one batch."""
-        fed = self._fed_soft(latent, self.softness) if SOFT else self._fed(latent)
+        fed = self._fed(latent)
         cut = [f.name for f in self.features] if is_apart else []
         loss = torch.zeros((), device=self.device)
         share = self.ranks.share_of(len(window[0]))
@@ -322,7 +297,6 @@ class Healing:
             values = self.student({**feeds, **carried.ours}, names, fed, cut)
             carried.ours, carried.theirs = self._carried(values), self._carried(targets)
             loss = loss + self._loss(values, targets) * len(samples) / len(step) / len(window)
-        self.trail = getattr(self, "trail", []) + [float(loss)]
         if loss.requires_grad:
             torch.autograd.backward(loss)
         self.ranks.add_gradients(latent)
@@ -347,54 +321,19 @@ def _feature_error(feature: Feature, values: Tensors, targets: Tensors) -> Tenso
     return squares(values[feature.name], targets[feature.original]) / feature.variance
 
 
-class Steps:
-    def __init__(self, weights, latent):
-        self.param_groups = [{}]
-        self.w = list(zip(weights, latent))
-        self.t = 0
-        self.m = [torch.zeros_like(n) for n in latent]
-        self.v = [torch.zeros_like(n) for n in latent]
-        self.size = [_size(w) for w in weights]
-        self.rate = 0.0
-
-    def zero_grad(self):
-        for _, n in self.w:
-            n.grad = None
-
-    def step(self):
-        self.t += 1
-        for i, (w, n) in enumerate(self.w):
-            if n.grad is None:
-                continue
-            g = n.grad
-            with torch.no_grad():
-                self.m[i].lerp_(g, 0.1)
-                self.v[i].lerp_(g * g, 0.01)
-                v = self.v[i]
-                whole = WHOLE == 2 or (WHOLE == 1 and w.is_rounded)
-                if whole:
-                    v = v.mean()
-                if w.is_rounded and MEAN:
-                    v = (v.sqrt() + MEAN * v.mean().sqrt()) ** 2
-                d = self.m[i] / (1 - 0.9**self.t) / ((v / (1 - 0.99**self.t)).sqrt() + 1e-16)
-                n.sub_(d, alpha=self.rate * self.size[i] * (CODE_SHARE if w.is_rounded else 1.0))
-
-
-WHOLE = 0
-SOFT = 0
-SOFT_FROM = 1.0
-SOFT_TO = 0.03
-HARD_AT = 0.95
-MEAN = 0.0
-CODE_SHARE = 0.2
-START = 0
+def _adam(weights: Sequence[StoredWeight], latent: Sequence[Tensor]) -> torch.optim.Adam:
+    groups = [
+        {"params": [numbers], "size": _size(weight)}
+        for weight, numbers in zip(weights, latent, strict=True)
+    ]
+    return torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-16)
 
 
 def _size(weight: StoredWeight) -> float:
     """What a step is measured by: the root mean square of the numbers that are not zero."""
     numbers = weight.numbers[weight.numbers != 0]
     size = float(numbers.square().mean().sqrt()) if numbers.numel() else 0.01
-    return size * (VECTOR_SHARE if weight.is_vector else 1.0)
+    return size * (VECTOR_SHARE if weight.is_vector else CODE_SHARE if weight.is_rounded else 1.0)
 
 
 def _shapes(sample: Mapping[str, Tensor]) -> dict[str, torch.Size]:

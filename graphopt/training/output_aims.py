@@ -45,8 +45,9 @@ class Near(Aim):
 
 @dataclass(frozen=True)
 class Likely(Aim):
-    """The same distribution: what it tells less of the original's (Kullback and Leibler 1951), as
-    a share of what that tells beyond its mean.
+    """The same distribution: what it tells less, as a share of what the original's tells.
+
+    In nats, as the divergence of Kullback and Leibler (1951); the original's beyond its mean.
 
     Attributes:
         axis: along which the numbers sum up to 1, counted from the end.
@@ -80,7 +81,7 @@ def aim_of(seen: Sequence[Tensor]) -> Aim:
 
 
 def _axis_of_distribution(seen: Sequence[Tensor]) -> int | None:
-    """The axis, counted from the end, along which all outputs sum up to 1; None if there is none."""
+    """The axis along which all outputs sum up to 1, counted from the end; None if there is none."""
     rank = min(one.ndim for one in seen)
     for axis in range(-1, -rank - 1, -1):
         if all(_sums_to_one(one, axis) for one in seen):

@@ -56,9 +56,7 @@ class Runner:
     way: Way
 
     def joined(self, samples: Sequence[Tensors]) -> Tensors:
-        """What the model is given for samples: [samples * n, ...] along the first axis, or
-        [samples, ...].
-        """
+        """What the model is given for samples: [samples * n, ...], or else [samples, ...]."""
         join = torch.cat if self.way is Way.TOGETHER else torch.stack
         return {name: join([sample[name] for sample in samples]) for name in samples[0]}
 

@@ -12,7 +12,6 @@ that is arithmetic, through which gradients flow.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -51,11 +50,6 @@ _CODES = frozenset(
 BIAS_CODE_MAXIMUM = float(1 << 23)
 """The largest code of a bias in int32 that float32 holds with room for learning."""
 
-FLOOR = 1e-12
-
-CELL_MARGIN = 0.02
-"""Of a step of a grid, what a number keeps away from the border to the next code."""
-
 PRUNED_SHARE = 0.3
 """Codes of which more are zero were pruned: a grid of 4 bits gives a zero to one in seven."""
 
@@ -89,7 +83,7 @@ _OPERANDS: Mapping[tuple[str, str], tuple[tuple[int, ...], tuple[int, ...]]] = {
     ("com.microsoft", "SkipLayerNormalization"): ((), (2, 3, 4)),
     ("com.microsoft", "SkipSimplifiedLayerNormalization"): ((), (2, 3)),
 }
-"""Inputs of layers that hold weights, and those that hold biases and scales, by domain and operator."""
+"""Inputs of layers that hold weights, and those that hold biases and scales."""
 
 ALL = 1 << 62
 """More numbers than any scales are."""
@@ -142,14 +136,6 @@ class StoredWeight(ABC):
         """The numbers are few, so that what learns is rounded to them."""
         return False
 
-    def within(self, numbers: Tensor) -> Tensor:
-        """The numbers, moved to where they are rounded to those that are stored."""
-        return numbers
-
-    def softened(self, numbers: Tensor, softness: float) -> Tensor:
-        """The numbers, drawn to those that can be stored: all the way for a softness of 0."""
-        return self.nearest(numbers)
-
     @abstractmethod
     def nearest(self, numbers: Tensor) -> Tensor:
         """The nearest numbers that can be stored: float32 of the same shape."""
@@ -160,9 +146,7 @@ class StoredWeight(ABC):
 
     @abstractmethod
     def constants(self, numbers: Tensor) -> dict[ir.Value, np.ndarray]:
-        """What is stored for numbers that can be: for each constant, its array, as before in
-        dtype and shape.
-        """
+        """What is stored for numbers that can be: for each constant its array."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,19 +203,6 @@ class GridCodes(StoredWeight):
         """Integers are."""
         return True
 
-    def within(self, numbers: Tensor) -> Tensor:
-        """Less than half a step from the codes."""
-        half = 0.5 - CELL_MARGIN
-        moved = torch.clamp(numbers, self.numbers - half, self.numbers + half)
-        return moved if self.kept is None else torch.where(self.kept, moved, self.numbers)
-
-    def softened(self, numbers: Tensor, softness: float) -> Tensor:
-        """Between two integers by a step of that softness."""
-        numbers = numbers.clamp(self.least, self.most)
-        low = numbers.detach().floor().clamp(max=self.most - 1)
-        soft = low + _soft_step(numbers - low, softness)
-        return soft if self.kept is None else torch.where(self.kept, soft, self.numbers)
-
     def nearest(self, numbers: Tensor) -> Tensor:
         """Rounded half to even, within the range, and unmoved where a zero stays."""
         codes = numbers.round().clamp(self.least, self.most)
@@ -273,46 +244,12 @@ class CodebookNumbers(StoredWeight):
         """Numbers of a codebook are."""
         return True
 
-    def within(self, numbers: Tensor) -> Tensor:
-        """In the cells of the levels; as far beyond the first and the last as the next is away."""
-        places = self._places(self.numbers)
-        low, high = self._borders()
-        rows = numbers.reshape(len(self.levels), -1)
-        moved = torch.clamp(rows, low.gather(1, places), high.gather(1, places))
-        moved = moved.reshape(numbers.shape)
-        return moved if self.kept is None else torch.where(self.kept, moved, self.numbers)
-
-    def _borders(self) -> tuple[Tensor, Tensor]:
-        """The least and the most that is rounded to each level, without a margin: as the levels."""
-        gaps = self.levels[:, 1:] - self.levels[:, :-1]
-        gaps = torch.where(gaps.isfinite(), gaps, 0)
-        if not gaps.shape[1]:
-            return self.levels, self.levels
-        below = torch.cat([gaps[:, :1], gaps], 1)
-        above = torch.cat([gaps, gaps[:, -1:]], 1)
-        half = 0.5 - CELL_MARGIN
-        return self.levels - half * below, self.levels + half * above
-
     def _places(self, numbers: Tensor) -> Tensor:
         """Which level is nearest: int64 of shape [groups, numbers in a group]."""
         rows = numbers.detach().reshape(len(self.levels), -1).contiguous()
         # Between infinities there is no middle, and nothing is beyond it.
         middles = (self.levels[:, 1:] + self.levels[:, :-1]) / 2
         return torch.searchsorted(middles.contiguous(), rows)
-
-    def softened(self, numbers: Tensor, softness: float) -> Tensor:
-        """Between two numbers of the codebook by a step of that softness."""
-        rows = numbers.reshape(len(self.levels), -1)
-        count = self.levels.isfinite().sum(1, keepdim=True)
-        last = self.levels.gather(1, count - 1)
-        rows = torch.minimum(torch.maximum(rows, self.levels[:, :1]), last)
-        place = torch.searchsorted(self.levels, rows.detach().contiguous(), right=True) - 1
-        place = torch.minimum(place, (count - 2).clamp_min(0))
-        low = self.levels.gather(1, place)
-        gap = self.levels.gather(1, (place + 1).clamp(max=self.levels.shape[1] - 1)) - low
-        share = torch.where(gap > 0, (rows - low) / gap.clamp_min(FLOOR), 0)
-        soft = (low + gap * _soft_step(share, softness)).reshape(numbers.shape)
-        return soft if self.kept is None else torch.where(self.kept, soft, self.numbers)
 
     def nearest(self, numbers: Tensor) -> Tensor:
         """The nearest number in use of the codebook of the group."""
@@ -327,12 +264,6 @@ class CodebookNumbers(StoredWeight):
         """The bytes of each field."""
         codes = self.codes.gather(1, self._places(numbers)).reshape(-1).cpu().numpy()
         return {value: field.pack(codes.astype(np.uint8)) for value, field in self.fields}
-
-
-def _soft_step(share: Tensor, softness: float) -> Tensor:
-    """From 0 to 1 as the share does: straight where very soft, at once in the middle where hard."""
-    edge = math.tanh(0.25 / softness)
-    return 0.5 + torch.tanh((share - 0.5) / (2 * softness)) / (2 * edge)
 
 
 def stored_weights(graph: ir.Graph, device: torch.device | str = "cpu") -> list[StoredWeight]:
