@@ -36,9 +36,14 @@ RATE = 0.005
 VECTOR_SHARE = 0.1
 """Of this rate, what biases and scales take: one of them moves a whole channel."""
 
-CODE_SHARE = 0.2
-"""Of this rate, what is rounded takes: a number has to be pushed half a step until it moves at all,
-and then it moves a whole one, so that only what is pushed one way for long should."""
+CODE_WAY = 0.5
+"""Of its own size, what a number that is rounded may go in all, about: it has to be pushed half a
+step until it moves at all, and then it moves a whole one. Only what is pushed one way for long
+should, however many steps there are."""
+
+FEATURES_WEIGHT = 10.0
+"""Of values on the way, beside the outputs: on each sample they say far more, so that few samples
+are enough, which the outputs alone would only be learnt by heart."""
 
 WARM_UP_SHARE, APART_SHARE = 0.05, 0.3
 """Of the time: while the rate rises, and while each part learns for itself."""
@@ -244,7 +249,7 @@ class Healing:
         optimizer = _adam(self.weights, latent)
         best = self._stored(latent)
         self.curve = [Point(0.0, 0, self.error(best))]
-        lowest = self.curve[0].error
+        lowest, before = self.curve[0].error, 0.0
         for steps, (window, carried) in enumerate(self._windows()):
             share = self.ranks.agreed(budget.share(time.monotonic() - started, steps))
             if share * CHECKS >= len(self.curve) or share >= 1:
@@ -256,9 +261,12 @@ class Healing:
                     lowest, best = error, self._stored(latent)
             if share >= 1:
                 break
-            rate = self.rate * min(1.0, share / WARM_UP_SHARE) * (1 + math.cos(math.pi * share)) / 2
+            slow = min(1.0, share / WARM_UP_SHARE) * (1 + math.cos(math.pi * share)) / 2
             for group in optimizer.param_groups:
-                group["lr"] = rate * group["size"]
+                # Half of all steps at the full rate would go as far as these do.
+                most = 2 * CODE_WAY * (share - before) if group["rounded"] else self.rate
+                group["lr"] = slow * group["size"] * min(most, self.rate)
+            before = share
             optimizer.zero_grad()
             self._learn(window, carried, latent, is_apart=share < APART_SHARE)
             optimizer.step()
@@ -306,7 +314,7 @@ class Healing:
         if not self.features:
             return loss
         errors = [_feature_error(f, values, targets) for f in self.features]
-        return loss + torch.stack(errors).mean()
+        return loss + FEATURES_WEIGHT * torch.stack(errors).mean()
 
 
 @dataclass
@@ -323,7 +331,7 @@ def _feature_error(feature: Feature, values: Tensors, targets: Tensors) -> Tenso
 
 def _adam(weights: Sequence[StoredWeight], latent: Sequence[Tensor]) -> torch.optim.Adam:
     groups = [
-        {"params": [numbers], "size": _size(weight)}
+        {"params": [numbers], "size": _size(weight), "rounded": weight.is_rounded}
         for weight, numbers in zip(weights, latent, strict=True)
     ]
     return torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-16)
@@ -333,7 +341,7 @@ def _size(weight: StoredWeight) -> float:
     """What a step is measured by: the root mean square of the numbers that are not zero."""
     numbers = weight.numbers[weight.numbers != 0]
     size = float(numbers.square().mean().sqrt()) if numbers.numel() else 0.01
-    return size * (VECTOR_SHARE if weight.is_vector else CODE_SHARE if weight.is_rounded else 1.0)
+    return size * (VECTOR_SHARE if weight.is_vector else 1.0)
 
 
 def _shapes(sample: Mapping[str, Tensor]) -> dict[str, torch.Size]:

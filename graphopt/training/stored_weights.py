@@ -1,9 +1,10 @@
 """The weights of a graph as they are stored: which numbers can learn, and which they may be.
 
 A weight may be plain numbers, integers that a grid makes numbers of, codes into a codebook, or
-what is put between zeros that are not stored. What says which numbers there can be (scales, zero
-points, codebooks, places) stays as it is; which of them each one is, can learn. So the graph keeps
-its nodes, its formats and its bytes.
+what is put between zeros that are not stored. What says which numbers there can be (scales and zero
+points of integers, codebooks, places) stays as it is; which of them each one is, can learn, and so
+can the scales and offsets that rows of a codebook's numbers have. So the graph keeps its nodes, its
+formats and its bytes.
 
 The numbers are taken where they come to life: a constant of floating point, the integers that a
 DequantizeLinear or an integer kernel reads, or what a Gather looks up in a codebook. All behind
@@ -87,6 +88,16 @@ _OPERANDS: Mapping[tuple[str, str], tuple[tuple[int, ...], tuple[int, ...]]] = {
 
 ALL = 1 << 62
 """More numbers than any scales are."""
+
+_GRID_READERS = (
+    "ConvInteger",
+    "DequantizeLinear",
+    "MatMulInteger",
+    "QLinearConv",
+    "QLinearMatMul",
+)
+_GRID_CONTRIB = ("DynamicQuantizeLSTM", "DynamicQuantizeMatMul", "MatMulIntegerToFloat")
+"""What makes numbers of integers by scales, beside a Cast to floating point."""
 
 _ELEMENTWISE = ("Add", "Div", "Mul", "Sub")
 """Where one side is a constant vector, this is a bias or a scale."""
@@ -187,7 +198,9 @@ class GridCodes(StoredWeight):
         dtype: of the constant.
         least: of the codes.
         most: of the codes.
-        kept: bool of its shape, False where a code of zero stays; None where none need stay.
+        kept: bool of the shape of the numbers, False where a code of zero stays; None where none
+            need stay.
+        in_byte: how many codes lie in a byte, along the last axis.
     """
 
     operand: Operand
@@ -197,6 +210,7 @@ class GridCodes(StoredWeight):
     least: float
     most: float
     kept: Tensor | None
+    in_byte: int = 1
 
     @property
     def is_rounded(self) -> bool:
@@ -214,7 +228,12 @@ class GridCodes(StoredWeight):
 
     def constants(self, numbers: Tensor) -> dict[ir.Value, np.ndarray]:
         """The constant itself."""
-        return {self.value: numbers.detach().cpu().numpy().astype(self.dtype.numpy())}
+        codes = numbers.detach().cpu().numpy().astype(self.dtype.numpy())
+        if self.in_byte > 1:
+            digits = codes.reshape(*codes.shape[:-1], -1, self.in_byte)
+            places = np.arange(0, 8, 8 // self.in_byte, dtype=np.uint8)
+            codes = np.bitwise_or.reduce(digits << places, axis=-1)
+        return {self.value: codes}
 
 
 @dataclass(frozen=True, eq=False)
@@ -336,34 +355,47 @@ def _vectors(node: ir.Node) -> Iterator[ir.Value]:
 def _behind(operand: Operand, device: torch.device) -> Iterator[StoredWeight]:
     """The numbers that a weight is made of, on the way from it to the constants."""
     waiting, seen = [operand.value], set[ir.Value]()
+    found: list[StoredWeight] = []
+    scales: list[ir.Value] = []
     while waiting:
         current = waiting.pop()
         if current in seen:
             continue
         seen.add(current)
-        found = _stored(current, operand, device)
-        if found is not None:
-            yield found
+        weight = _stored(current, operand, device)
+        if weight is not None:
+            found.append(weight)
         elif not is_constant(current):
-            waiting += _towards_numbers(current)
+            numbers, few = _towards_numbers(current)
+            waiting += numbers
+            scales += few
+    yield from found
+    if not any(isinstance(weight, GridCodes) for weight in found):
+        # Those of integers are the grid.
+        for scale in scales:
+            yield from _behind(Operand(scale, operand.reader, is_vector=True), device)
 
 
-def _towards_numbers(value: ir.Value) -> list[ir.Value]:
-    """The inputs of a node through which the numbers of a weight come: no scales, no places."""
+def _towards_numbers(value: ir.Value) -> tuple[list[ir.Value], list[ir.Value]]:
+    """Through which inputs of a node the numbers of a weight come, and their scales and offsets.
+
+    Scales of integers are a grid, and stay; so do places.
+    """
     node = value.producer()
     assert node is not None
     inputs = [v for v in node.inputs if v is not None]
     if is_onnx(node, "Concat"):
-        return inputs
+        return inputs, []
     if is_onnx(node, "Add", "Mul", "Sub") and len(inputs) == 2:
-        sizes = [_size(v) for v in inputs]
+        most = max(map(_size, inputs))
         # Scales and offsets are fewer than what they are of.
-        return inputs if sizes[0] == sizes[1] else [inputs[int(sizes[1] > sizes[0])]]
+        few = [v for v in inputs if _size(v) < most]
+        return [v for v in inputs if v not in few], few
     if is_onnx(node, "Where"):
-        return inputs[1:]
+        return inputs[1:], []
     if is_onnx(node, "ScatterElements"):
-        return [inputs[2]]
-    return inputs[:1]
+        return [inputs[2]], []
+    return inputs[:1], []
 
 
 def _size(value: ir.Value) -> int:
@@ -398,8 +430,9 @@ def _stored(value: ir.Value, operand: Operand, device: torch.device) -> StoredWe
         return None
     if tensor.dtype in _FLOATS and tensor.size > 1:
         return _plain(value, tensor, operand, device)
-    if tensor.dtype in _CODES and tensor.size > 1 and _is_grid(value):
-        return _grid(value, tensor, operand, device)
+    if tensor.dtype in _CODES and tensor.size > 1:
+        bits = _grid_bits(value)
+        return None if bits is None else _grid(value, tensor, bits, operand, device)
     return None
 
 
@@ -407,18 +440,29 @@ def _is_tensor(node: ir.Node) -> bool:
     return holds_tensor(node) and "value" in node.attributes
 
 
-def _is_grid(value: ir.Value) -> bool:
-    """What reads the codes makes numbers of them by scales."""
-    readers = ("DequantizeLinear", "ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul")
-    contrib = (
-        "DynamicQuantizeLSTM",
-        "DynamicQuantizeMatMul",
-        "GatherBlockQuantized",
-        "MatMulIntegerToFloat",
-        "MatMulNBits",
-    )
-    uses = [use.node for use in value.uses()]
-    return any(is_onnx(n, *readers) or n.op_type in contrib for n in uses)
+def _grid_bits(value: ir.Value) -> int | None:
+    """The bits of codes of which what reads them makes numbers, by scales; None for other integers.
+
+    None also where not all that read them take them for the same.
+    """
+    bits = {_bits_read(use.node, use.idx, value) for use in value.uses()}
+    return bits.pop() if len(bits) == 1 else None
+
+
+def _bits_read(node: ir.Node, place: int, value: ir.Value) -> int | None:
+    own = 0 if value.dtype is None else int(value.dtype.bitwidth)
+    if is_onnx(node, "Cast"):
+        return own if ir.DataType(node.attributes.get_int("to", 0)) in _FLOATS else None
+    if is_onnx(node, *_GRID_READERS):
+        return own
+    if node.domain != "com.microsoft":
+        return None
+    if node.op_type in ("GatherBlockQuantized", "MatMulNBits"):
+        axis = node.attributes.get_int("quantize_axis", 1)
+        is_last = node.op_type == "MatMulNBits" or axis in (-1, len(value.shape or ()) - 1)
+        stated = node.attributes.get_int("bits", 4) if value.dtype == ir.DataType.UINT8 else own
+        return stated if is_last and place == int(node.op_type == "MatMulNBits") else None
+    return own if node.op_type in _GRID_CONTRIB else None
 
 
 def _plain(
@@ -431,17 +475,21 @@ def _plain(
 
 
 def _grid(
-    value: ir.Value, tensor: ir.TensorProtocol, operand: Operand, device: torch.device
+    value: ir.Value, tensor: ir.TensorProtocol, bits: int, operand: Operand, device: torch.device
 ) -> StoredWeight:
-    numbers = torch.from_numpy(read_array(tensor).astype(np.float32)).to(device)
+    codes, in_byte = read_array(tensor), 1
+    if tensor.dtype == ir.DataType.UINT8 and bits < 8:
+        in_byte = 8 // bits
+        places = np.arange(0, 8, bits, dtype=np.uint8)
+        digits = codes[..., np.newaxis] >> places & np.uint8((1 << bits) - 1)
+        codes = digits.reshape(*codes.shape[:-1], -1)
+    numbers = torch.from_numpy(codes.astype(np.float32)).to(device)
     least, most = float(numbers.min()), float(numbers.max())
     if tensor.dtype == ir.DataType.INT32:
-        return GridCodes(
-            operand, value, numbers, tensor.dtype, -BIAS_CODE_MAXIMUM, BIAS_CODE_MAXIMUM, None
-        )
-    zero = 0.0 if tensor.dtype.is_signed() else float(1 << (tensor.dtype.bitwidth - 1))
-    kept = _unpruned(numbers, zero, round(most - least) + 1)
-    return GridCodes(operand, value, numbers, tensor.dtype, least, most, kept)
+        least, most = -BIAS_CODE_MAXIMUM, BIAS_CODE_MAXIMUM
+    zero = 0.0 if tensor.dtype.is_signed() else float(1 << (bits - 1))
+    kept = None if operand.is_vector else _unpruned(numbers, zero, round(most - least) + 1)
+    return GridCodes(operand, value, numbers, tensor.dtype, least, most, kept, in_byte)
 
 
 def _unpruned(numbers: Tensor, zero: float, levels: int) -> Tensor | None:

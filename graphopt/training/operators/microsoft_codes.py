@@ -31,8 +31,11 @@ _UINT8 = 2
 
 
 def unpacked(stored: Tensor, bits: int) -> Tensor:
-    """Codes that lie several in a byte, the first in the lowest bits; the last axis gets longer."""
-    if bits == 8:
+    """Codes that lie several in a byte, the first in the lowest bits; the last axis gets longer.
+
+    What is floating has been unpacked before it was fed, so that gradients reach it.
+    """
+    if bits == 8 or stored.is_floating_point():
         return stored
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=stored.device)
     mask = (1 << bits) - 1
