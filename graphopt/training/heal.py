@@ -229,7 +229,7 @@ def _errors(
 
 def _check_better(before: tuple[OutputError, ...], after: tuple[OutputError, ...]) -> None:
     worst = [max((o.rel_l2 for o in outputs), default=0.0) for outputs in (before, after)]
-    if worst[1] > worst[0]:
+    if worst[1] >= worst[0]:
         raise CheckFailed(
             f"healing did not help: the worst relative L2 error of the outputs was {worst[0]:.3g} "
             f"and is {worst[1]:.3g} on samples that it did not learn from. Give more samples, or "

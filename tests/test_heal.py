@@ -1,0 +1,309 @@
+"""heal: an optimized model learns again, in the form in which it is stored."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import graphopt  # noqa: E402
+import graphopt_models  # noqa: E402
+from graphopt.errors import CheckFailed, GraphoptError, ModelError, SpecError  # noqa: E402
+from graphopt.testing import parse  # noqa: E402
+from graphopt.training import heal  # noqa: E402
+from graphopt.training.features import features  # noqa: E402
+from graphopt.training.interpreter import Interpreter  # noqa: E402
+from graphopt.training.output_aims import Likely, Near, aim_of  # noqa: E402
+from graphopt.training.sample_batches import Way, way_of  # noqa: E402
+
+FOLDER = Path(graphopt_models.__file__).parent
+MODEL = FOLDER / "digits_cnn.onnx"
+STEPS = 40
+
+
+def samples(count: int = 100) -> list[dict[str, np.ndarray]]:
+    with np.load(FOLDER / "digits_cnn_samples.npz") as file:
+        (name,) = file.files
+        return [{name: array} for array in file[name][:count]]
+
+
+def optimized(passes: str) -> ir.Model:
+    run = graphopt.optimize(
+        MODEL,
+        passes=f"lift-constants,fuse-batchnorm,merge-duplicates,{passes}",
+        samples=samples(40),
+        max_error="100",
+        benchmark=False,
+    )
+    assert run.steps[-1].kept
+    return run.model
+
+
+def arrays(model: ir.Model) -> dict[str, np.ndarray]:
+    return {
+        name: value.const_value.numpy()
+        for name, value in model.graph.initializers.items()
+        if value.const_value is not None
+    }
+
+
+PASSES = {
+    "pruned": "prune-magnitude{sparsity=0.8}",
+    "grid": "quantize-weights{bits=3,min-elements=256}",
+    "codebook": "cluster-weights{clusters=4,min-elements=256}",
+    "structures": "prune-structures{macs=0.5}",
+}
+
+
+@pytest.mark.parametrize("form", PASSES)
+def test_the_outputs_come_nearer_and_the_form_stays(form: str) -> None:
+    given = optimized(PASSES[form])
+    before = arrays(given)
+
+    found = heal(MODEL, given, samples=samples(), steps=STEPS, threads=1)
+
+    assert found.after[0].rel_l2 < found.before[0].rel_l2
+    assert found.curve[0].error > min(point.error for point in found.curve)
+    after = arrays(found.model)
+    assert [n.op_type for n in found.model.graph] == [n.op_type for n in given.graph]
+    assert {n: (a.shape, a.dtype) for n, a in after.items()} == {
+        n: (a.shape, a.dtype) for n, a in before.items()
+    }
+    assert any((after[name] != before[name]).any() for name in before)
+    # The models that were given are as they were.
+    assert all((arrays(given)[name] == before[name]).all() for name in before)
+
+
+QDQ = """
+    agraph (float[1,8] x, float e, uint8 z, int8[8,16] q, float[16] s, int32[16] b, float[16] t,
+            float d, uint8 f, int8[16,4] r, float[4] u) => (float[1,4] y) {
+        xq = QuantizeLinear(x, e, z)  xf = DequantizeLinear(xq, e, z)
+        w = DequantizeLinear<axis = 1>(q, s)  c = DequantizeLinear<axis = 0>(b, t)
+        g = Gemm(xf, w, c)  h = Relu(g)
+        hq = QuantizeLinear(h, d, f)  hf = DequantizeLinear(hq, d, f)
+        v = DequantizeLinear<axis = 1>(r, u)
+        y = MatMul(hf, v)
+    }
+"""
+FLOAT = """
+    agraph (float[1,8] x, float[8,16] w, float[16] c, float[16,4] v) => (float[1,4] y) {
+        g = Gemm(x, w, c)  h = Relu(g)  y = MatMul(h, v)
+    }
+"""
+
+
+def test_integers_learn_between_activations_that_are_quantized() -> None:
+    rng = np.random.default_rng(0)
+    w, c, v = (rng.normal(size=shape).astype(np.float32) for shape in ((8, 16), 16, (16, 4)))
+    s, u = np.abs(w).max(0) / 7, np.abs(v).max(0) / 7
+    numbers = {
+        "e": np.float32(0.03),
+        "z": np.uint8(128),
+        "d": np.float32(0.06),
+        "f": np.uint8(0),
+        "q": np.trunc(w / s).astype(np.int8),
+        "s": s,
+        "b": (c / (0.03 * s)).astype(np.int32),
+        "t": np.float32(0.03) * s,
+        "r": np.trunc(v / u).astype(np.int8),
+        "u": u,
+    }
+    coarse = parse(QDQ, **{name: np.asarray(array) for name, array in numbers.items()})
+    given = [{"x": rng.normal(size=(1, 8)).astype(np.float32)} for _ in range(200)]
+
+    found = heal(parse(FLOAT, w=w, c=c, v=v), coarse, samples=given, steps=200, threads=1)
+
+    assert found.weights == {"integers on a grid": 3}
+    assert found.after[0].rel_l2 < 0.8 * found.before[0].rel_l2
+    for name in ("e", "z", "s", "t", "d", "f", "u"):
+        np.testing.assert_array_equal(arrays(found.model)[name], numbers[name])
+    assert np.abs(arrays(found.model)["q"]).max() <= 7
+
+
+def test_zeros_and_codebooks_stay_bit_for_bit() -> None:
+    pruned = optimized("prune-magnitude{sparsity=0.8,refit=false}")
+    healed = heal(MODEL, pruned, samples=samples(), steps=5, threads=1).model
+    for name, array in arrays(pruned).items():
+        if array.ndim > 1 and array.dtype == np.float32:
+            assert ((arrays(healed)[name] == 0) >= (array == 0)).all()
+
+    coded = optimized("cluster-weights{clusters=4,min-elements=256}")
+    healed = heal(MODEL, coded, samples=samples(), steps=5, threads=1).model
+    books = [n for n, a in arrays(coded).items() if a.shape == (4,) and a.dtype == np.float32]
+    assert books
+    for name in books:
+        np.testing.assert_array_equal(arrays(healed)[name], arrays(coded)[name])
+
+
+def test_the_same_steps_give_the_same_model() -> None:
+    given = optimized(PASSES["pruned"])
+
+    first, second = (heal(MODEL, given, samples=samples(), steps=6, threads=1) for _ in range(2))
+
+    for name, array in arrays(first.model).items():
+        np.testing.assert_array_equal(array, arrays(second.model)[name])
+
+
+def test_two_processes_learn_what_one_learns() -> None:
+    given = optimized(PASSES["structures"])
+
+    alone = heal(MODEL, given, samples=samples(), steps=6, threads=1)
+    both = heal(MODEL, given, samples=samples(), steps=6, threads=2, processes=2)
+
+    assert [p.steps for p in alone.curve] == [p.steps for p in both.curve]
+    errors = [[p.error for p in run.curve] for run in (alone, both)]
+    np.testing.assert_allclose(errors[0], errors[1], rtol=1e-3)
+    for name, array in arrays(alone.model).items():
+        np.testing.assert_allclose(arrays(both.model)[name], array, atol=2e-4, rtol=1e-3)
+
+
+STEP = """
+    agraph (float[1,4] x, float[1,8] h, float[4,8] w, float[8,8] r, float[8,3] o)
+        => (float[1,3] y, float[1,8] n) {
+        a = MatMul(x, w)  b = MatMul(h, r)  c = Add(a, b)  n = Tanh(c)  y = MatMul(n, o)
+    }
+"""
+
+
+def test_a_stateful_model_learns_from_roll_outs() -> None:
+    rng = np.random.default_rng(0)
+    weights = {
+        n: rng.normal(size=s).astype(np.float32)
+        for n, s in (("w", (4, 8)), ("r", (8, 8)), ("o", (8, 3)))
+    }
+    original = parse(STEP, **weights)
+    cut = {n: np.where(np.abs(a) > 0.6, a, 0).astype(np.float32) for n, a in weights.items()}
+    steps = [{"x": rng.normal(size=(1, 4)).astype(np.float32)} for _ in range(24)]
+
+    found = heal(
+        original, parse(STEP, **cut), samples=steps, state=[("n", "h")], steps=60, threads=1
+    )
+
+    assert found.after[0].rel_l2 < 0.9 * found.before[0].rel_l2
+    assert ((arrays(found.model)["r"] == 0) >= (cut["r"] == 0)).all()
+
+
+FIXED = """
+    agraph (float[1,6] x, float[6,4] w) => (float[1,4] y) {
+        s = Constant<value_ints = [1,6]>()  a = Reshape(x, s)  b = MatMul(a, w)  y = Softmax(b)
+    }
+"""
+
+
+def test_a_batch_in_the_graph_is_run_side_by_side() -> None:
+    model = Interpreter(parse(FIXED, w=np.eye(6, 4, dtype=np.float32)))
+    pair = [{"x": torch.randn(1, 6)} for _ in range(2)]
+    free = Interpreter(parse(FIXED.replace("[1,6]>", "[-1,6]>"), w=np.eye(6, 4, dtype=np.float32)))
+
+    assert way_of([model], pair) is Way.BESIDE
+    assert way_of([free], pair) is Way.TOGETHER
+
+
+def test_values_are_known_by_content_and_not_by_name() -> None:
+    text = """agraph (float[8,6] x, float[6,6] u, float[6,6] v) => (float[8,6] y) {{
+        {a} = MatMul(x, u)  {b} = Relu({a})  {c} = MatMul({b}, v)  y = Tanh({c}) }}"""
+    rng = np.random.default_rng(0)
+    numbers = {n: rng.normal(size=(6, 6)).astype(np.float32) for n in "uv"}
+    original = Interpreter(parse(text.format(a="a", b="b", c="c"), **numbers))
+    near = {
+        n: array + 0.1 * rng.normal(size=(6, 6)).astype(np.float32) for n, array in numbers.items()
+    }
+    ours = Interpreter(parse(text.format(a="c", b="a", c="b"), **near))
+    looks = [{"x": torch.from_numpy(rng.normal(size=(8, 6)).astype(np.float32))} for _ in range(4)]
+
+    found = features(ours, original, ["c", "a", "b"], looks)
+
+    assert [(f.name, f.original) for f in found] == [("c", "a"), ("a", "b"), ("b", "c")]
+    assert all(0 < f.error < 0.1 for f in found)
+
+
+def test_what_is_asked_of_an_output_is_seen_in_its_numbers() -> None:
+    scores = torch.randn(6, 10)
+    likely, near = aim_of(list(scores.softmax(1).split(1))), aim_of(list(scores.split(1)))
+
+    assert isinstance(likely, Likely) and isinstance(near, Near)
+    assert float(likely.error(scores.softmax(1), scores.softmax(1))) == pytest.approx(0, abs=1e-6)
+    mean = scores.softmax(1).mean(0, keepdim=True).expand(6, 10)
+    assert float(likely.error(mean, scores.softmax(1))) == pytest.approx(1, rel=1e-4)
+    middle = torch.full_like(scores, float(scores.mean()))
+    assert float(near.error(middle, scores)) == pytest.approx(1, rel=1e-4)
+
+
+def test_a_model_that_is_as_good_already_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(CheckFailed, match="healing did not help"):
+        heal(MODEL, MODEL, samples=samples(20), steps=2, threads=1).save(tmp_path / "out.onnx")
+
+    assert list(tmp_path.iterdir()) == []
+
+
+OTHER = "agraph (float[1,2] z) => (float[1,2] y) { y = Relu(z) }"
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"steps": 0}, SpecError, "0 steps"),
+        ({"minutes": 0.0}, SpecError, "more than 0"),
+        ({"device": "tpu"}, SpecError, "no device 'tpu'"),
+        ({"processes": 0}, SpecError, "0 processes"),
+    ],
+)
+def test_bad_options_are_told(
+    options: dict[str, object], kind: type[GraphoptError], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        heal(MODEL, MODEL, samples=samples(8), **options)  # type: ignore[arg-type]
+
+
+def test_models_that_do_not_belong_together_are_told() -> None:
+    with pytest.raises(ModelError, match="input 'z' that the original has not"):
+        heal(MODEL, parse(OTHER), samples=samples(8), steps=1)
+
+
+def test_a_model_without_weights_is_told() -> None:
+    model = parse("agraph (float[1,2] x) => (float[1,2] y) { y = Relu(x) }")
+
+    with pytest.raises(ModelError, match="no weight in a known form"):
+        heal(model, model, samples=[{"x": np.ones((1, 2), np.float32)}], steps=1)
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from graphopt.cli import app
+
+    given, out, report = (tmp_path / n for n in ("given.onnx", "out.onnx", "report.json"))
+    graphopt.save(optimized(PASSES["pruned"]), given)
+    np.savez(
+        tmp_path / "samples.npz",
+        **{k: np.stack([s[k] for s in samples(60)]) for k in samples(1)[0]},
+    )
+
+    app(
+        [
+            "heal",
+            str(MODEL),
+            str(given),
+            "-o",
+            str(out),
+            "--samples",
+            str(tmp_path / "samples.npz"),
+            "--steps",
+            "10",
+            "--threads",
+            "1",
+            "--json",
+            str(report),
+        ],
+        standalone_mode=False,
+    )
+
+    assert "weights of" in capsys.readouterr().out
+    content = json.loads(report.read_text())
+    assert content["schema_version"] == 1
+    assert content["curve"][0]["steps"] == 0
+    assert content["steps"] == 10
+    assert abs(out.stat().st_size - given.stat().st_size) < 500
