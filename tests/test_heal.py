@@ -16,7 +16,7 @@ import graphopt_models  # noqa: E402
 from graphopt.errors import CheckFailed, GraphoptError, ModelError, SpecError  # noqa: E402
 from graphopt.testing import parse  # noqa: E402
 from graphopt.training import heal  # noqa: E402
-from graphopt.training.features import features  # noqa: E402
+from graphopt.training.common_values import features  # noqa: E402
 from graphopt.training.interpreter import Interpreter  # noqa: E402
 from graphopt.training.output_aims import Likely, Near, aim_of  # noqa: E402
 from graphopt.training.sample_batches import Way, way_of  # noqa: E402

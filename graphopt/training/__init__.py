@@ -14,7 +14,7 @@ What passes made of a model learns from the original again::
     healed = heal("model.onnx", "optimized.onnx", samples="samples/")
 
 The parts: `interpreter` (ONNX in torch), `stored_weights` and `starting_points` (what can learn),
-`features` and `output_aims` (what is learnt), `sample_batches`, `healing` (the loop), `companions`
+`common_values` and `output_aims` (what is learnt), `sample_batches`, `healing` (the loop), `companions`
 and `ranks` (several processes), and `heal`, the verb.
 """
 

@@ -21,7 +21,7 @@ from graphopt.errors import GraphoptError
 from graphopt.sample_files import read_npz, write_npz
 from graphopt.samples import Samples
 from graphopt.signature import signature
-from graphopt.training.healing import Budget, Healing, Lesson
+from graphopt.training.healing import Budget, Healing, Material
 from graphopt.training.ranks import Ranks
 
 TIMEOUT_S = 300
@@ -35,8 +35,8 @@ class Work:
     Attributes:
         folder: of the models, the samples and the file by which processes find each other.
         ranks: how many processes there are.
-        state: see `Lesson`.
-        seed: see `Lesson`.
+        state: see `Material`.
+        seed: see `Material`.
         budget: of the healing.
         device: "cpu" or "cuda".
         threads: of torch in each process.
@@ -53,14 +53,14 @@ class Work:
 
 @contextmanager
 def beside(
-    processes: int, optimized: ir.Model, lesson: Lesson, budget: Budget, device: str
+    processes: int, optimized: ir.Model, material: Material, budget: Budget, device: str
 ) -> Iterator[Ranks]:
     """Start the other processes, and be the first of them.
 
     Args:
         processes: with this one; 1 starts none.
         optimized: the model that is healed.
-        lesson: what it learns from.
+        material: what it learns from.
         budget: of the healing.
         device: "cpu" or "cuda", where each process takes the device of its number.
 
@@ -72,8 +72,8 @@ def beside(
         return
     threads = max(1, torch.get_num_threads() // processes)
     with tempfile.TemporaryDirectory(prefix="graphopt-") as name:
-        work = Work(Path(name), processes, lesson.state, lesson.seed, budget, device, threads)
-        _write(work, optimized, lesson)
+        work = Work(Path(name), processes, material.state, material.seed, budget, device, threads)
+        _write(work, optimized, material)
         context = mp.get_context("spawn")
         others = [
             context.Process(target=_heal, args=(rank, work), daemon=True)
@@ -104,10 +104,10 @@ def beside(
                 process.kill()
 
 
-def _write(work: Work, optimized: ir.Model, lesson: Lesson) -> None:
-    for name, model in (("original", lesson.original), ("optimized", optimized)):
+def _write(work: Work, optimized: ir.Model, material: Material) -> None:
+    for name, model in (("original", material.original), ("optimized", optimized)):
         saving.save(model, work.folder / f"{name}.onnx")
-    for name, samples in (("training", lesson.training), ("held_out", lesson.held_out)):
+    for name, samples in (("training", material.training), ("held_out", material.held_out)):
         folder = work.folder / name
         folder.mkdir()
         for index, sample in enumerate(samples):
@@ -137,7 +137,7 @@ def _heal(rank: int, work: Work) -> None:
     """What another process does: the same, with its share of every batch."""
     torch.set_num_threads(work.threads)
     original = loading.load(work.folder / "original.onnx")
-    lesson = Lesson(
+    material = Material(
         original,
         _read(work.folder / "training"),
         _read(work.folder / "held_out"),
@@ -148,5 +148,5 @@ def _heal(rank: int, work: Work) -> None:
     optimized = loading.load(work.folder / "optimized.onnx")
     _join(rank, work)
     device = torch.device(f"cuda:{rank}" if work.device == "cuda" else "cpu")
-    Healing(optimized, lesson, device, Ranks(rank, work.ranks)).run(work.budget)
+    Healing(optimized, material, device, Ranks(rank, work.ranks)).run(work.budget)
     dist.destroy_process_group()

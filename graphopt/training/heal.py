@@ -19,7 +19,7 @@ from graphopt.samples import Samples
 from graphopt.signature import signature
 from graphopt.subject import SamplesLike, State, Subject, open_subject
 from graphopt.training.companions import beside
-from graphopt.training.healing import Budget, Healing, Lesson, Point
+from graphopt.training.healing import Budget, Healing, Material, Point
 from graphopt.training.stored_weights import StoredWeight, forms_of, stored_weights, write
 from graphopt.validation import OutputError
 
@@ -137,12 +137,12 @@ def heal(
     working = subject.working_copy(keep_overridable=True, is_needed_again=True)
     if threads is not None:
         torch.set_num_threads(threads)
-    lesson = Lesson(
+    material = Material(
         reference.source.model, learnt.samples, judged.samples, feed.inputs, feed.state, seed
     )
     budget = Budget(minutes, steps)
-    with beside(processes, working, lesson, budget, device) as ranks:
-        healing = Healing(working, lesson, torch.device(device), ranks, progress=progress)
+    with beside(processes, working, material, budget, device) as ranks:
+        healing = Healing(working, material, torch.device(device), ranks, progress=progress)
         numbers = healing.run(budget)
     weights = healing.weights
     write(list(zip(weights, numbers, strict=True)))

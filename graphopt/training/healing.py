@@ -23,7 +23,7 @@ from torch import Tensor
 from graphopt.errors import ModelError
 from graphopt.samples import Samples
 from graphopt.signature import Input
-from graphopt.training.features import Feature, features
+from graphopt.training.common_values import Feature, features
 from graphopt.training.interpreter import Interpreter
 from graphopt.training.output_aims import Aim, aim_of, squares
 from graphopt.training.ranks import Ranks
@@ -56,6 +56,9 @@ LOOKS = 8
 
 BATCH_MAXIMUM, BATCHES_MINIMUM = 32, 6
 """Samples in a batch, and batches in an epoch."""
+
+MEMORY_BYTES = 4 << 30
+"""What the values of a batch may take, about, while gradients are reckoned."""
 
 WINDOW = 16
 """Steps of a roll-out through which gradients go back."""
@@ -97,7 +100,7 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class Material:
     """What is learnt from.
 
     Attributes:
@@ -123,7 +126,7 @@ class Healing:
 
     Attributes:
         optimized: not modified.
-        lesson: what it learns from.
+        material: what it learns from.
         device: where it runs.
         ranks: the processes that learn together.
         rate: see `RATE`.
@@ -135,7 +138,7 @@ class Healing:
     """
 
     optimized: ir.Model
-    lesson: Lesson
+    material: Material
     device: torch.device
     ranks: Ranks = field(default_factory=Ranks)
     rate: float = RATE
@@ -147,7 +150,7 @@ class Healing:
         if not self.weights:
             raise ModelError("the optimized model has no weight in a known form that could learn")
         student = Interpreter(self.optimized, self.device, straight_through=True)
-        teacher = Interpreter(self.lesson.original, self.device)
+        teacher = Interpreter(self.material.original, self.device)
         looks = self._looks(teacher)
         self.progress("looking for values that both models compute")
         self.features = features(student, teacher, self._candidates(), looks)
@@ -155,6 +158,7 @@ class Healing:
         way = way_of((student, teacher), (alike * 2)[:2])
         self.student, self.teacher = Runner(student, way), Runner(teacher, way)
         self.aims = self._aims(looks)
+        self.batch_size = self._batch_size(looks[0])
 
     # -------------------------------------------------------------- set-up
 
@@ -163,18 +167,18 @@ class Healing:
         """Names of the outputs that are numbers of floating point."""
         return [
             value.name or ""
-            for value in self.lesson.original.graph.outputs
+            for value in self.material.original.graph.outputs
             if value.dtype is None or value.dtype.is_floating_point()
         ]
 
     def _looks(self, teacher: Interpreter) -> list[Tensors]:
         """A few samples, with the state that the original has when it comes to them."""
         found: list[Tensors] = []
-        for sequences in self._batches(self.lesson.training, 1).once():
+        for sequences in self._batches(self.material.training, 1).once():
             carried: Tensors = {}
             for step in sequences[: LOOKS - len(found)]:
                 found.append({**step[0], **carried})
-                if self.lesson.state:
+                if self.material.state:
                     with torch.no_grad():
                         carried = self._carried(teacher.run(found[-1], self._names([])))
             if len(found) >= LOOKS:
@@ -196,19 +200,28 @@ class Healing:
             runs = [self.teacher.interpreter.run(sample, self.outputs) for sample in looks]
         return {name: aim_of([run[name] for run in runs]) for name in self.outputs}
 
+    def _batch_size(self, sample: Tensors) -> int:
+        """How many samples give gradients at once: as their number and the memory allow."""
+        interpreter = self.student.interpreter
+        with torch.no_grad():
+            values = interpreter.run(sample, interpreter.computed())
+        sample_bytes = sum(value.nbytes for value in values.values())
+        many = len(self.material.training.sequences) // BATCHES_MINIMUM
+        return max(1, min(BATCH_MAXIMUM, many, MEMORY_BYTES // max(sample_bytes, 1)))
+
     def _batches(self, samples: Samples, size: int) -> Batches:
-        return Batches(samples, size, self.lesson.inputs, self.device, self.lesson.seed)
+        return Batches(samples, size, self.material.inputs, self.device, self.material.seed)
 
     # -------------------------------------------------------------- running both
 
     def _names(self, further: Sequence[str]) -> list[str]:
         """What is asked of a model: outputs, state and some values more, each once."""
-        state = [output for output, _ in self.lesson.state]
+        state = [output for output, _ in self.material.state]
         return list(dict.fromkeys([*self.outputs, *state, *further]))
 
     def _carried(self, values: Tensors) -> Tensors:
         """What the next step is given of the outputs of this one."""
-        return {target: values[source].detach() for source, target in self.lesson.state}
+        return {target: values[source].detach() for source, target in self.material.state}
 
     def _fed(self, numbers: Sequence[Tensor]) -> Tensors:
         """The weights for the interpreter; gradients go through rounding as they are."""
@@ -228,7 +241,7 @@ class Healing:
         total, count = 0.0, 0
         with torch.no_grad():
             fed = self._fed(numbers)
-            for sequences in self._batches(self.lesson.held_out, BATCH_MAXIMUM).once():
+            for sequences in self._batches(self.material.held_out, self.batch_size).once():
                 ours: Tensors = {}
                 theirs: Tensors = {}
                 for step in sequences:
@@ -277,10 +290,7 @@ class Healing:
 
     def _windows(self) -> Iterator[tuple[Sequences, _Carried]]:
         """Some steps of several samples, and what both models carry into them and out again."""
-        size = len(self.lesson.training.sequences) // BATCHES_MINIMUM
-        for sequences in self._batches(
-            self.lesson.training, max(1, min(BATCH_MAXIMUM, size))
-        ).epochs():
+        for sequences in self._batches(self.material.training, self.batch_size).epochs():
             carried = _Carried()
             for start in range(0, len(sequences), WINDOW):
                 yield sequences[start : start + WINDOW], carried
