@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -23,12 +23,13 @@ from graphopt.training.batches import Samples, Splits, first_inputs, splits_of
 from graphopt.training.checkpoints import Checkpoints
 from graphopt.training.choosing import check_strategy, strategy_of
 from graphopt.training.config import Config, Optimize
+from graphopt.training.distillation import objective_of
 from graphopt.training.importing import made_by, modules_of
 from graphopt.training.loop import Loop, steps_per_epoch
 from graphopt.training.objectives import Learner, Objective, TaskLoss, loss_named
 from graphopt.training.optimizers import check_schedule, optimizer_of
 from graphopt.training.precision import LossScale
-from graphopt.training.preparation import Preparation
+from graphopt.training.preparations import preparations_of
 from graphopt.training.processes import World, joined
 from graphopt.training.reading import read_config
 from graphopt.training.recorder import Recorder
@@ -138,11 +139,14 @@ def _train(config: Config, world: World, resume: bool, progress: Callable[[str],
     progress("making the model")
     torch.manual_seed(config.training.seed)
     module = _module_of(config)
-    objective = _objective_of(config, TaskLoss(loss), module, world.device)
-    preparations = [_preparation_of(table) for table in config.prepare]
+    preparations = preparations_of(config)
     for preparation in preparations:
         preparation.attach(module)
     inputs = first_inputs(splits.train, EXAMPLES)
+    task = TaskLoss(loss)
+    objective: Objective = task
+    if config.distill is not None:
+        objective = objective_of(config, task, module, inputs, world.device)
     names = exporting.names_of_inputs(module, config.export, len(inputs))
     exporting.axes_of(config.export, names, inputs)
     whole = copy.deepcopy(module) if world.first else None
@@ -233,27 +237,6 @@ def _module_of(config: Config) -> nn.Module:
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise ConfigError(f"model.factory: {config.model.factory} has no parameters to train")
     return module
-
-
-def _objective_of(
-    config: Config, task: TaskLoss, module: nn.Module, device: torch.device
-) -> Objective:
-    """What training makes small.
-
-    Args:
-        config: may have a table on distillation.
-        task: the loss against targets.
-        module: the student, whole.
-        device: where it will be.
-    """
-    if config.distill is not None:
-        raise ConfigError("[distill] is not there in this version of graphopt; leave it out")
-    return task
-
-
-def _preparation_of(table: Mapping[str, object]) -> Preparation:
-    """What a table of [[prepare]] stands for."""
-    raise ConfigError("[[prepare]] is not there in this version of graphopt; leave it out")
 
 
 # ------------------------------------------------------------------ after training
