@@ -53,7 +53,7 @@ class Masks(WeightOptions):
         ConfigError: both sparsity and pattern are given, or the pattern is none.
     """
 
-    sparsity: Share | None = None
+    sparsity: Annotated[float | None, Bounds(0.0, 1.0)] = None
     pattern: str | None = None
     scope: Scope = "layer"
 
