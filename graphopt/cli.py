@@ -345,8 +345,9 @@ def train(
     if trained.module is not None:
         shown = training.render_trained(trained)
         _show(shown, json, lambda: training.trained_to_json(trained))
-    if trained.run is not None and trained.run.failures:
-        raise CheckFailed("; ".join(trained.run.failures))
+    run = trained.delivery.run
+    if run is not None and run.failures:
+        raise CheckFailed("; ".join(run.failures))
 
 
 @app.command()

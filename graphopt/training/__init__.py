@@ -6,13 +6,15 @@ A TOML file says what is trained on what, how, and by how many processes::
 
 The parts: `config` and `reading` (the file), `batches`, `objectives`, `optimizers`, `precision`
 (what a step is made of), `strategy` and one module for each kind of parallelism (how processes
-divide it), `loop`, `checkpoints`, `recorder`, `exporting`, and `api`, which puts them together.
+divide it), `loop`, `checkpoints`, `recorder`, `assembly` (all of these put together), `exporting`
+and `delivery` (what is left behind), and `api`, which does one after the other.
 """
 
 from __future__ import annotations
 
 from graphopt.training.api import Trained, train
 from graphopt.training.config import Config
+from graphopt.training.delivery import Delivery
 from graphopt.training.objectives import Objective
 from graphopt.training.preparation import Preparation
 from graphopt.training.reading import config_of, read_config
@@ -20,6 +22,7 @@ from graphopt.training.summary import render_trained, trained_to_json
 
 __all__ = [
     "Config",
+    "Delivery",
     "Objective",
     "Preparation",
     "Trained",

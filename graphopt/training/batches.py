@@ -8,7 +8,7 @@ wait for it in collectives.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
@@ -198,6 +198,7 @@ def load(
 
 
 Collated = tuple[tuple[Tensor, ...], Tensor | None]
+"""Inputs and targets of samples, each stacked along a new first axis."""
 
 
 def _unchanged(item: Any) -> Any:
@@ -224,17 +225,13 @@ class _Batched(torch.utils.data.Dataset[tuple[Collated, ...]]):
 
 
 def _collated(items: Sequence[Any]) -> Collated:
-    """Inputs and targets of samples, stacked along a new first axis."""
     inputs = default_collate([item[0] for item in items])
     targets = None if items[0][1] is None else default_collate([item[1] for item in items])
     return tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,), targets
 
 
-def first_inputs(samples: Samples, count: int) -> tuple[Tensor, ...]:
-    """The inputs of the first samples, each [samples, ...], on the CPU."""
-    inputs, _ = _collated([samples[index] for index in range(min(count, len(samples)))])
-    return inputs
-
-
-Apply = Callable[[Any, Tensor], Any]
-"""A metric: outputs and targets of samples to their mean, a number or scalar tensor."""
+def first_of(samples: Samples, count: int, device: torch.device | None = None) -> Collated:
+    """Inputs and targets of the first samples, each [samples, ...], on the CPU by default."""
+    inputs, targets = _collated([samples[index] for index in range(min(count, len(samples)))])
+    moved = tuple(tensor.to(device) for tensor in inputs)
+    return moved, None if targets is None else targets.to(device)

@@ -12,7 +12,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -32,6 +35,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_pieces
 from graphopt.errors import ConfigError, TrainingFailed
 from graphopt.training.config import Table
 from graphopt.training.precision import LossScale
+from graphopt.training.processes import is_loss
 from graphopt.training.strategy import Strategy
 
 SCHEMA_VERSION: Final = 1
@@ -99,11 +103,14 @@ class Checkpoints:
         written = self.folder / f".{name}.part"
         if strategy.world.first:
             self.folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(written, ignore_errors=True)
+            # Those of a process that was killed, too.
+            for left in self.folder.glob(".step-*.part"):
+                shutil.rmtree(left)
         strategy.world.barrier()
         state = _state(strategy, optimizer, scale, progress.best_state)
         try:
-            save_pieces(state, checkpoint_id=written, no_dist=strategy.world.size == 1)
+            with _alone(strategy.world.size):
+                save_pieces(state, checkpoint_id=written)
         except CheckpointException as error:
             raise TrainingFailed(
                 f"the checkpoint {self.folder / name} cannot be written: {error}"
@@ -150,8 +157,11 @@ class Checkpoints:
         best_state = strategy.module_state() if run["has_best_state"] else None
         state = _state(strategy, optimizer, scale, best_state)
         try:
-            load_pieces(state, checkpoint_id=path, no_dist=strategy.world.size == 1)
+            with _alone(strategy.world.size):
+                load_pieces(state, checkpoint_id=path)
         except (CheckpointException, RuntimeError, KeyError, ValueError) as error:
+            if is_loss(error):
+                raise
             raise ConfigError(f"the checkpoint {path} cannot be read: {error}") from error
         set_model_state_dict(strategy.learner, state["learner"])
         set_optimizer_state_dict(strategy.learner, optimizer, state["optimizer"], options=BY_NAME)
@@ -204,6 +214,15 @@ def _state(
         f"random.{strategy.world.rank}": _random_state(),
     }
     return state if best_state is None else {**state, "best": best_state}
+
+
+@contextmanager
+def _alone(processes: int) -> Iterator[None]:
+    """Within, torch does not warn of what is meant: one process that writes without a group."""
+    with warnings.catch_warnings():
+        if processes == 1:
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _random_state() -> dict[str, torch.Tensor]:

@@ -6,6 +6,7 @@ import math
 from typing import Any, Final
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from graphopt.errors import ConfigError, did_you_mean
@@ -15,7 +16,7 @@ from graphopt.training.ddp import Ddp
 from graphopt.training.fsdp import Fsdp
 from graphopt.training.objectives import Learner
 from graphopt.training.pipeline import Pipeline
-from graphopt.training.processes import World
+from graphopt.training.processes import World, is_loss
 from graphopt.training.strategy import Single, Strategy
 from graphopt.training.tensor import Tensor as TensorParallel
 
@@ -76,6 +77,11 @@ def sizes_of(config: Config, world_size: int) -> dict[str, int]:
             f"strategy.name is 'single', and there are {world_size} processes; start one, or name "
             f"one of {', '.join(NAMES[1:])}"
         )
+    if words != ("single",) and not dist.is_initialized():
+        raise ConfigError(
+            f"strategy {config.strategy.name!r} needs processes that know of each other; start "
+            "them with torchrun --nproc_per_node=N -m graphopt.training CONFIG"
+        )
     return dict(zip(words, sizes, strict=True))
 
 
@@ -113,7 +119,11 @@ def _check_pipeline(config: Config, sizes: dict[str, int]) -> None:
 
 
 def strategy_of(
-    config: Config, learner: Learner, world: World, example: tuple[Tensor, ...]
+    config: Config,
+    learner: Learner,
+    world: World,
+    example: tuple[Tensor, ...],
+    uses_all: bool,
 ) -> Strategy:
     """The strategy of a run, the learner divided as it says.
 
@@ -122,6 +132,7 @@ def strategy_of(
         learner: whole, the same on all processes, on the device.
         world: the processes.
         example: inputs of a few samples, on the device.
+        uses_all: all parameters have a part in the loss.
 
     Raises:
         ConfigError: the model cannot be divided so.
@@ -130,7 +141,7 @@ def strategy_of(
     if "single" in sizes:
         return Single(learner, world, config.training.precision)
     if tuple(sizes) == ("ddp",):
-        return Ddp(learner, world, config.training.precision)
+        return Ddp(learner, world, config.training.precision, uses_all)
     mesh = world.mesh(tuple(sizes.values()), tuple(sizes))
     data = mesh["ddp"] if "ddp" in sizes else None
     precision = config.training.precision
@@ -166,6 +177,8 @@ def _evaluated(module: nn.Module, example: tuple[Tensor, ...]) -> list[Tensor]:
 def _tensors(outputs: Any) -> list[Tensor]:
     if isinstance(outputs, Tensor):
         return [outputs]
+    if not isinstance(outputs, dict | list | tuple):
+        return []
     values = outputs.values() if isinstance(outputs, dict) else outputs
     return [tensor for value in values for tensor in _tensors(value)]
 
@@ -181,6 +194,8 @@ def _check_divided(module: nn.Module, whole: list[Tensor], example: tuple[Tensor
     try:
         parts = _evaluated(module, example)
     except RuntimeError as error:
+        if is_loss(error):
+            raise
         raise ConfigError(
             f"strategy.plan: the divided model cannot be computed: {error}; each column "
             "needs a row after it"

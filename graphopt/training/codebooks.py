@@ -101,7 +101,7 @@ class Attended(Shared):
     def shared(self, weight: Tensor) -> Tensor:
         """See `Shared`."""
         if not self.training:
-            return self.codebook[nearest(weight, self.codebook)]
+            return self.codebook[nearest(weight, self.codebook)] + (weight - weight.detach())
         numbers = weight[weight != 0] if self.keeps_zeros else weight
         spread = 4 * numbers.detach().std(correction=0) / len(self.codebook)
         temperature = self.temperature * spread.square().clamp_min(1e-30)

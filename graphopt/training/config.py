@@ -67,6 +67,8 @@ class Data(Section):
             of them, and a target or None.
         options: its keyword arguments.
         batch_size: samples of one optimizer step over all processes, whatever the strategy.
+        drop_last: leave out the last batch of an epoch where it is smaller than the others; batch
+            normalization, for one, cannot train on a single sample.
         workers: processes that load samples ahead, for each training process; 0 loads in place.
     """
 
@@ -74,6 +76,7 @@ class Data(Section):
     factory: str
     options: Table = field(default_factory=dict)
     batch_size: Count = 64
+    drop_last: bool = False
     workers: Annotated[int, Bounds(0)] = 0
 
 

@@ -24,7 +24,7 @@ from graphopt.training import distillation_losses as losses
 from graphopt.training.config import INFINITE, Config, Section, Table
 from graphopt.training.features import Adapter, adapter_of
 from graphopt.training.importing import is_path, made_by
-from graphopt.training.objectives import Loss, TaskLoss, in_float32
+from graphopt.training.objectives import Loss, in_float32
 from graphopt.training.reading import section_of
 from graphopt.training.teachers import (
     Lesson,
@@ -203,7 +203,7 @@ def labeled(loss: Loss, outputs: Any, targets: Tensor) -> Tensor:
 
 def objective_of(
     config: Config,
-    task: TaskLoss,
+    loss: Loss,
     student: nn.Module,
     inputs: tuple[Tensor, ...],
     device: torch.device,
@@ -212,7 +212,7 @@ def objective_of(
 
     Args:
         config: of the run.
-        task: the loss against labels.
+        loss: against labels.
         student: whole, on the CPU.
         inputs: of a few samples, on the CPU, on which teacher and student are compared.
         device: where training will be.
@@ -246,7 +246,7 @@ def objective_of(
         name: adapter_of(name, features[name], lesson.features[of_teacher]).to(device)
         for name, of_teacher in options.features.items()
     }
-    return Distillation(options, teacher, task.loss, adapters)
+    return Distillation(options, teacher, loss, adapters)
 
 
 def _taken(

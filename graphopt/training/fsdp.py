@@ -6,7 +6,8 @@ of the module as one (Zhao et al., arXiv:2304.11277, in its second form on DTens
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatchcase
 
@@ -75,13 +76,13 @@ def layers_of(module: nn.Module, patterns: Sequence[str]) -> list[nn.Module]:
     Args:
         module: the whole.
         patterns: of their names, as the shell has them; the elements of the outermost lists of
-            modules if there are none.
+            modules if there are none, but for those that share parameters with others.
 
     Raises:
-        ConfigError: a pattern matches no module with parameters.
+        ConfigError: a pattern matches no module with parameters, or one that shares them.
     """
     if not patterns:
-        return _elements(module)
+        return [element for element in _elements(module) if not _shares(element, module)]
     names = {name: m for name, m in module.named_modules() if name and _has_parameters(m)}
     chosen: dict[str, nn.Module] = {}
     for pattern in patterns:
@@ -89,6 +90,12 @@ def layers_of(module: nn.Module, patterns: Sequence[str]) -> list[nn.Module]:
         if not matched:
             near = did_you_mean(pattern, names)
             raise ConfigError(f"strategy.layers: {pattern!r} is no module with parameters{near}")
+        shared = [name for name, m in matched.items() if _shares(m, module)]
+        if shared:
+            raise ConfigError(
+                f"strategy.layers: {shared[0]!r} shares a parameter with a module outside of it; "
+                "name one that holds both, or neither"
+            )
         chosen |= matched
     # Inner ones first: a module takes the parameters that are not taken yet.
     return [chosen[name] for name in sorted(chosen, key=lambda n: -n.count("."))]
@@ -98,6 +105,18 @@ def _elements(module: nn.Module) -> list[nn.Module]:
     if isinstance(module, nn.ModuleList | nn.Sequential):
         return [child for child in module if _has_parameters(child)]
     return [element for child in module.children() for element in _elements(child)]
+
+
+def _shares(layer: nn.Module, module: nn.Module) -> bool:
+    """Whether a parameter of a layer is also one of the module outside of it."""
+    within = Counter(map(id, _occurrences(layer)))
+    whole = Counter(map(id, _occurrences(module)))
+    return any(whole[parameter] > count for parameter, count in within.items())
+
+
+def _occurrences(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters under each of their names."""
+    return (parameter for _, parameter in module.named_parameters(remove_duplicate=False))
 
 
 def _has_parameters(module: nn.Module) -> bool:

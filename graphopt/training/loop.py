@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import torch
 
-from graphopt.errors import TrainingFailed
+from graphopt.errors import ConfigError, TrainingFailed
 from graphopt.training.batches import Part, Splits, load, order_of, shares_of
 from graphopt.training.checkpoints import Checkpoints, Progress
 from graphopt.training.config import Config
@@ -61,7 +61,7 @@ class Loop:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches of an epoch; the last one may be smaller."""
+        """Batches of an epoch."""
         return steps_per_epoch(self.config, self.splits)
 
     @property
@@ -106,8 +106,9 @@ class Loop:
             self._save()
 
     def _samples_since(self, step: int, epoch: int) -> int:
-        before = (step - epoch * self.steps_per_epoch) * self.config.data.batch_size
-        return len(self.splits.train) - before
+        size = self.config.data.batch_size
+        before = (step - epoch * self.steps_per_epoch) * size
+        return min(len(self.splits.train), self.steps_per_epoch * size) - before
 
     def _batches(self, epoch: int) -> Iterator[tuple[Part, ...]]:
         """The batches of an epoch that are still to be done."""
@@ -122,7 +123,7 @@ class Loop:
                 strategy.data_rank,
                 strategy.data_ranks,
             )
-            for at in range(done * size, len(order), size)
+            for at in range(done * size, self.steps_per_epoch * size, size)
         ]
         seed = (config.training.seed + epoch) % 2**62
         return load(self.splits.train, shares, strategy.world.device, config.data.workers, seed)
@@ -197,8 +198,18 @@ class Loop:
 
 
 def steps_per_epoch(config: Config, splits: Splits) -> int:
-    """Batches of an epoch; the last one may be smaller."""
-    return -(-len(splits.train) // config.data.batch_size)
+    """Batches of an epoch.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    whole, rest = divmod(len(splits.train), config.data.batch_size)
+    if not whole and config.data.drop_last:
+        raise ConfigError(
+            f"data.drop_last leaves nothing: there are {len(splits.train)} samples to train on, "
+            f"and data.batch_size is {config.data.batch_size}"
+        )
+    return whole if config.data.drop_last or not rest else whole + 1
 
 
 def _copied(state: dict[str, Any]) -> dict[str, Any]:

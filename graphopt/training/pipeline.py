@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
 from graphopt.training.batches import Part
 from graphopt.training.config import Precision
@@ -58,10 +59,15 @@ class Pipeline(Strategy):
         self.schedule = schedule
         self.microbatches = microbatches
         learner.module = self.stage.module
+        if not self.last:
+            # The objective is taken of the outputs.
+            learner.adapters = nn.ParameterList()
         if data is not None:
             self.data_rank, self.data_ranks = data.get_local_rank(), data.size()
             self.data_group = data.get_group()
-        self._prepared: dict[tuple[Any, ...], PipelineStage] = {}
+        self.part: Part | None = None
+        self.scale = 1.0
+        self._schedules: dict[tuple[Any, ...], PipelineScheduleSingle] = {}
 
     @property
     def last(self) -> bool:
@@ -71,45 +77,46 @@ class Pipeline(Strategy):
     def backward(self, parts: Sequence[Part], scale: float) -> float:
         """See `Strategy.backward`; a batch is one part, since microbatches divide it already."""
         (part,) = parts
-        self.learner.train()
-        count = _pieces(part.inputs[0].shape[0], self.microbatches)
-        stage = self._stage_for(part.inputs, count)
-        losses: list[Tensor] = []
-
-        def loss_of(outputs: Any, rows: Tensor) -> Tensor:
-            inputs = tuple(tensor[rows] for tensor in part.inputs)
-            targets = None if part.targets is None else part.targets[rows]
-            with casts(self.precision, self.world.device):
-                loss = self.learner.objective.on_outputs(outputs, inputs, targets)
-            return loss * (part.weight * scale)
-
-        # 1F1B keeps every stage busy, which takes a microbatch for each.
-        alternates = self.schedule == "1f1b" and count >= self.count
-        schedule = (Schedule1F1B if alternates else ScheduleGPipe)(stage, count, loss_of)
+        self.part, self.scale = part, scale
+        samples = part.inputs[0].shape[0]
+        count = _pieces(samples, self.microbatches)
+        schedule = self._schedule_for(part.inputs, count)
         arguments: dict[str, Any] = arguments_of(self.stage, part.inputs)
+        losses: list[Tensor] = []
+        self.learner.train()
         with casts(self.precision, self.world.device):
             if self.last:
-                rows = torch.arange(part.inputs[0].shape[0], device=self.world.device)
+                rows = torch.arange(samples, device=self.world.device)
                 schedule.step(**arguments, target=rows, losses=losses, return_outputs=False)
             else:
                 schedule.step(**arguments)
+        for adapter in self.learner.adapters:
+            # The schedule does this for the parameters of the stage.
+            if adapter.grad is not None:
+                adapter.grad.div_(count)
         if self.data_group is not None:
             sum_gradients(self.learner.parameters(), self.data_group)
-        mean = sum(float(loss) for loss in losses) / count / scale
+        mean = sum(float(loss.detach()) for loss in losses) / count / scale
         return self.world.sum([mean])[0]
 
-    def _stage_for(self, inputs: tuple[Tensor, ...], count: int) -> PipelineStage:
-        """The engine's view of the stage, which is made for one size of microbatch."""
+    def _loss(self, outputs: Any, rows: Tensor) -> Tensor:
+        """What the schedule makes small for a microbatch: targets are the rows of the batch."""
+        assert self.part is not None, "a schedule runs within a step"
+        inputs = tuple(tensor[rows] for tensor in self.part.inputs)
+        targets = None if self.part.targets is None else self.part.targets[rows]
+        loss = self.learner.objective.on_outputs(outputs, inputs, targets)
+        return loss * (self.part.weight * self.scale)
+
+    def _schedule_for(self, inputs: tuple[Tensor, ...], count: int) -> PipelineScheduleSingle:
+        """The engine's schedule, which is made for one number and size of microbatches."""
         size = inputs[0].shape[0] // count
-        key = (size, *(tensor.shape[1:] for tensor in inputs))
-        if key not in self._prepared:
+        key = (count, size, *(tensor.shape[1:] for tensor in inputs))
+        if key not in self._schedules:
             # In evaluation mode: no statistics are updated, no dropout is drawn.
             self.learner.eval()
-            first = tuple(tensor[:size] for tensor in inputs)
             with casts(self.precision, self.world.device):
-                taken, given = self._relay(first)
-            self.learner.train()
-            self._prepared[key] = PipelineStage(
+                taken, given = self._relay(tuple(tensor[:size] for tensor in inputs))
+            stage = PipelineStage(
                 self.stage.module,
                 self.number,
                 self.count,
@@ -118,7 +125,11 @@ class Pipeline(Strategy):
                 output_args=given,
                 group=self.group,
             )
-        return self._prepared[key]
+            # 1F1B keeps every stage busy, which takes a microbatch for each.
+            alternates = self.schedule == "1f1b" and count >= self.count
+            kind = Schedule1F1B if alternates else ScheduleGPipe
+            self._schedules[key] = kind(stage, count, self._loss)
+        return self._schedules[key]
 
     def _relay(self, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """What this stage takes and gives for some samples; all processes of the group call this.

@@ -47,11 +47,6 @@ def preparations_of(config: Config) -> list[Preparation]:
     """
     words = config.strategy.name.split()
     found = list(map(preparation_of, config.prepare))
-    if found and "tensor" in words:
-        raise ConfigError(
-            "[[prepare]] does not go with tensor parallel, which divides weights within; use ddp, "
-            "fsdp or pipeline"
-        )
     if "pipeline" in words and any(one.options.sees_all_weights for one in found):
         raise ConfigError(
             "prepare.scope is 'global', and no process of a pipeline has all weights; use 'layer'"

@@ -7,8 +7,9 @@ MASTER_ADDR, MASTER_PORT). Without it there is one process and no process group.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final
@@ -26,6 +27,7 @@ CAUSE_KEY: Final = "graphopt/cause"
 """Where the first process that fails leaves a word for the others."""
 CAUSE_WAIT_S: Final = 2.0
 """How long they look for it: who was killed has left none."""
+NO_WORD: Final = "it left no word: it was killed, crashed, or is stuck"
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,17 @@ class World:
 
 
 @contextmanager
+def told_to_torchrun() -> Iterator[None]:
+    """Leave what is raised within where torchrun looks for what to print."""
+    try:
+        yield
+    except Exception as error:
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:
+            get_error_handler().record_exception(error)
+        raise
+
+
+@contextmanager
 def joined(timeout_s: float, wanted: str) -> Iterator[World]:
     """Meet the other processes of the run, or be the only one.
 
@@ -113,18 +126,16 @@ def joined(timeout_s: float, wanted: str) -> Iterator[World]:
     try:
         yield world
     except Exception as error:
-        lost = _is_loss(error)
-        if "TORCHELASTIC_ERROR_FILE" in os.environ:
-            # torchrun prints what it finds there.
-            get_error_handler().record_exception(error)
-        if store is not None and not lost:
-            store.compare_set(CAUSE_KEY, "", f"process {world.rank}: {_line(error)}")
-        if not lost:
-            raise
-        raise TrainingFailed(
-            f"process {world.rank} of {world.size} stopped, because another one was lost or did "
-            f"not answer within {timeout_s:g} s; {_cause(store)} ({_line(error)})"
-        ) from error
+        if is_loss(error):
+            raise TrainingFailed(
+                f"process {world.rank} of {world.size} stopped, because another one was lost or "
+                f"did not answer within {timeout_s:g} s; {_cause(store)} ({_line(error)})"
+            ) from error
+        if store is not None:
+            # The process that keeps the words may be gone; the error is raised all the same.
+            with suppress(RuntimeError):
+                store.compare_set(CAUSE_KEY, "", f"process {world.rank}: {_line(error)}")
+        raise
     finally:
         if store is not None:
             dist.destroy_process_group()
@@ -171,7 +182,7 @@ def _arrive(timeout_s: float, device: torch.device) -> Store:
     return store
 
 
-def _is_loss(error: Exception) -> bool:
+def is_loss(error: BaseException) -> bool:
     """Whether a collective failed, as against anything else that a process can fail of."""
     if isinstance(error, dist.DistError):
         return True
@@ -182,12 +193,16 @@ def _is_loss(error: Exception) -> bool:
 def _cause(store: Store | None) -> str:
     if store is None:
         return "see there for the cause"
+    end = time.monotonic() + CAUSE_WAIT_S
     try:
-        store.wait([CAUSE_KEY], timedelta(seconds=CAUSE_WAIT_S))
-        return f"the cause is with {store.get(CAUSE_KEY).decode()}"
+        while not store.check([CAUSE_KEY]) and time.monotonic() < end:
+            time.sleep(CAUSE_WAIT_S / 20)
+        if store.check([CAUSE_KEY]):
+            return f"the cause is with {store.get(CAUSE_KEY).decode()}"
     except RuntimeError:
-        # Nobody left a word, or the process that kept the words is the lost one.
-        return "it left no word: it was killed, crashed, or is stuck"
+        # The process that kept the words is the lost one.
+        return NO_WORD
+    return NO_WORD
 
 
 def _line(error: Exception) -> str:

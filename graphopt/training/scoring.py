@@ -63,7 +63,7 @@ def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
         outputs: [samples, classes, ...].
         targets: class numbers, [samples, ...].
     """
-    return (outputs.argmax(dim=1) == targets).float().mean()
+    return (outputs.argmax(dim=1) == targets).double().mean()
 
 
 def score(
@@ -92,13 +92,18 @@ def score(
         outputs = strategy.outputs(part.inputs)
         if outputs is None or not part.count:
             continue
-        total += part.count * _measured(metric, in_float32(outputs), part.targets)
+        total += part.count * measured(metric, outputs, part.targets)
         count += part.count
     total, count = strategy.world.sum([total, count])
     return total / count
 
 
-def _measured(metric: Metric, outputs: Any, targets: Tensor | None) -> float:
+def measured(metric: Metric, outputs: Any, targets: Tensor | None) -> float:
+    """The mean of a metric over some samples.
+
+    Raises:
+        ConfigError: it cannot be taken of outputs and targets.
+    """
     if targets is None:
         raise ConfigError(
             "validation needs targets, and the validation samples have None; give samples with "
@@ -106,7 +111,7 @@ def _measured(metric: Metric, outputs: Any, targets: Tensor | None) -> float:
         )
     try:
         with torch.no_grad():
-            return float(metric.measure(outputs, targets))
+            return float(metric.measure(in_float32(outputs), targets))
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         raise ConfigError(
             f"validation.metric cannot be taken of the outputs: {type(error).__name__}: {error}"

@@ -18,11 +18,12 @@ AS_WRITTEN: Final = "as written"
 def render_trained(trained: Trained) -> RenderableType:
     """The result for the terminal."""
     parts: list[RenderableType] = [Text(_trained_line(trained))]
-    if trained.exported is not None:
-        parts.append(Text(f"exported to {trained.exported}; its outputs against PyTorch's:"))
-        parts.append(render_numerics({AS_WRITTEN: trained.numerics}))
-    if trained.run is not None:
-        parts += [Text(f"optimized to {trained.optimized}:"), render_run(trained.run)]
+    files = trained.delivery
+    if files.exported is not None:
+        parts.append(Text(f"exported to {files.exported}; its outputs against PyTorch's:"))
+        parts.append(render_numerics({AS_WRITTEN: files.numerics}))
+    if files.run is not None:
+        parts += [Text(f"optimized to {files.optimized}:"), render_run(files.run)]
     return Group(*parts)
 
 
@@ -37,6 +38,7 @@ def _trained_line(trained: Trained) -> str:
 
 def trained_to_json(trained: Trained) -> dict[str, Any]:
     """The result as JSON."""
+    files = trained.delivery
     return {
         "schema_version": SCHEMA_VERSION,
         "versions": versions(),
@@ -44,8 +46,8 @@ def trained_to_json(trained: Trained) -> dict[str, Any]:
         "losses": list(trained.losses),
         "scores": list(trained.scores),
         "best": None if trained.best is None else list(trained.best),
-        "exported": None if trained.exported is None else str(trained.exported),
-        "numerics": numerics_to_json({AS_WRITTEN: trained.numerics}),
-        "optimized": None if trained.optimized is None else str(trained.optimized),
-        "run": None if trained.run is None else run_to_json(trained.run),
+        "exported": None if files.exported is None else str(files.exported),
+        "numerics": numerics_to_json({AS_WRITTEN: files.numerics}),
+        "optimized": None if files.optimized is None else str(files.optimized),
+        "run": None if files.run is None else run_to_json(files.run),
     }
