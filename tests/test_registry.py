@@ -89,6 +89,7 @@ NOT_PASSES = {
     "sureness.py",
     "tail_choice.py",
     "tails.py",
+    "trained_grids.py",
     "twins.py",
     "unit_budgets.py",
     "unit_choice.py",

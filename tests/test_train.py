@@ -376,7 +376,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({**table(), "model": {}}, r"\[model\] needs its key 'factory'"),
     ({**table(), "model": 3}, r"model is 3; it must be a section"),
     (table(prepare={}), r"write \[\[prepare\]\]"),
-    (table(distill={}), r"\[distill\] is not there"),
+    (table(distill={}), r"\[distill\] needs its key 'teacher'"),
     (_with("model", factory="Transformer"), "import path like package.module:name"),
     (_with("model", factory="nowhere_at_all:x"), "nowhere_at_all cannot be imported"),
     (_with("model", factory="training_runs:Transfomer"), "did you mean 'Transformer'"),

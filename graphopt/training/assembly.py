@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from graphopt.errors import ConfigError
 from graphopt.training import exporting
@@ -15,12 +15,13 @@ from graphopt.training.batches import Splits, first_of, splits_of
 from graphopt.training.checkpoints import Checkpoints
 from graphopt.training.choosing import strategy_of, words_of
 from graphopt.training.config import Config
+from graphopt.training.distillation import objective_of
 from graphopt.training.importing import made_by
 from graphopt.training.loop import Loop, steps_per_epoch
 from graphopt.training.objectives import Learner, Objective, TaskLoss, loss_named
 from graphopt.training.optimizers import check_schedule, optimizer_of
 from graphopt.training.precision import LossScale
-from graphopt.training.preparation import Preparation
+from graphopt.training.preparations import preparations_of
 from graphopt.training.processes import World
 from graphopt.training.recorder import Recorder
 from graphopt.training.scoring import Metric, metric_of
@@ -82,8 +83,10 @@ def assemble(
     torch.manual_seed(config.training.seed)
     module = _module_of(config)
     inputs, _ = first_of(splits.train, SAMPLES)
-    objective = _objective_of(config, TaskLoss(loss), module, inputs, world.device)
-    preparations = [_preparation_of(table) for table in config.prepare]
+    objective: Objective = TaskLoss(loss)
+    if config.distill is not None:
+        objective = objective_of(config, loss, module, inputs, world.device)
+    preparations = preparations_of(config)
     for preparation in preparations:
         preparation.attach(module)
     names = exporting.names_of_inputs(module, config.export, len(inputs))
@@ -130,29 +133,3 @@ def _module_of(config: Config) -> nn.Module:
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise ConfigError(f"model.factory: {config.model.factory} has no parameters to train")
     return module
-
-
-def _objective_of(
-    config: Config,
-    task: TaskLoss,
-    module: nn.Module,
-    inputs: tuple[Tensor, ...],
-    device: torch.device,
-) -> Objective:
-    """What training makes small.
-
-    Args:
-        config: may have a table on distillation.
-        task: the loss against targets.
-        module: the student, whole, on the CPU.
-        inputs: of a few samples, on the CPU.
-        device: where training will be.
-    """
-    if config.distill is not None:
-        raise ConfigError("[distill] is not there in this version of graphopt; leave it out")
-    return task
-
-
-def _preparation_of(table: Mapping[str, object]) -> Preparation:
-    """What a table of [[prepare]] stands for."""
-    raise ConfigError("[[prepare]] is not there in this version of graphopt; leave it out")

@@ -180,6 +180,8 @@ class Loop:
         size = self.config.validation.batch_size or self.config.data.batch_size
         value = score(self.strategy, self.splits.validation, metric, self.config.data, size)
         self.scores.append(value)
+        if not all(p.is_settled(self.state.step, self.steps) for p in self.preparations):
+            return value
         if self.state.best is None or metric.is_better(value, self.state.best[0]):
             self.state.best = (value, epoch + 1)
             if self.config.validation.keep_best:

@@ -16,6 +16,12 @@ class Preparation(Protocol):
     def advance(self, step: int, steps: int) -> None:
         """Called before the optimizer step of this number, from 0, of so many."""
 
+    def is_settled(self, step: int, steps: int) -> bool:
+        """After so many steps, the module is validated as it will be in the end.
+
+        Only then can an epoch be the best one.
+        """
+
     def finish(self, module: nn.Module) -> None:
         """Remove the parametrizations: the weights are then exactly the trained numbers.
 

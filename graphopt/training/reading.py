@@ -6,7 +6,7 @@ import dataclasses
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from graphopt.errors import ConfigError, did_you_mean
 from graphopt.spec import describe_type, options_of
@@ -26,6 +26,8 @@ SECTIONS: tuple[type[Section], ...] = (
     sections.Optimize,
     sections.Log,
 )
+S = TypeVar("S", bound=Section)
+
 FREE = ("distill", "prepare")
 """Sections whose keys are checked by what they are for."""
 
@@ -72,7 +74,7 @@ def config_of(table: Table, folder: Path = Path()) -> Config:
     if missing:
         raise ConfigError(f"the section [{missing[0]}] is missing; it states the {missing[0]}")
     values: dict[str, Any] = {
-        name: _section(cls, table[name]) for name, cls in known.items() if name in table
+        name: section_of(cls, table[name]) for name, cls in known.items() if name in table
     }
     if "distill" in table:
         values["distill"] = _table("distill", table["distill"])
@@ -81,7 +83,12 @@ def config_of(table: Table, folder: Path = Path()) -> Config:
     return Config(folder=folder, **values)
 
 
-def _section(cls: type[Section], table: Any) -> Section:
+def section_of(cls: type[S], table: Any) -> S:
+    """One section of its keys and values.
+
+    Raises:
+        ConfigError: a key is unknown or missing, or a value is wrong.
+    """
     known = {option.field: option for option in options_of(cls).values()}
     values: Table = {}
     for key, value in _table(cls.section, table).items():

@@ -366,7 +366,8 @@ def _product_in_slabs(
         part = weight[rows].astype(np.float64)
         channels = rows if scale.shape[0] > 1 else slice(None)
         with np.errstate(over="ignore", invalid="ignore"):
-            exact = part * scale[channels]
+            # Zeros stay 0.0 where the scale is negative: passes that store them look for that.
+            exact = part * scale[channels] + 0.0
             rounded = exact.astype(dtype.numpy())
             error = np.abs(rounded.astype(np.float64) - exact)
         _check_finite(rounded, np.isfinite(part), "weight", dtype)

@@ -80,10 +80,17 @@ class PruneMagnitude(Pass):
                 self.min_elements,
                 numbers=TYPES[self.numbers],
             )
-            if pruning.targets:
-                pruning.run(self._keeps(pruning.targets))
+            keeps = self._keeps(pruning.targets)
+            if self._changes(pruning.targets, keeps):
+                pruning.run(keeps)
         store(model, self.form, context, change)
         return change
+
+    def _changes(self, targets: Sequence[Target], keeps: Sequence[int]) -> bool:
+        """Something becomes zero: not where weights were trained with these zeros already."""
+        if self.pattern != "unstructured" or self.numbers != "float32" or not self.sparsity:
+            return bool(targets)
+        return any(keep < t.nonzeros for t, keep in zip(targets, keeps, strict=True))
 
     def _keeps(self, targets: Sequence[Target]) -> list[int]:
         """How many entries each weight keeps."""

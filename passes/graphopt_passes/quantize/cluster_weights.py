@@ -26,6 +26,7 @@ from graphopt_passes.quantize.narrow_weights import (
     targets_of,
 )
 from graphopt_passes.quantize.narrowing import Budget, Form, Narrowing, Problem
+from graphopt_passes.quantize.trained_grids import codebook_of, grid_of
 from graphopt_passes.share.zeros import unpacked_zeros
 from graphopt_passes.simplify.chains import why_refused
 
@@ -160,6 +161,9 @@ class Clusters:
 
     def solve(self, problem: Problem) -> Solution:
         """The weight in clusters."""
+        trained = _trained(problem, self.count)
+        if trained is not None:
+            return Solution((trained,), as_trained=True)
         scaled, scales, counted = _normalized(problem)
         levels = optimal_levels(scaled, counted, self.count, self.keep_zeros).astype(np.float32)
         start = Rounded(np.zeros(scaled.shape, np.uint8), levels, scales)
@@ -178,14 +182,29 @@ class Clusters:
 
 def estimates_of_clusters(problem: Problem, forms: Sequence[Form]) -> list[float]:
     """The squared errors of numbers that go to the nearest value."""
+    trained = _trained(problem, max(form.count for form in forms if isinstance(form, Clusters)))
     scaled, _, counted = _normalized(problem)
     counts = [form.count for form in forms if isinstance(form, Clusters)]
     curve = level_curve(scaled, counted, counts, bins=ESTIMATED_BINS)
     found = []
     for count in counts:
+        if trained is not None and len(trained.levels) <= count:
+            found.append(0.0)
+            continue
         change = scaled - curve[count][nearest_levels(scaled, curve[count])]
         found.append(float(np.einsum("nk,nk,nk->", counted, change, change)))
     return found
+
+
+def _trained(problem: Problem, count: int) -> Rounded | None:
+    """The weight in so many values at most, if it has no more already."""
+    if not problem.target.is_integer:
+        return codebook_of(problem.weight, count)
+    found = grid_of(problem.weight, -LEVEL_MAXIMUM, LEVEL_MAXIMUM, signed=False)
+    if found is None or len(levels := np.unique(found[0])) > count:
+        return None
+    codes = np.searchsorted(levels, found[0]).astype(np.uint8)
+    return Rounded(codes, levels.astype(np.float32), narrow_scales(found[1]))
 
 
 def _is_scaled(target: Target) -> bool:

@@ -19,6 +19,7 @@ from graphopt_passes.quantize.codebooks import REFITS, Floats, Rounded, fit, nea
 from graphopt_passes.quantize.hqq import half_quadratic_scales
 from graphopt_passes.quantize.narrow_weights import Solution, Target
 from graphopt_passes.quantize.narrowing import Form, Problem
+from graphopt_passes.quantize.trained_grids import rounded_on_grid
 
 Method = Literal["auto", "nearest", "hqq", "gptq"]
 
@@ -82,7 +83,20 @@ class Integers:
 
     def solve(self, problem: Problem) -> Solution:
         """The weight in this form."""
+        trained = self.trained(problem)
+        if trained is not None:
+            return Solution((trained,), as_trained=True)
         return Solution((self.rounded(problem),))
+
+    def trained(self, problem: Problem) -> Rounded | None:
+        """The weight in codes, if it lies on this grid already."""
+        target = problem.target
+        weight, _, _ = self._padded(problem.weight, None, problem.diagonal)
+        kind = np.float32 if target.is_integer else self.scale_type
+        found = rounded_on_grid(
+            weight, self.blocks_of(target), self.levels, kind, signed=not target.is_integer
+        )
+        return None if found is None else replace(found, codes=found.codes[:, : target.inputs])
 
     def rounded(self, problem: Problem) -> Rounded:
         """The weight in codes."""
@@ -98,6 +112,8 @@ class Integers:
 
     def nearest_error(self, problem: Problem) -> float:
         """The squared error, by the diagonal of the Gram, of nearest codes at the best scales."""
+        if self.trained(problem) is not None:
+            return 0.0
         weight, _, counted = self._padded(problem.weight, None, problem.diagonal)
         start = self._start(weight, counted, problem.target, "gptq")
         change = fit(weight, start, None, False, False, refits=0).numbers() - weight

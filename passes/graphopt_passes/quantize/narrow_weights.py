@@ -222,11 +222,13 @@ class Solution:
         shift: what each row adds to the mean of its output, to be taken from the bias; float64 of
             shape [rows], or None.
         writer: puts it into the graph; None for nodes that onnxruntime folds at load.
+        as_trained: nothing is lost: the weight was trained in this form.
     """
 
     parts: tuple[Rounded, ...]
     shift: np.ndarray | None = None
     writer: Writer | None = None
+    as_trained: bool = False
 
     def numbers(self) -> np.ndarray:
         """The weight, float32 of shape [rows, inputs]."""

@@ -85,7 +85,7 @@ class Problem:
 
     def with_shift(self, solution: Solution) -> Solution:
         """The same, with what the bias has to make good for."""
-        if self.means is None:
+        if self.means is None or solution.as_trained:
             return solution
         return replace(solution, shift=self.shift(solution.numbers()))
 
@@ -176,7 +176,7 @@ class Narrowing:
             chosen = measuring._chosen(budget)
         if measuring is not self:
             measuring._foretell(chosen)
-        refits = self.refits and any(chosen) and self.has_samples
+        refits = self.refits and self.has_samples and self._changes(chosen)
         before = self.model.clone() if refits else self.model
         self._write(self.model, self.targets, chosen, self.context)
         if refits:
@@ -186,6 +186,10 @@ class Narrowing:
                 self.change.skip(target.value, "it is smaller, or better, as it is")
             else:
                 self.change.count(f"weight of {target.operator} stored as {form.label}")
+
+    def _changes(self, chosen: Sequence[Form | None]) -> bool:
+        """A weight becomes another one, and is not only stored as it was trained."""
+        return not all(solution.as_trained for solution in self._solved(chosen).values())
 
     @property
     def has_samples(self) -> bool:

@@ -18,6 +18,7 @@ from graphopt_passes.quantize.granularity import WEIGHTS
 from graphopt_passes.quantize.narrow_weights import Solution, Target, targets_of
 from graphopt_passes.quantize.narrowing import Budget, Form, Narrowing, Problem
 from graphopt_passes.quantize.partly import Partly
+from graphopt_passes.quantize.trained_grids import signs_of
 from graphopt_passes.share.zeros import unpacked_zeros
 from graphopt_passes.simplify.chains import why_refused
 
@@ -171,6 +172,9 @@ class Signs:
     def solve(self, problem: Problem) -> Solution:
         """The weight as a sum of signs."""
         blocks = problem.target.blocks_of(self.block)
+        trained = signs_of(problem.weight, blocks)
+        if trained is not None:
+            return Solution((trained,), as_trained=True)
         return Solution(
             sum_of_signs(problem.weight, self.bases, blocks, problem.diagonal, problem.gram)
         )

@@ -8,9 +8,11 @@ import numpy as np
 
 from graphopt.statistics import Gram, Rows
 from graphopt_passes.quantize.affine import Affine
+from graphopt_passes.quantize.balanced_rounding import CODE_MAXIMUM
 from graphopt_passes.quantize.folding import Fold
 from graphopt_passes.quantize.layers import Layer, products
 from graphopt_passes.quantize.rounding import round_to_gram, search_scales
+from graphopt_passes.quantize.trained_grids import grid_of
 
 BIAS_CODE_MAXIMUM = float(1 << 30)
 
@@ -124,6 +126,9 @@ def packed_layer(layer: Layer, gram: Gram, corrects: bool) -> PackedLayer:
 def _rounded_rows(
     weight: np.ndarray, gram: np.ndarray, floor: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
+    trained = grid_of(weight, -CODE_MAXIMUM, CODE_MAXIMUM, signed=False)
+    if trained is not None and (trained[1][:, 0] >= floor).all():
+        return trained[0].astype(np.int8), trained[1][:, 0].astype(np.float64)
     # The model's scales are float32, and so the codes must be for these.
     scales = search_scales(weight, gram, floor=floor).astype(np.float32).astype(np.float64)
     return round_to_gram(weight, scales, gram), scales
