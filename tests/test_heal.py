@@ -14,12 +14,14 @@ torch = pytest.importorskip("torch")
 import graphopt  # noqa: E402
 import graphopt_models  # noqa: E402
 from graphopt.errors import CheckFailed, GraphoptError, ModelError, SpecError  # noqa: E402
+from graphopt.samples import read_samples  # noqa: E402
+from graphopt.signature import signature  # noqa: E402
 from graphopt.testing import parse  # noqa: E402
 from graphopt.training import heal  # noqa: E402
 from graphopt.training.common_values import features  # noqa: E402
 from graphopt.training.interpreter import Interpreter  # noqa: E402
 from graphopt.training.output_aims import Likely, Near, aim_of  # noqa: E402
-from graphopt.training.sample_batches import Way, way_of  # noqa: E402
+from graphopt.training.sample_batches import Batches, Way, way_of  # noqa: E402
 
 FOLDER = Path(graphopt_models.__file__).parent
 MODEL = FOLDER / "digits_cnn.onnx"
@@ -307,3 +309,20 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert content["curve"][0]["steps"] == 0
     assert content["steps"] == 10
     assert abs(out.stat().st_size - given.stat().st_size) < 500
+
+
+def test_images_are_seen_otherwise_and_nothing_else_is() -> None:
+    image = np.arange(3 * 32 * 32, dtype=np.float32).reshape(1, 3, 32, 32)
+    tokens = np.arange(6, dtype=np.int64)
+    text = "agraph (float[1,3,32,32] x, int64[6] t) => (int64[6] y) { y = Neg(t) }"
+    inputs = signature(parse(text))
+    read = read_samples([{"x": image, "t": tokens}] * 4, inputs)
+    batches = Batches(read, 2, inputs, torch.device("cpu"), seed=1).epochs()
+
+    seen = [sample for _, batch in zip(range(6), batches, strict=False) for sample in batch[0]]
+
+    assert all(sample["x"].shape == image.shape for sample in seen)
+    assert any(not np.array_equal(sample["x"].numpy(), image) for sample in seen)
+    assert all(np.array_equal(sample["t"].numpy(), tokens) for sample in seen)
+    # Numbers are moved or mixed, and none is beyond those of the image.
+    assert all(sample["x"].min() >= 0 and sample["x"].max() <= image.max() for sample in seen)

@@ -30,10 +30,10 @@ from graphopt.training.ranks import Ranks
 from graphopt.training.sample_batches import Batches, Runner, Sequences, Tensors, way_of
 from graphopt.training.stored_weights import StoredWeight, stored_weights
 
-RATE = 0.005
+RATE = 0.01
 """Of Adam: by how much of its own size a weight changes in a step, about."""
 
-VECTOR_SHARE = 0.1
+VECTOR_SHARE = 0.05
 """Of this rate, what biases and scales take: one of them moves a whole channel."""
 
 CODE_WAY = 0.5

@@ -28,6 +28,9 @@ Tensors = dict[str, Tensor]
 NEAREST = 0.7
 """The least share of a side that is cut out of an image and magnified."""
 
+SHIFT = 0.125
+"""Of a side, by how much an image is shifted at most."""
+
 MIXED_SHARE = 0.5
 """Of batches, those in which every sample is mixed with another."""
 
@@ -198,20 +201,23 @@ class Batches:
 
 
 def _seen_otherwise(sample: Tensors, generator: np.random.Generator) -> Tensors:
-    """All images of a sample cut out, magnified and perhaps mirrored, each alike."""
-    share = generator.uniform(NEAREST, 1)
-    corner = generator.uniform(0, 1 - share, 2)
-    mirrored = generator.random() < 0.5
+    """All images of a sample shifted, or cut out and magnified, perhaps mirrored; each alike."""
+    is_shifted, is_mirrored = generator.random(2) < 0.5
+    share = 1.0 if is_shifted else generator.uniform(NEAREST, 1)
+    reach = SHIFT if is_shifted else (1 - share) / 2
+    shifts = generator.uniform(-reach, reach, 2)
 
     def view(array: Tensor) -> Tensor:
         axes = image_axes(array.shape)
         if axes is None or not array.is_floating_point():
             return array
-        for axis, start in zip(axes, corner, strict=True):
+        for axis, shift in zip(axes, shifts, strict=True):
             size = array.shape[axis]
-            places = (torch.arange(size) + 0.5) * share + start * size
-            array = array.index_select(axis, places.long().to(array.device))
-        return array.flip(axes[1]) if mirrored else array
+            places = (torch.arange(size) + 0.5) * share + ((1 - share) / 2 + shift) * size
+            # Beyond the border is what is at the border.
+            places = places.floor().long().clamp(0, size - 1)
+            array = array.index_select(axis, places.to(array.device))
+        return array.flip(axes[1]) if is_mirrored else array
 
     return {name: view(array) for name, array in sample.items()}
 
