@@ -45,7 +45,7 @@ FEATURES_WEIGHT = 10.0
 """Of values on the way, beside the outputs: on each sample they say far more, so that few samples
 are enough, which the outputs alone would only be learnt by heart."""
 
-WARM_UP_SHARE, APART_SHARE = 0.05, 0.3
+WARM_UP_SHARE, APART_SHARE = 0.05, 0.1
 """Of the time: while the rate rises, and while each part learns for itself."""
 
 CHECKS = 12
@@ -54,7 +54,7 @@ CHECKS = 12
 LOOKS = 8
 """Samples by which values of both models are found to be the same."""
 
-BATCH_MAXIMUM, BATCHES_MINIMUM = 32, 6
+BATCH_MAXIMUM, BATCHES_MINIMUM = 16, 6
 """Samples in a batch, and batches in an epoch."""
 
 MEMORY_BYTES = 4 << 30
