@@ -209,7 +209,7 @@ def pruned(bench: Bench) -> Iterator[Row]:
             "then fine-tuned": (model, {"name": "masks"}),
             "growing in training": (
                 start,
-                {"name": "sparsity", "sparsity": sparsity, "scope": "global"},
+                {"name": "sparsity", "sparsity": sparsity, "end": 0.5},
             ),
         }
         for way, (made, options) in ways.items():
