@@ -11,7 +11,7 @@ pytest.importorskip("torch")
 pytest.importorskip("onnxscript")
 pytest.importorskip("sklearn")
 
-from trained_digits import QUESTIONS, measured  # noqa: E402
+from trained_digits import QUESTIONS, measured
 
 SEEDS = range(5)
 
