@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from observed import observer
 
-from graphopt.contract import Context
-from graphopt.skeleton import infer_shapes
-from graphopt.testing import apply_pass, parse
-from graphopt_passes.quantize.quantize_static import QuantizeStatic
+from graphopt.statistics import Gram
+from graphopt.testing import parse
+from graphopt_passes.quantize.affine import Affine
+from graphopt_passes.quantize.layers import layer_of
 from graphopt_passes.quantize.trained_grids import codebook_of, grid_of, rounded_on_grid, signs_of
+from graphopt_passes.quantize.weights import integer_layer
 
 
 def rows_on_grid(seed: int, bits: int, shape: tuple[int, int] = (40, 64)) -> np.ndarray:
@@ -18,9 +18,8 @@ def rows_on_grid(seed: int, bits: int, shape: tuple[int, int] = (40, 64)) -> np.
     generator = np.random.default_rng(seed)
     half = 1 << (bits - 1)
     integers = generator.integers(-half, half, shape).astype(np.float32)
-    scales = (
-        generator.uniform(0.01, 0.1, (shape[0], 1)) * generator.choice([-1, 1], (40, 1))
-    ).astype(np.float16)
+    sizes, signs = generator.uniform(0.01, 0.1, 40), generator.choice([-1, 1], 40)
+    scales = (sizes * signs)[:, np.newaxis].astype(np.float16)
     return np.asarray(integers * scales.astype(np.float32))
 
 
@@ -139,28 +138,19 @@ def test_rows_of_unlike_values_are_no_codebook() -> None:
     assert codebook_of(weight.astype(np.float32), 16) is None
 
 
-def test_quantize_static_takes_a_trained_weight_as_it_is() -> None:
-    """Of integers that reach no further than 7, its own rounding would make others of 127."""
-    weight = rows_on_grid(0, 4, (40, 64))[:, :, np.newaxis, np.newaxis]
+def test_integer_layers_have_the_trained_numbers() -> None:
+    """Of integers that reach no further than 7, another rounding would make others of 127."""
+    weight = rows_on_grid(0, 4).T.copy()
     model = parse(
-        "agraph (float[1,64,12,12] x, float[40,64,1,1] w) => (float[N,C,H,W] y) { y = Conv(x, w) }",
-        w=weight,
+        "agraph (float[5, 64] x, float[64, 40] w) => (float[5, 40] y) { y = Gemm(x, w) }", w=weight
     )
-    model.graph.opset_imports[""] = 21
-    infer_shapes(model)
-    generator = np.random.default_rng(0)
-    samples = [{"x": generator.random((1, 64, 12, 12), np.float32)} for _ in range(8)]
+    layer = layer_of(model.graph[0])
+    array = np.random.default_rng(0).normal(0, 1, (200, 64)).astype(np.float32)
+    rows, gram = layer.ask("rows").start(), Gram()
+    rows.add(array)
+    gram.add(array)
 
-    change = apply_pass(QuantizeStatic(), model, observer=observer(model, samples))
+    integers = integer_layer(layer, Affine(np.float32(0.03), 128), rows, gram)  # type: ignore[arg-type]
 
-    assert change.counts
-    codes = next(
-        v.const_value.numpy()
-        for v in model.graph.initializers.values()
-        if v.const_value is not None and tuple(v.const_value.shape) == weight.shape
-    )
-    ratios = codes / np.where(weight == 0, 1, weight)
-    assert np.abs(codes).max() <= 8
-    for row, ratio in zip(weight, ratios, strict=True):
-        assert np.ptp(ratio[row != 0]) <= 1e-5 * np.abs(ratio[row != 0]).max()
-    assert isinstance(Context, type)
+    assert np.abs(integers.codes).max() <= 8
+    np.testing.assert_array_equal(integers.codes.astype(np.float32) * integers.scales, weight)
