@@ -86,15 +86,18 @@ class Attended(Shared):
     standard deviations to both sides.
 
     Attributes:
-        codebook: what the last step has found; the next one begins with it.
+        begun: what a step begins with, however many parts of a batch it computes.
+        codebook: what it finds; the next one begins with it.
         temperature: T.
     """
 
+    begun: Tensor
     codebook: Tensor
     temperature: Tensor
 
     def __init__(self, weight: Tensor, bits: int, keeps_zeros: bool, temperature: float) -> None:
         super().__init__(weight, bits, keeps_zeros)
+        self.register_buffer("begun", self.start.clone())
         self.register_buffer("codebook", self.start.clone())
         self.register_buffer("temperature", torch.tensor(temperature))
 
@@ -105,7 +108,7 @@ class Attended(Shared):
         numbers = weight[weight != 0] if self.keeps_zeros else weight
         spread = 4 * numbers.detach().std(correction=0) / len(self.codebook)
         temperature = self.temperature * spread.square().clamp_min(1e-30)
-        codebook = self.codebook.clone()
+        codebook = self.begun.clone()
         for _ in range(SOFT_STEPS):
             codebook = soft_means(numbers, codebook, temperature)
         self.codebook.copy_(codebook.detach())
@@ -146,6 +149,7 @@ class Codebook(WeightOptions):
         for one in placed:
             if isinstance(one.form, Attended):
                 one.form.temperature.fill_(now)
+                one.form.begun.copy_(one.form.codebook)
 
 
 def nearest(weight: Tensor, codebook: Tensor) -> Tensor:
