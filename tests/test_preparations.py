@@ -24,7 +24,7 @@ from graphopt.training import config_of, train  # noqa: E402
 from graphopt.training.codebooks import Attended, clustered, nearest, soft_means  # noqa: E402
 from graphopt.training.grids import Grid, gradient_factor, rounded  # noqa: E402
 from graphopt.training.masking import Sparsity, largest  # noqa: E402
-from graphopt.training.preparations import preparation_of  # noqa: E402
+from graphopt.training.preparations import preparation_of, preparations_of  # noqa: E402
 from graphopt.training.prepared_weights import in_half, straight_through  # noqa: E402
 from graphopt_models import digits  # noqa: E402
 
@@ -510,3 +510,11 @@ def test_what_cannot_be_prepared_is_told(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         train(config_of(table(prepare, factory=factory)))
+
+
+def test_no_process_of_a_pipeline_chooses_among_all_weights() -> None:
+    given = table({"name": "sparsity", "scope": "global"})
+    given["strategy"] = {"name": "pipeline", "stages": ["3"]}
+
+    with pytest.raises(ConfigError, match="no process of a pipeline has all weights; use 'layer'"):
+        preparations_of(config_of(given))
