@@ -439,7 +439,7 @@ def _handed_over(
     return module, before, after, [_stored_bytes(path) for path in paths]
 
 
-@pytest.mark.parametrize("samples", [0, 16])
+@pytest.mark.parametrize("samples", [pytest.param(0, marks=pytest.mark.slow), 16])
 @pytest.mark.parametrize(("prepare", "passes", "bits"), HANDED)
 def test_passes_give_the_trained_numbers_back_bit_for_bit(
     prepare: dict[str, Any], passes: str, bits: float, samples: int, tmp_path: Path
