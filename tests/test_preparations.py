@@ -24,7 +24,7 @@ from graphopt.training import config_of, train  # noqa: E402
 from graphopt.training.codebooks import Attended, clustered, nearest, soft_means  # noqa: E402
 from graphopt.training.grids import Grid, gradient_factor, rounded  # noqa: E402
 from graphopt.training.masking import Sparsity, largest  # noqa: E402
-from graphopt.training.preparations import preparation_of  # noqa: E402
+from graphopt.training.preparations import preparation_of, preparations_of  # noqa: E402
 from graphopt.training.prepared_weights import in_half, straight_through  # noqa: E402
 from graphopt_models import digits  # noqa: E402
 
@@ -439,7 +439,7 @@ def _handed_over(
     return module, before, after, [_stored_bytes(path) for path in paths]
 
 
-@pytest.mark.parametrize("samples", [0, 16])
+@pytest.mark.parametrize("samples", [pytest.param(0, marks=pytest.mark.slow), 16])
 @pytest.mark.parametrize(("prepare", "passes", "bits"), HANDED)
 def test_passes_give_the_trained_numbers_back_bit_for_bit(
     prepare: dict[str, Any], passes: str, bits: float, samples: int, tmp_path: Path
@@ -510,3 +510,11 @@ def test_what_cannot_be_prepared_is_told(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         train(config_of(table(prepare, factory=factory)))
+
+
+def test_no_process_of_a_pipeline_chooses_among_all_weights() -> None:
+    given = table({"name": "sparsity", "scope": "global"})
+    given["strategy"] = {"name": "pipeline", "stages": ["3"]}
+
+    with pytest.raises(ConfigError, match="no process of a pipeline has all weights; use 'layer'"):
+        preparations_of(config_of(given))

@@ -45,6 +45,8 @@ def grid_of(
         int16 of shape [N, K], and float32 of shape [N, 1], none of them 0; None where rows lie on
         no such grid.
     """
+    if len(rows) and len(np.unique(np.abs(rows[0]))) > max(-lowest, highest) + 1:
+        return None
     if len(rows) > FIRST_ROWS and grid_of(rows[:FIRST_ROWS], lowest, highest, signed) is None:
         return None
     wide = np.asarray(rows, np.float32)
