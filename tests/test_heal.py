@@ -129,13 +129,13 @@ def test_integers_learn_between_activations_that_are_quantized() -> None:
 
 def test_zeros_and_codebooks_stay_bit_for_bit() -> None:
     pruned = optimized("prune-magnitude{sparsity=0.8,refit=false}")
-    healed = heal(MODEL, pruned, samples=samples(), steps=5, threads=1).model
+    healed = heal(MODEL, pruned, samples=samples(), steps=40, threads=1).model
     for name, array in arrays(pruned).items():
         if array.ndim > 1 and array.dtype == np.float32:
             assert ((arrays(healed)[name] == 0) >= (array == 0)).all()
 
     coded = optimized("cluster-weights{clusters=4,min-elements=256}")
-    healed = heal(MODEL, coded, samples=samples(), steps=5, threads=1).model
+    healed = heal(MODEL, coded, samples=samples(), steps=40, threads=1).model
     books = [n for n, a in arrays(coded).items() if a.shape == (4,) and a.dtype == np.float32]
     assert books
     for name in books:
@@ -154,8 +154,8 @@ def test_the_same_steps_give_the_same_model() -> None:
 def test_two_processes_learn_what_one_learns() -> None:
     given = optimized(PASSES["structures"])
 
-    alone = heal(MODEL, given, samples=samples(), steps=6, threads=1)
-    both = heal(MODEL, given, samples=samples(), steps=6, threads=2, processes=2)
+    alone = heal(MODEL, given, samples=samples(), steps=16, threads=1)
+    both = heal(MODEL, given, samples=samples(), steps=16, threads=2, processes=2)
 
     assert [p.steps for p in alone.curve] == [p.steps for p in both.curve]
     errors = [[p.error for p in run.curve] for run in (alone, both)]
