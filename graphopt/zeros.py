@@ -40,7 +40,7 @@ FLOATS = frozenset(
     }
 )
 
-_CODES = frozenset(
+DEQUANTIZED = frozenset(
     {
         ir.DataType.INT2,
         ir.DataType.UINT2,
@@ -70,7 +70,7 @@ class ZeroCounts:
         Raises:
             ModelError: external data cannot be read.
         """
-        return self.equal(tensor, 0) if tensor.dtype in FLOATS | _CODES else None
+        return self.equal(tensor, 0) if tensor.dtype in FLOATS | DEQUANTIZED else None
 
     def equal(self, tensor: ir.TensorProtocol, number: int, bits: int | None = None) -> int:
         """As `count_equal`."""
@@ -129,7 +129,7 @@ class Zeros:
     def _of_dequantized(self, node: ir.Node) -> int | None:
         """The codes that are the zero point: where it is one for all, and no scale is 0."""
         codes, scales = constant_tensor(node.inputs[0]), constant_tensor(node.inputs[1])
-        if codes is None or codes.dtype not in _CODES or scales is None:
+        if codes is None or codes.dtype not in DEQUANTIZED or scales is None:
             return None
         zero = _only_number(input_of(node, 2))
         if zero is None or not np.all(read_array(scales)):

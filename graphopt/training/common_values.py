@@ -37,13 +37,11 @@ class Feature:
         name: in the optimized model.
         original: in the original.
         variance: of its numbers in the original.
-        error: squared difference on average, as a share of the variance.
     """
 
     name: str
     original: str
     variance: float
-    error: float
 
 
 def features(
@@ -65,7 +63,8 @@ def features(
     found = _in_order(_likenesses(ours, theirs))
     step = max(1, -(-len(found) // FEATURES_MAXIMUM))
     # The last ones say most about the outputs.
-    return [_feature(a, b, ours, theirs) for a, b in reversed(found[::-1][::step])]
+    kept = reversed(found[::-1][::step])
+    return [Feature(a, b, float(theirs[b][1].var()) or 1.0) for a, b in kept]
 
 
 def _looks(
@@ -132,9 +131,3 @@ def _in_order(pairs: Sequence[tuple[str, str, int, float]]) -> list[tuple[str, s
         chain.append(pairs[at][:2])
         at = before[at]
     return chain[::-1]
-
-
-def _feature(name: str, original: str, ours: Looks, theirs: Looks) -> Feature:
-    first, second = theirs[original][1].astype(np.float64), ours[name][1].astype(np.float64)
-    variance = float(first.var()) or 1.0
-    return Feature(name, original, variance, float(np.mean((first - second) ** 2)) / variance)

@@ -123,7 +123,8 @@ def _read(folder: Path) -> Samples:
 
 
 def _join(rank: int, work: Work) -> None:
-    backend = "nccl" if work.device == "cuda" else "gloo"
+    # What the processes agree on is no matter of the GPU.
+    backend = "cpu:gloo,cuda:nccl" if work.device == "cuda" else "gloo"
     dist.init_process_group(
         backend,
         init_method=(work.folder / "group").as_uri(),

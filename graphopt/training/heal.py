@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,11 +12,10 @@ import onnx_ir as ir
 import torch
 
 from graphopt import saving
-from graphopt.api import validate
 from graphopt.errors import CheckFailed, ModelError, RuntimeUnavailable, SpecError
 from graphopt.loading import ModelLike, Source
+from graphopt.recording import Feed, compare, record
 from graphopt.runtime import Reference, Session
-from graphopt.samples import Samples
 from graphopt.signature import signature
 from graphopt.subject import SamplesLike, State, Subject, open_subject
 from graphopt.training.companions import beside
@@ -135,36 +135,56 @@ def heal(
     feed = reference.feed(samples, None, state)
     learnt, judged = reference.split(feed, gate_samples, passes_look=True)
     working = subject.working_copy(keep_overridable=True, is_needed_again=True)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    material = Material(
-        reference.source.model, learnt.samples, judged.samples, feed.inputs, feed.state, seed
-    )
+    teaches = reference.source.model
+    material = Material(teaches, learnt.samples, judged.samples, feed.inputs, feed.state, seed)
     budget = Budget(minutes, steps)
-    with beside(processes, working, material, budget, device) as ranks:
+    with _threads(threads), beside(processes, working, material, budget, device) as ranks:
         healing = Healing(working, material, torch.device(device), ranks, progress=progress)
         numbers = healing.run(budget)
-    weights = healing.weights
-    write(list(zip(weights, numbers, strict=True)))
-    _check_kept(subject.source.model, working, weights)
-    before, after = _errors(reference, subject, working, judged.samples, state)
+    write(list(zip(healing.weights, numbers, strict=True)))
+    _check_kept(subject.source.model, working, healing.weights)
+    progress("comparing with the original")
+    before, after = _errors(reference, (subject.given, working), judged)
     _check_better(before, after)
     working.metadata_props[HEALED_KEY] = reference.source.sha256()
+    notes = tuple(dict.fromkeys((*reference.notes, *subject.notes)))
+    return _healed(healing, before, after, subject.source, notes)
+
+
+def _healed(
+    healing: Healing,
+    before: tuple[OutputError, ...],
+    after: tuple[OutputError, ...],
+    source: Source,
+    notes: tuple[str, ...],
+) -> Healed:
+    material = healing.material
     return Healed(
-        model=working,
-        weights=Counter(forms_of(weights)),
-        elements=sum(weight.numbers.numel() for weight in weights),
+        model=healing.optimized,
+        weights=Counter(forms_of(healing.weights)),
+        elements=sum(weight.numbers.numel() for weight in healing.weights),
         features=len(healing.features),
-        samples=(len(learnt.samples), len(judged.samples)),
+        samples=(len(material.training), len(material.held_out)),
         way=healing.student.way.value,
         curve=tuple(healing.curve),
         steps=healing.curve[-1].steps,
         before=before,
         after=after,
-        stored_bytes=saving.stored_bytes(working, subject.source.external_data()),
-        notes=tuple(dict.fromkeys((*reference.notes, *subject.notes))),
-        source=subject.source,
+        stored_bytes=saving.stored_bytes(healing.optimized, source.external_data()),
+        notes=notes,
+        source=source,
     )
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """So many threads of torch meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if count is None else count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _check(minutes: float, steps: int | None, device: str, processes: int) -> None:
@@ -217,17 +237,18 @@ def _check_kept(before: ir.Model, after: ir.Model, weights: list[StoredWeight]) 
 
 
 def _errors(
-    reference: Subject, subject: Subject, healed: ir.Model, judged: Samples, state: State
-) -> tuple[tuple[OutputError, ...], tuple[OutputError, ...]]:
-    """Of the outputs on the samples that judge, before and after, by onnxruntime as deployed."""
-    found = []
-    for model in (subject.source.model, healed):
-        compared = validate(reference.source.model, model, samples=judged, state=state)
-        found.append(compared.numerics[Reference.AS_DEPLOYED.value])
-    return found[0], found[1]
+    reference: Subject, models: Sequence[ir.Model | Path], judged: Feed
+) -> list[tuple[OutputError, ...]]:
+    """Of the outputs of each model on the samples that judge, by onnxruntime as deployed."""
+    recorded = record(judged.run(Session(reference.given, Reference.AS_DEPLOYED)))
+    runs = (judged.run(Session(model, Reference.AS_DEPLOYED)) for model in models)
+    return [compare(run, [recorded])[0] for run in runs]
 
 
 def _check_better(before: tuple[OutputError, ...], after: tuple[OutputError, ...]) -> None:
+    wrong = next((o for o in after if o.mismatch is not None), None)
+    if wrong is not None:
+        raise CheckFailed(f"healing did not help: output {wrong.name!r} {wrong.mismatch}")
     worst = [max((o.rel_l2 for o in outputs), default=0.0) for outputs in (before, after)]
     if worst[1] >= worst[0]:
         raise CheckFailed(

@@ -129,19 +129,18 @@ class Healing:
         material: what it learns from.
         device: where it runs.
         ranks: the processes that learn together.
-        rate: see `RATE`.
         progress: is told what goes on.
         curve: the error on held-out samples since it began.
 
     Raises:
-        ModelError: an operator of a model is not known, or no weight can learn.
+        ModelError: an operator of a model is not known, no weight can learn, or no output is of
+            floating point.
     """
 
     optimized: ir.Model
     material: Material
     device: torch.device
     ranks: Ranks = field(default_factory=Ranks)
-    rate: float = RATE
     progress: Callable[[str], None] = lambda _: None
     curve: list[Point] = field(default_factory=list)
 
@@ -149,6 +148,8 @@ class Healing:
         self.weights = stored_weights(self.optimized.graph, self.device)
         if not self.weights:
             raise ModelError("the optimized model has no weight in a known form that could learn")
+        if not self.outputs:
+            raise ModelError("the original has no output of floating point that could be learnt")
         student = Interpreter(self.optimized, self.device, straight_through=True)
         teacher = Interpreter(self.material.original, self.device)
         looks = self._looks(teacher)
@@ -158,7 +159,9 @@ class Healing:
         way = way_of((student, teacher), (alike * 2)[:2])
         self.student, self.teacher = Runner(student, way), Runner(teacher, way)
         self.aims = self._aims(looks)
-        self.batch_size = self._batch_size(looks[0])
+        size = self._batch_size(looks[0])
+        self.training = self._batches(self.material.training, size)
+        self.held_out = self._batches(self.material.held_out, size)
 
     # -------------------------------------------------------------- set-up
 
@@ -241,7 +244,7 @@ class Healing:
         total, count = 0.0, 0
         with torch.no_grad():
             fed = self._fed(numbers)
-            for sequences in self._batches(self.material.held_out, self.batch_size).once():
+            for sequences in self.held_out.once():
                 ours: Tensors = {}
                 theirs: Tensors = {}
                 for step in sequences:
@@ -277,8 +280,8 @@ class Healing:
             slow = min(1.0, share / WARM_UP_SHARE) * (1 + math.cos(math.pi * share)) / 2
             for group in optimizer.param_groups:
                 # Half of all steps at the full rate would go as far as these do.
-                most = 2 * CODE_WAY * (share - before) if group["rounded"] else self.rate
-                group["lr"] = slow * group["size"] * min(most, self.rate)
+                most = 2 * CODE_WAY * (share - before) if group["rounded"] else RATE
+                group["lr"] = slow * group["size"] * min(most, RATE)
             before = share
             optimizer.zero_grad()
             self._learn(window, carried, latent, is_apart=share < APART_SHARE)
@@ -290,7 +293,7 @@ class Healing:
 
     def _windows(self) -> Iterator[tuple[Sequences, _Carried]]:
         """Some steps of several samples, and what both models carry into them and out again."""
-        for sequences in self._batches(self.material.training, self.batch_size).epochs():
+        for sequences in self.training.epochs():
             carried = _Carried()
             for start in range(0, len(sequences), WINDOW):
                 yield sequences[start : start + WINDOW], carried

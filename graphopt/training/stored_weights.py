@@ -27,6 +27,7 @@ from graphopt.content import read_array
 from graphopt.operators import ONNX_DOMAINS, is_onnx
 from graphopt.packing import holds_tensor, is_constant, nodes_behind, repeats_rows
 from graphopt.rewriting import constant_tensor, tensor_of
+from graphopt.zeros import DEQUANTIZED
 
 _FLOATS = {
     ir.DataType.FLOAT: torch.float32,
@@ -34,20 +35,6 @@ _FLOATS = {
     ir.DataType.BFLOAT16: torch.bfloat16,
     ir.DataType.DOUBLE: torch.float64,
 }
-_CODES = frozenset(
-    {
-        ir.DataType.INT2,
-        ir.DataType.UINT2,
-        ir.DataType.INT4,
-        ir.DataType.UINT4,
-        ir.DataType.INT8,
-        ir.DataType.UINT8,
-        ir.DataType.INT16,
-        ir.DataType.UINT16,
-        ir.DataType.INT32,
-    }
-)
-
 BIAS_CODE_MAXIMUM = float(1 << 23)
 """The largest code of a bias in int32 that float32 holds with room for learning."""
 
@@ -430,7 +417,7 @@ def _stored(value: ir.Value, operand: Operand, device: torch.device) -> StoredWe
         return None
     if tensor.dtype in _FLOATS and tensor.size > 1:
         return _plain(value, tensor, operand, device)
-    if tensor.dtype in _CODES and tensor.size > 1:
+    if tensor.dtype in DEQUANTIZED and tensor.size > 1:
         bits = _grid_bits(value)
         return None if bits is None else _grid(value, tensor, bits, operand, device)
     return None
