@@ -20,8 +20,9 @@ from graphopt.testing import parse  # noqa: E402
 from graphopt.training import heal  # noqa: E402
 from graphopt.training.common_values import features  # noqa: E402
 from graphopt.training.interpreter import Interpreter  # noqa: E402
-from graphopt.training.output_aims import Likely, Near, aim_of  # noqa: E402
+from graphopt.training.output_aims import Likely, Near, Scored, aim_of  # noqa: E402
 from graphopt.training.sample_batches import Batches, Way, way_of  # noqa: E402
+from graphopt.training.stored_weights import stored_weights  # noqa: E402
 
 FOLDER = Path(graphopt_models.__file__).parent
 MODEL = FOLDER / "digits_cnn.onnx"
@@ -252,14 +253,37 @@ def test_values_are_known_by_content_and_not_by_name() -> None:
 
 def test_what_is_asked_of_an_output_is_seen_in_its_numbers() -> None:
     scores = torch.randn(6, 10)
-    likely, near = aim_of(list(scores.softmax(1).split(1))), aim_of(list(scores.split(1)))
+    likely, near = aim_of(list(scores.softmax(1).split(1))), aim_of(list(scores[:, :2].split(1)))
 
     assert isinstance(likely, Likely) and isinstance(near, Near)
     assert float(likely.error(scores.softmax(1), scores.softmax(1))) == pytest.approx(0, abs=1e-6)
     mean = scores.softmax(1).mean(0, keepdim=True).expand(6, 10)
     assert float(likely.error(mean, scores.softmax(1))) == pytest.approx(1, rel=1e-4)
-    middle = torch.full_like(scores, float(scores.mean()))
-    assert float(near.error(middle, scores)) == pytest.approx(1, rel=1e-4)
+    pairs = scores[:, :2]
+    middle = torch.full_like(pairs, float(pairs.mean()))
+    assert float(near.error(middle, pairs)) == pytest.approx(1, rel=1e-4)
+
+
+def test_scores_of_classes_are_asked_for_their_distribution_too() -> None:
+    scores = 5 * torch.randn(20, 10, generator=torch.Generator().manual_seed(0))
+    aim = aim_of(list(scores.split(1)))
+
+    assert isinstance(aim, Scored) and aim.temperature == 1
+    assert float(aim.error(scores, scores)) == pytest.approx(0, abs=1e-6)
+    # Where a class is out of the question, its score matters less than between the likely ones.
+    most, least = (torch.zeros_like(scores) for _ in range(2))
+    most.scatter_(1, scores.argmax(1, keepdim=True), -1.0)
+    least.scatter_(1, scores.argmin(1, keepdim=True), -1.0)
+    assert aim.error(scores + most, scores) > 1.5 * aim.error(scores + least, scores)
+
+
+@pytest.mark.parametrize(("size", "kind"), [(0.1, Near), (500.0, Scored)])
+def test_numbers_that_no_softmax_is_made_for_count_within_bounds(size: float, kind: type) -> None:
+    numbers = size * torch.randn(20, 10, generator=torch.Generator().manual_seed(0))
+    aim = aim_of(list(numbers.split(1)))
+
+    assert isinstance(aim, kind)
+    assert float(aim.error(torch.zeros_like(numbers), numbers)) < 10
 
 
 def test_a_model_that_is_as_good_already_is_not_written(tmp_path: Path) -> None:
@@ -368,5 +392,38 @@ def test_images_are_seen_otherwise_and_nothing_else_is() -> None:
     assert all(sample["x"].shape == image.shape for sample in seen)
     assert any(not np.array_equal(sample["x"].numpy(), image) for sample in seen)
     assert all(np.array_equal(sample["t"].numpy(), tokens) for sample in seen)
-    # Numbers are moved or mixed, and none is beyond those of the image.
+    # Numbers are moved, toned or mixed, and none is beyond those of the image.
     assert all(sample["x"].min() >= 0 and sample["x"].max() <= image.max() for sample in seen)
+
+
+def test_images_of_bytes_are_seen_otherwise_and_stay_bytes() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (1, 32, 40, 3)).astype(np.uint8)
+    text = "agraph (uint8[1,32,40,3] x) => (uint8[1,32,40,3] y) { y = Identity(x) }"
+    inputs = signature(parse(text))
+    batches = Batches(read_samples([{"x": image}] * 8, inputs), 4, inputs, torch.device("cpu"))
+
+    seen = [one for _, batch in zip(range(8), batches.epochs(), strict=False) for one in batch[0]]
+
+    assert all(sample["x"].dtype == torch.uint8 for sample in seen)
+    assert len({sample["x"].numpy().tobytes() for sample in seen}) > 4
+
+
+def test_looks_are_taken_from_all_over_the_samples() -> None:
+    inputs = signature(parse("agraph (float[1] x) => (float[1] y) { y = Neg(x) }"))
+    arrays = [{"x": np.float32([number])} for number in range(101)]
+    batches = Batches(read_samples(arrays, inputs), 4, inputs, torch.device("cpu"))
+
+    assert [int(step[0]["x"]) for step in batches.spread(5)] == [0, 25, 50, 75, 100]
+    assert len(list(batches.spread(200))) == 101
+
+
+def test_codes_go_up_or_down_from_the_number_of_the_original() -> None:
+    given = optimized(PASSES["grid"])
+    before = {w.value.name: w for w in stored_weights(given.graph) if w.is_rounded}
+
+    found = heal(MODEL, given, samples=samples(), steps=STEPS, threads=1)
+
+    after = {w.value.name: w for w in stored_weights(found.model.graph) if w.is_rounded}
+    steps = [(after[name].numbers - before[name].numbers).abs() for name in before]
+    assert any(bool((step > 0).any()) for step in steps)
+    assert all(float(step.max()) <= 1 for step in steps)

@@ -115,6 +115,28 @@ def test_a_codebook_stays_and_so_do_codes_that_are_not_in_use() -> None:
     assert books == []
 
 
+@pytest.mark.parametrize("form", [*FORMS, "grid"])
+def test_what_lies_around_a_number_and_what_is_rounded_to_it(form: str) -> None:
+    codes = np.arange(-24, 24).reshape(8, 6).astype(np.int8)
+    grid = parse(GRID.format(kind="int8"), q=codes, s=np.ones(6, np.float32))
+    model = grid if form == "grid" else packed_reader("Gemm, transB", FORMS[form])
+    weight = next(w for w in stored_weights(model.graph) if w.is_rounded)
+    generator = torch.Generator().manual_seed(0)
+    spread = weight.numbers.std(correction=0) + 0.1
+    other = weight.numbers + spread * torch.randn(weight.numbers.shape, generator=generator)
+
+    lower, upper = weight.cell()
+    within = other.clamp(lower + 1e-4 * spread, upper - 1e-4 * spread)
+    assert torch.equal(weight.nearest(within), weight.numbers)
+    below, above = weight.around(other)
+    nearest = weight.nearest(other)
+    free = weight.kept if getattr(weight, "kept", None) is not None else torch.ones(())
+    assert bool((((nearest == below) | (nearest == above)) | ~free.bool()).all())
+    between = (below <= other) & (other <= above)
+    beyond = (below == above) & ((other >= above) | (other <= below))
+    assert bool((between | beyond).all())
+
+
 GRID = """
     agraph (float[4,8] x, {kind}[8,6] q, float[6] s) => (float[4,6] y) {{
         w = DequantizeLinear<axis = 1>(q, s)

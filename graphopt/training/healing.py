@@ -25,6 +25,7 @@ from graphopt.samples import Samples
 from graphopt.signature import Input
 from graphopt.training.common_values import Feature, features
 from graphopt.training.interpreter import Interpreter
+from graphopt.training.original_weights import wanted_numbers
 from graphopt.training.output_aims import Aim, aim_of, squares
 from graphopt.training.ranks import Ranks
 from graphopt.training.sample_batches import Batches, Runner, Sequences, Tensors, way_of
@@ -41,7 +42,11 @@ CODE_WAY = 0.5
 step until it moves at all, and then it moves a whole one. Only what is pushed one way for long
 should, however many steps there are."""
 
-FEATURES_WEIGHT = 10.0
+NEARER = 0.5
+"""Where learning begins: so far on the way from a rounded number to that of the original, or to
+where it would be rounded to another one."""
+
+FEATURES_WEIGHT = 40.0
 """Of values on the way, beside the outputs: on each sample they say far more, so that few samples
 are enough, which the outputs alone would only be learnt by heart."""
 
@@ -177,10 +182,10 @@ class Healing:
     def _looks(self, teacher: Interpreter) -> list[Tensors]:
         """A few samples, with the state that the original has when it comes to them."""
         found: list[Tensors] = []
-        for sequences in self._batches(self.material.training, 1).once():
+        for sequence in self._batches(self.material.training, 1).spread(LOOKS):
             carried: Tensors = {}
-            for step in sequences[: LOOKS - len(found)]:
-                found.append({**step[0], **carried})
+            for sample in sequence[: LOOKS - len(found)]:
+                found.append({**sample, **carried})
                 if self.material.state:
                     with torch.no_grad():
                         carried = self._carried(teacher.run(found[-1], self._names([])))
@@ -261,7 +266,7 @@ class Healing:
     def run(self, budget: Budget) -> list[Tensor]:
         """Learn, and return the numbers of the best state, as they can be stored."""
         started = time.monotonic()
-        latent = [weight.numbers.clone().requires_grad_() for weight in self.weights]
+        latent, bounds = self._begin()
         optimizer = _adam(self.weights, latent)
         best = self._stored(latent)
         self.curve = [Point(0.0, 0, self.error(best))]
@@ -286,7 +291,24 @@ class Healing:
             optimizer.zero_grad()
             self._learn(window, carried, latent, is_apart=share < APART_SHARE)
             optimizer.step()
+            with torch.no_grad():
+                for i, (lower, upper) in bounds.items():
+                    latent[i].clamp_(lower, upper)
         return best
+
+    def _begin(self) -> tuple[list[Tensor], dict[int, tuple[Tensor, Tensor]]]:
+        """What learns, and where it is rounded and the original known, its bounds by place."""
+        latent: list[Tensor] = []
+        bounds: dict[int, tuple[Tensor, Tensor]] = {}
+        wanted = wanted_numbers(self.weights, self.student.interpreter, self.material.original)
+        for i, (weight, aim) in enumerate(zip(self.weights, wanted, strict=True)):
+            numbers = weight.numbers.clone()
+            if aim is not None:
+                numbers += NEARER * (aim.clamp(*weight.cell()) - numbers)
+                lower, upper = weight.around(aim)
+                bounds[i] = lower.minimum(weight.numbers), upper.maximum(weight.numbers)
+            latent.append(numbers.requires_grad_())
+        return latent, bounds
 
     def _stored(self, latent: Sequence[Tensor]) -> list[Tensor]:
         return [w.nearest(n.detach()).clone() for w, n in zip(self.weights, latent, strict=True)]

@@ -1,4 +1,4 @@
-"""What healing asks of an output: near the original's numbers, or its distribution.
+"""What healing asks of an output: near the original's numbers, its distribution, or both.
 
 Errors are shares: 0 for an output like the original's, 1 for one that says nothing but the mean.
 """
@@ -16,6 +16,16 @@ SUM_TOLERANCE = 1e-3
 """A distribution sums up to 1, but for rounding in float16."""
 
 CLASSES_MINIMUM = 2
+
+SCORES_MINIMUM = 3
+"""Numbers along the last axis that may be scores of classes: two are as often something else."""
+
+TOLD_MINIMUM = 0.5
+"""Nats that the softmax of scores tells beyond its mean; that of small numbers tells less."""
+
+SPREAD_MAXIMUM = 8.0
+"""Of scores of a row, the standard deviation; what has a larger one is not made for a softmax, and
+is divided by a temperature: else it would leave no doubt, and count without measure."""
 
 FLOOR = 1e-12
 
@@ -62,6 +72,28 @@ class Likely(Aim):
         return divergence(found, wanted, self.axis).mean() / self.information
 
 
+@dataclass(frozen=True)
+class Scored(Aim):
+    """Scores of classes: the same numbers, and the same distribution that softmax makes of them.
+
+    Numbers alone would count each score alike, and the classes between which it is close no more.
+
+    Attributes:
+        near: of the scores.
+        likely: of their softmax.
+        temperature: by which scores are divided before.
+    """
+
+    near: Near
+    likely: Likely
+    temperature: float
+
+    def error(self, found: Tensor, wanted: Tensor) -> Tensor:
+        """The mean of both shares."""
+        distributions = ((s.float() / self.temperature).softmax(-1) for s in (found, wanted))
+        return (self.near.error(found, wanted) + self.likely.error(*distributions)) / 2
+
+
 def aim_of(seen: Sequence[Tensor]) -> Aim:
     """What is asked of an output, by what the original gives for a few samples.
 
@@ -70,14 +102,34 @@ def aim_of(seen: Sequence[Tensor]) -> Aim:
     """
     axis = _axis_of_distribution(seen)
     if axis is not None:
-        rows = torch.cat(
-            [one.float().movedim(axis, -1).reshape(-1, one.shape[axis]) for one in seen]
-        )
-        information = float(divergence(rows.mean(0).expand_as(rows), rows, -1).mean())
-        return Likely(axis, max(information, FLOOR))
+        return _likely(_rows(seen, axis), axis)
     numbers = torch.cat([one.reshape(-1).double() for one in seen])
     numbers = numbers[numbers.isfinite()]
-    return Near(max(float(numbers.var(correction=0)) if numbers.numel() else 0.0, FLOOR))
+    near = Near(max(float(numbers.var(correction=0)) if numbers.numel() else 0.0, FLOOR))
+    return _scored(near, seen) or near
+
+
+def _rows(seen: Sequence[Tensor], axis: int) -> Tensor:
+    """What is along an axis: float32 [rows, size of the axis]."""
+    return torch.cat([one.float().movedim(axis, -1).reshape(-1, one.shape[axis]) for one in seen])
+
+
+def _likely(rows: Tensor, axis: int) -> Likely:
+    information = float(divergence(rows.mean(0).expand_as(rows), rows, -1).mean())
+    return Likely(axis, max(information, FLOOR))
+
+
+def _scored(near: Near, seen: Sequence[Tensor]) -> Scored | None:
+    """What is asked of scores of classes along the last axis, if they look like that."""
+    sizes = {one.shape[-1] if one.ndim > 1 else 0 for one in seen}
+    if len(sizes) > 1 or sizes.pop() < SCORES_MINIMUM:
+        return None
+    rows = _rows(seen, -1)
+    if not rows.numel() or not bool(rows.isfinite().all()):
+        return None
+    temperature = max(1.0, float(rows.std(-1).mean()) / SPREAD_MAXIMUM)
+    likely = _likely((rows / temperature).softmax(-1), -1)
+    return Scored(near, likely, temperature) if likely.information >= TOLD_MINIMUM else None
 
 
 def _axis_of_distribution(seen: Sequence[Tensor]) -> int | None:

@@ -21,18 +21,22 @@ from graphopt.errors import GraphoptError
 from graphopt.samples import Samples
 from graphopt.signature import Input, complete
 from graphopt.training.interpreter import Interpreter
-from graphopt.variations import image_axes
+from graphopt.variations import COLORS, image_axes
 
 Tensors = dict[str, Tensor]
 
-NEAREST = 0.7
+NEAREST = 0.5
 """The least share of a side that is cut out of an image and magnified."""
 
 SHIFT = 0.125
 """Of a side, by how much an image is shifted at most."""
 
-MIXED_SHARE = 0.5
-"""Of batches, those in which every sample is mixed with another."""
+TONED_SHARE, TONE = 0.5, 0.2
+"""Of images, those that get another brightness, contrast and colour; and by how much, about: as a
+share of contrast, and of the standard deviation."""
+
+PASTED_SHARE = 0.5
+"""Of batches, those in which a part of every image is that of another; in the rest they blend."""
 
 SAME = 1e-3
 """A relative difference up to which outputs are the same, in whatever order sums are added up."""
@@ -172,6 +176,12 @@ class Batches:
         for chosen in self._cut(range(len(self._shapes))):
             yield self._read(chosen)
 
+    def spread(self, count: int) -> Iterator[list[Tensors]]:
+        """Some sequences, from the first to the last: samples often lie sorted by class."""
+        total = len(self._shapes)
+        for number in np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist():
+            yield [step[0] for step in self._read([number])]
+
     def _cut(self, order: Iterable[int]) -> list[list[int]]:
         groups = defaultdict(list)
         for number in order:
@@ -194,10 +204,14 @@ class Batches:
         if len(batch) > 1:
             # What comes in turn is left alone.
             return batch
-        samples = [_seen_otherwise(sample, generator) for sample in batch[0]]
-        if len(samples) > 1 and generator.random() < MIXED_SHARE:
-            samples = _mixed(samples, generator)
-        return [samples]
+        samples = [_toned(_seen_otherwise(s, generator), generator) for s in batch[0]]
+        return [_mixed(samples, generator) if len(samples) > 1 else samples]
+
+
+def _axes(array: Tensor) -> tuple[int, int] | None:
+    """The axes of rows and columns, if it is an image: floating point, or bytes."""
+    is_numbers = array.is_floating_point() or array.dtype == torch.uint8
+    return image_axes(array.shape) if is_numbers else None
 
 
 def _seen_otherwise(sample: Tensors, generator: np.random.Generator) -> Tensors:
@@ -208,8 +222,8 @@ def _seen_otherwise(sample: Tensors, generator: np.random.Generator) -> Tensors:
     shifts = generator.uniform(-reach, reach, 2)
 
     def view(array: Tensor) -> Tensor:
-        axes = image_axes(array.shape)
-        if axes is None or not array.is_floating_point():
+        axes = _axes(array)
+        if axes is None:
             return array
         for axis, shift in zip(axes, shifts, strict=True):
             size = array.shape[axis]
@@ -222,19 +236,67 @@ def _seen_otherwise(sample: Tensors, generator: np.random.Generator) -> Tensors:
     return {name: view(array) for name, array in sample.items()}
 
 
-def _mixed(batch: list[Tensors], generator: np.random.Generator) -> list[Tensors]:
-    """Images mixed with those of the next sample (mixup, Zhang et al. 2018).
+def _toned(sample: Tensors, generator: np.random.Generator) -> Tensors:
+    """All images of a sample in another light: contrast and brightness, half as much by colour.
 
-    The original says what it gives for a mixture, so that no label need be mixed.
+    No number is beyond those of the image, which may be all that a model can take.
     """
-    share = float(generator.beta(1, 1))
+    if generator.random() >= TONED_SHARE:
+        return sample
+    common, of_colours = generator.normal(size=(2, 1)), generator.normal(size=(2, COLORS))
+    amounts = TONE * torch.from_numpy((common + of_colours / 2).astype(np.float32))
 
-    def mix(name: str, first: Tensor, second: Tensor) -> Tensor:
-        if image_axes(first.shape) is None or not first.is_floating_point():
+    def tone(array: Tensor) -> Tensor:
+        axes = _axes(array)
+        if axes is None:
+            return array
+        shape = [1 if axis in axes else size for axis, size in enumerate(array.shape[1:], 1)]
+        contrast, brightness = amounts.to(array.device).reshape(2, 1, *shape)
+        numbers = array.float()
+        mean, deviation = numbers.mean(axes, keepdim=True), numbers.std()
+        numbers = (numbers - mean) * contrast.exp() + mean + brightness * deviation
+        return _as_before(numbers.clamp(array.min(), array.max()), array)
+
+    return {name: tone(array) for name, array in sample.items()}
+
+
+def _as_before(numbers: Tensor, array: Tensor) -> Tensor:
+    """In the type of the array."""
+    return (numbers if array.is_floating_point() else numbers.round()).to(array.dtype)
+
+
+def _mixed(batch: list[Tensors], generator: np.random.Generator) -> list[Tensors]:
+    """Every image blended with that of the next sample, or with a part of it pasted in.
+
+    These are mixup (Zhang et al. 2018) and CutMix (Yun et al. 2019). The original says what it
+    gives for a mixture, so that no label need be mixed; there are many more mixtures than samples,
+    and what is fitted to mixtures is less fitted to the few samples.
+    """
+    is_pasted = generator.random() < PASTED_SHARE
+    share, *centre = generator.random(3).tolist()
+
+    def mix(first: Tensor, second: Tensor) -> Tensor:
+        axes = _axes(first)
+        if axes is None:
             return first
-        return first * share + second * (1 - share)
+        if is_pasted:
+            return _pasted(first, second, axes, share, centre)
+        return _as_before(first * share + second * (1 - share), first)
 
     return [
-        {name: mix(name, array, batch[i - 1][name]) for name, array in sample.items()}
+        {name: mix(array, batch[i - 1][name]) for name, array in sample.items()}
         for i, sample in enumerate(batch)
     ]
+
+
+def _pasted(
+    first: Tensor, second: Tensor, axes: Sequence[int], share: float, centre: Sequence[float]
+) -> Tensor:
+    """The first with a window of the second: a share of the image, cut off at its border."""
+    inside = torch.ones((), dtype=torch.bool, device=first.device)
+    for axis, at in zip(axes, centre, strict=True):
+        size = first.shape[axis]
+        distance = (torch.arange(size, device=first.device) - at * size).abs()
+        shape = [size if i == axis else 1 for i in range(first.ndim)]
+        inside = inside & (distance <= share**0.5 * size / 2).reshape(shape)
+    return torch.where(inside, second, first)

@@ -138,6 +138,17 @@ class StoredWeight(ABC):
     def nearest(self, numbers: Tensor) -> Tensor:
         """The nearest numbers that can be stored: float32 of the same shape."""
 
+    def cell(self) -> tuple[Tensor, Tensor]:
+        """Bounds of what is rounded to the numbers that are stored: float32 of the same shape."""
+        return self.numbers, self.numbers
+
+    def around(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """The two nearest numbers that can be stored, below and above: float32 of the same shape.
+
+        Beyond the last one both are the last one.
+        """
+        return numbers, numbers
+
     @abstractmethod
     def fed(self, numbers: Tensor) -> Tensor:
         """What the interpreter takes for numbers that can be stored."""
@@ -209,6 +220,15 @@ class GridCodes(StoredWeight):
         codes = numbers.round().clamp(self.least, self.most)
         return codes if self.kept is None else torch.where(self.kept, codes, self.numbers)
 
+    def cell(self) -> tuple[Tensor, Tensor]:
+        """Half a step to each side."""
+        return self.numbers - 0.5, self.numbers + 0.5
+
+    def around(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """Rounded down and up, within the range."""
+        bounded = numbers.clamp(self.least, self.most)
+        return bounded.floor(), bounded.ceil()
+
     def fed(self, numbers: Tensor) -> Tensor:
         """Integers as floats, so that gradients reach them."""
         return numbers
@@ -250,12 +270,38 @@ class CodebookNumbers(StoredWeight):
         """Numbers of a codebook are."""
         return True
 
+    @property
+    def _middles(self) -> Tensor:
+        """Between the levels, [groups, levels - 1]; between infinities there is none, infinite."""
+        middles = (self.levels[:, 1:] + self.levels[:, :-1]) / 2
+        return middles.contiguous()
+
+    def _rows(self, numbers: Tensor) -> Tensor:
+        """Shape [groups, numbers in a group]."""
+        return numbers.detach().reshape(len(self.levels), -1).contiguous()
+
     def _places(self, numbers: Tensor) -> Tensor:
         """Which level is nearest: int64 of shape [groups, numbers in a group]."""
-        rows = numbers.detach().reshape(len(self.levels), -1).contiguous()
-        # Between infinities there is no middle, and nothing is beyond it.
-        middles = (self.levels[:, 1:] + self.levels[:, :-1]) / 2
-        return torch.searchsorted(middles.contiguous(), rows)
+        return torch.searchsorted(self._middles, self._rows(numbers))
+
+    def cell(self) -> tuple[Tensor, Tensor]:
+        """To the middles between the levels; behind the last ones without an end."""
+        places, middles = self._places(self.numbers), self._middles
+        endless = torch.full_like(self.levels[:, :1], torch.inf)
+        lower = torch.cat((-endless, middles), 1).gather(1, places)
+        upper = torch.cat((middles, endless), 1).gather(1, places)
+        return lower.reshape(self.numbers.shape), upper.reshape(self.numbers.shape)
+
+    def around(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """The levels between which it lies."""
+        last = self.levels.isfinite().sum(1, keepdim=True) - 1
+        above = torch.searchsorted(self.levels, self._rows(numbers)).minimum(last)
+        below = (above - 1).clamp_min(0)
+        beyond = self._rows(numbers) > self.levels.gather(1, last)
+        below = torch.where(beyond, last, below)
+        found = (self.levels.gather(1, places) for places in (below, above))
+        lower, upper = (levels.reshape(numbers.shape) for levels in found)
+        return lower, upper
 
     def nearest(self, numbers: Tensor) -> Tensor:
         """The nearest number in use of the codebook of the group."""
@@ -279,11 +325,16 @@ def stored_weights(graph: ir.Graph, device: torch.device | str = "cpu") -> list[
     known.
     """
     found: dict[ir.Value, StoredWeight] = {}
-    for node in graph:
-        for operand in _operands_of(node):
-            for weight in _behind(operand, torch.device(device)):
-                found.setdefault(weight.value, weight)
+    for operand in operands(graph):
+        for weight in _behind(operand, torch.device(device)):
+            found.setdefault(weight.value, weight)
     return list(found.values())
+
+
+def operands(graph: ir.Graph) -> Iterator[Operand]:
+    """What the layers of a graph take their weights from, in the order of the layers."""
+    for node in graph:
+        yield from _operands_of(node)
 
 
 def write(weights: Sequence[tuple[StoredWeight, Tensor]]) -> None:
