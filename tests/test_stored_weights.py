@@ -66,7 +66,7 @@ def check_written(model: ir.Model) -> list[StoredWeight]:
     interpreter = Interpreter(model, straight_through=True)
     expected = interpreter.run({**fed, **changed})["y"].numpy()
 
-    write(list(zip(weights, new, strict=True)))
+    write(model.graph, list(zip(weights, new, strict=True)))
 
     assert sizes(model) == before
     found = Session(model, Reference.AS_WRITTEN).run(inputs)["y"]
@@ -201,7 +201,7 @@ def test_codes_that_a_kernel_unpacks(bits: int, block: int) -> None:
     fed = {"x": torch.from_numpy(x), "q": weight.fed(new).requires_grad_()}
 
     expected = Interpreter(model, straight_through=True).run(fed)["y"]
-    write([(weight, new)])
+    write(model.graph, [(weight, new)])
 
     assert torch.equal(weight.nearest(weight.numbers), weight.numbers)
     assert new.shape == (6, 2, block)

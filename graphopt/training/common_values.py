@@ -67,8 +67,27 @@ def features(
     return [Feature(a, b, float(theirs[b][1].var()) or 1.0) for a, b in kept]
 
 
+def counterparts(
+    optimized: Interpreter,
+    original: Interpreter,
+    candidates: Sequence[str],
+    samples: Sequence[Tensors],
+) -> dict[str, str]:
+    """Which value of the original each of some values of the optimized model is, if any.
+
+    A value may be of few numbers, if there are enough on all samples.
+    """
+    ours = _looks(optimized, candidates, samples, 1)
+    theirs = _looks(original, original.computed(), samples, 1)
+    enough = {name: look for name, look in ours.items() if look[1].size >= NUMBERS_MINIMUM}
+    return {name: twin for name, twin, *_ in _likenesses(enough, theirs)}
+
+
 def _looks(
-    model: Interpreter, names: Sequence[str], samples: Sequence[Tensors]
+    model: Interpreter,
+    names: Sequence[str],
+    samples: Sequence[Tensors],
+    least: int = NUMBERS_MINIMUM,
 ) -> dict[str, tuple[tuple[int, ...], np.ndarray]]:
     """Of each value, the shape on the first sample and some of its numbers on all, float32 [n]."""
     looks: dict[str, list[np.ndarray]] = defaultdict(list)
@@ -77,7 +96,7 @@ def _looks(
         with torch.no_grad():
             values = model.run(sample, names)
         for name, value in values.items():
-            if not value.is_floating_point() or value.numel() < NUMBERS_MINIMUM:
+            if not value.is_floating_point() or value.numel() < least:
                 continue
             shapes.setdefault(name, tuple(value.shape))
             flat = value.reshape(-1)

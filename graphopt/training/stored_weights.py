@@ -286,15 +286,21 @@ def stored_weights(graph: ir.Graph, device: torch.device | str = "cpu") -> list[
     return list(found.values())
 
 
-def write(weights: Sequence[tuple[StoredWeight, Tensor]]) -> None:
-    """Store numbers in the constants of the graph that the weights were found in.
+def write(graph: ir.Graph, weights: Sequence[tuple[StoredWeight, Tensor]]) -> None:
+    """Store numbers in constants.
+
+    Args:
+        graph: where the weights were found, or one that has constants of the same names.
+        weights: each with its numbers.
 
     Raises:
         ValueError: the numbers would be stored in another shape or type.
     """
+    made = (value for node in graph for value in node.outputs)
+    constants = {value.name: value for value in (*graph.initializers.values(), *made)}
     for weight, numbers in weights:
         for value, array in weight.constants(numbers).items():
-            _store(value, array)
+            _store(constants[value.name], array)
 
 
 def _store(value: ir.Value, array: np.ndarray) -> None:
