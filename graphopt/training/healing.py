@@ -150,8 +150,8 @@ class Healing:
             raise ModelError("the optimized model has no weight in a known form that could learn")
         if not self.outputs:
             raise ModelError("the original has no output of floating point that could be learnt")
-        student = Interpreter(self.optimized, self.device, straight_through=True)
-        teacher = Interpreter(self.material.original, self.device)
+        student = Interpreter(self.optimized, self.device, straight_through=True, wide=True)
+        teacher = Interpreter(self.material.original, self.device, wide=True)
         looks = self._looks(teacher)
         self.progress("looking for values that both models compute")
         self.features = features(student, teacher, self._candidates(), looks)

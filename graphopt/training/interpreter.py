@@ -43,7 +43,11 @@ class Interpreter:
     """
 
     def __init__(
-        self, model: ir.Model, device: torch.device | str = "cpu", straight_through: bool = False
+        self,
+        model: ir.Model,
+        device: torch.device | str = "cpu",
+        straight_through: bool = False,
+        wide: bool = False,
     ) -> None:
         """Prepare a model; nothing is computed yet.
 
@@ -54,6 +58,8 @@ class Interpreter:
             straight_through: codes of QuantizeLinear and of dynamic quantization, and numbers of 8
                 and 4 bits that Cast makes, are floating tensors of the same numbers, so that
                 gradients pass (Bengio et al., arXiv 1308.3432) where they are not saturated.
+            wide: what the model computes in 16 bits is computed in float32, results included:
+                gradients do not vanish then, and processors are far faster at it.
 
         Raises:
             ModelError: an operator, an attribute or a type of the model is not known here; the
@@ -67,6 +73,7 @@ class Interpreter:
             self.device,
             straight_through,
             self._body_of,
+            wide,
         )
         graph = self._model.graph
         made = (output for node in graph for output in node.outputs)
@@ -114,7 +121,7 @@ class Interpreter:
             plan = self._plans.get(key)
             if plan is None:
                 plan = self._plans[key] = self._planned(*key)
-        results = plan.program([feeds[name] for name in plan.fed])
+        results = plan.program([self._place.as_computed(feeds[name]) for name in plan.fed])
         return {
             name: result.clone() if name in plan.copied else result
             for name, result in zip(names, results, strict=True)
@@ -181,7 +188,7 @@ class Interpreter:
     def _keep(self, leaf: ir.Value) -> None:
         tensor = _leaf(leaf)
         if leaf not in self._constants and tensor is not None:
-            self._constants[leaf] = from_onnx(tensor, self.device)
+            self._constants[leaf] = self._place.as_computed(from_onnx(tensor, self.device))
 
     def _kernel_of(self, node: ir.Node) -> Kernel:
         return bound(node, self._place)

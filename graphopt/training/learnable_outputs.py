@@ -85,7 +85,8 @@ def learnable(
         ModelError: an operator that torch has not lies between the weights and all outputs.
     """
     known = (_computable(inlined(original)), _computable(optimized))
-    teacher, student = Interpreter(known[0]), Interpreter(known[1], straight_through=True)
+    teacher = Interpreter(known[0], wide=True)
+    student = Interpreter(known[1], straight_through=True, wide=True)
     names = [value.name or "" for value in original.graph.outputs]
     seen = _Values(known[1], student, looks[0])
     good = [name for name in _alike(teacher, student, looks) if seen.has_gradient(name)]
