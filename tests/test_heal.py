@@ -359,6 +359,23 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert abs(out.stat().st_size - given.stat().st_size) < 500
 
 
+def test_neither_model_is_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from graphopt.cli import main
+
+    for name in ("original", "optimized"):
+        (tmp_path / f"{name}.onnx").write_bytes(MODEL.read_bytes())
+    models = [str(tmp_path / f"{name}.onnx") for name in ("original", "optimized")]
+    for target in models:
+        arguments = ["graphopt", "heal", *models, "-o", target, "--samples", str(tmp_path)]
+        monkeypatch.setattr("sys.argv", arguments)
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert stopped.value.code == 2
+        assert "input" in capsys.readouterr().err
+
+
 def test_images_are_seen_otherwise_and_nothing_else_is() -> None:
     image = np.arange(3 * 32 * 32, dtype=np.float32).reshape(1, 3, 32, 32)
     tokens = np.arange(6, dtype=np.int64)

@@ -23,12 +23,15 @@ def weights(share: float = 0.0) -> dict[str, np.ndarray]:
     return {n: a * (np.abs(a) >= np.quantile(np.abs(a), share)) for n, a in found.items()}
 
 
+def _of(share: float, text: str) -> dict[str, np.ndarray]:
+    """Those that a model has."""
+    return {name: array for name, array in weights(share).items() if f"] {name}" in text}
+
+
 def healed(text: str, optimized: str = "", steps: int = 40) -> Healed:
     rng = np.random.default_rng(1)
     samples = [{"x": rng.normal(size=(1, 8)).astype(np.float32)} for _ in range(60)]
-    there = [name for name in SHAPES if f"] {name}" in text]
-    original = parse(text, **{n: a for n, a in weights().items() if n in there})
-    pruned = parse(optimized or text, **{n: a for n, a in weights(0.5).items() if n in there})
+    original, pruned = parse(text, **_of(0, text)), parse(optimized or text, **_of(0.5, text))
     return heal(original, pruned, samples=samples, steps=steps, threads=1)
 
 
@@ -155,3 +158,26 @@ def test_few_samples_that_both_teach_and_judge_are_told() -> None:
     found = heal(parse(text, **weights()), parse(text, **weights(0.5)), samples=samples, steps=30)
 
     assert "4 samples, too few to split: what judges was learnt from, too" in found.notes
+
+
+def test_inputs_that_are_strings_are_left_out() -> None:
+    text = f"""agraph ({LAYERS}, string[1] t) => (float[1,12] y, string[1] n) {{
+        h = MatMul(x, u)  a = Relu(h)  y = MatMul(a, s)  n = Identity(t) }}"""
+    rng = np.random.default_rng(1)
+    word = np.array(["word"], object)
+    samples = [{"x": rng.normal(size=(1, 8)).astype(np.float32), "t": word} for _ in range(40)]
+    original, pruned = (parse(text, **_of(share, text)) for share in (0, 0.5))
+
+    found = heal(original, pruned, samples=samples, steps=30)
+
+    assert found.after[0].rel_l2 < found.before[0].rel_l2
+
+
+def test_gradients_that_are_no_numbers_do_no_harm() -> None:
+    text = f"""agraph ({LAYERS}) => (float[1,12] y) {{
+        h = MatMul(x, u)  a = Relu(h)  q = Mul(a, a)  r = Sqrt(q)  y = MatMul(r, s) }}"""
+
+    found = healed(text)
+
+    assert found.after[0].rel_l2 < found.before[0].rel_l2
+    assert all(np.isfinite(point.error) for point in found.curve)

@@ -319,5 +319,5 @@ def _check_better(
         raise CheckFailed(
             "healing did not help: the worst relative L2 error of the outputs was "
             f"{worst(first):.3g} and is {worst(second):.3g} on samples that it did not learn from. "
-            "Give more samples, or more minutes"
+            "Give more samples, or let it learn for longer"
         )

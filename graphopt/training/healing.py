@@ -254,7 +254,8 @@ class Healing:
                     ours, theirs = self._carried(values), self._carried(targets)
                     total += float(self._output_error(values, targets)) * len(step)
                     count += len(step)
-        return total / count
+        # An error that is no number is none that another can be less than.
+        return math.inf if math.isnan(total) else total / count
 
     # -------------------------------------------------------------- learning
 
@@ -320,6 +321,10 @@ class Healing:
             loss = loss + self._loss(values, targets) * len(samples) / len(step) / len(window)
         if loss.requires_grad:
             torch.autograd.backward(loss)
+            for numbers in latent:
+                if numbers.grad is not None:
+                    # As of a square root at 0: one such number would spoil the weight for good.
+                    numbers.grad.nan_to_num_(0, 0, 0)
         self.ranks.add_gradients(latent)
 
     def _loss(self, values: Tensors, targets: Tensors) -> Tensor:

@@ -188,7 +188,8 @@ class Batches:
 
     def _sample(self, index: int) -> Tensors:
         arrays = complete(self.samples.loaders[index](), self.inputs)
-        return {n: torch.from_numpy(np.array(a)).to(self.device) for n, a in arrays.items()}
+        numbers = {n: np.array(a) for n, a in arrays.items() if a.dtype.kind not in "OSU"}
+        return {n: torch.from_numpy(a).to(self.device) for n, a in numbers.items()}
 
     def _varied(self, batch: Sequences, generator: np.random.Generator) -> Sequences:
         if len(batch) > 1:
