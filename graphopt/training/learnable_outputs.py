@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import onnx_ir as ir
 import torch
@@ -88,7 +89,7 @@ def learnable(
     teacher = Interpreter(known[0], wide=True)
     student = Interpreter(known[1], straight_through=True, wide=True)
     names = [value.name or "" for value in original.graph.outputs]
-    seen = _Values(known[1], student, looks[0])
+    seen = _Values(known[1], student, looks)
     good = [name for name in _alike(teacher, student, looks) if seen.has_gradient(name)]
     kept = [name for name in good if _is_float(original, name)]
     ends = [End(f"value {name}", name, name, True) for name in good if name not in kept]
@@ -156,26 +157,36 @@ def _drop_unread(model: ir.Model) -> None:
 
 
 class _Values:
-    """What an optimized model computes for one sample, and in what its weights have a part."""
+    """What an optimized model computes for samples, and in what its weights have a part."""
 
-    def __init__(self, model: ir.Model, student: Interpreter, sample: Tensors) -> None:
+    def __init__(self, model: ir.Model, student: Interpreter, looks: Sequence[Tensors]) -> None:
+        self._student, self._looks = student, looks
         weights = stored_weights(model.graph)
         self._latent = [weight.numbers.clone().requires_grad_() for weight in weights]
         pairs = zip(weights, self._latent, strict=True)
-        fed = {weight.value.name or "": weight.fed(numbers) for weight, numbers in pairs}
-        self._values = student.run({**sample, **fed}, student.computed())
+        self._fed = {weight.value.name or "": weight.fed(numbers) for weight, numbers in pairs}
+        self._runs: list[Tensors] = []
         self._known: dict[str, bool] = {}
 
     def has_gradient(self, name: str | None) -> bool:
         """Some weight has a part in the value, and can make it larger or smaller."""
-        if not name or name not in self._values:
+        if not name or name not in self._run(0):
             return False
         if name not in self._known:
-            self._known[name] = self._reaches_weights(self._values[name])
+            # Of zeros, as silence is, there may be no gradient.
+            values = (self._run(index)[name] for index in range(len(self._looks)))
+            hanging = takewhile(lambda value: value.requires_grad, values)
+            self._known[name] = any(self._reaches_weights(value) for value in hanging)
         return self._known[name]
 
+    def _run(self, index: int) -> Tensors:
+        while len(self._runs) <= index:
+            sample = self._looks[len(self._runs)]
+            self._runs.append(self._student.run({**sample, **self._fed}, self._student.computed()))
+        return self._runs[index]
+
     def _reaches_weights(self, value: Tensor) -> bool:
-        if not value.requires_grad or not value.numel():
+        if not value.numel():
             return False
         # Of a sum of probabilities there is none: each number has a weight of its own.
         shares = torch.linspace(0.5, 1.5, value.numel()).reshape(value.shape)
@@ -195,8 +206,9 @@ class _Values:
         return kept
 
     def _content(self, name: str) -> bytes:
-        numbers = self._values[name].detach().reshape(-1).double().sort().values
-        return numbers.numpy().tobytes()
+        runs = (self._run(index)[name] for index in range(len(self._looks)))
+        numbers = (value.detach().reshape(-1).double().sort().values for value in runs)
+        return torch.cat(list(numbers)).numpy().tobytes()
 
 
 def _alike(teacher: Interpreter, student: Interpreter, looks: Sequence[Tensors]) -> list[str]:
