@@ -216,6 +216,26 @@ def test_roll_outs_that_do_not_judge_are_those_that_are_learnt_from(tmp_path: Pa
     assert found.after[0].rel_l2 < found.before[0].rel_l2
 
 
+def test_how_much_an_output_varies_is_not_known_by_the_first_steps_alone() -> None:
+    rng = np.random.default_rng(0)
+    shapes = {"w": (4, 8), "r": (8, 8), "o": (8, 3)}
+    weights = {n: rng.normal(size=shape).astype(np.float32) for n, shape in shapes.items()}
+    cut = {n: np.where(np.abs(a) > 0.6, a, 0).astype(np.float32) for n, a in weights.items()}
+    # Silence, from which no output ever comes, before all that matters.
+    loud = [rng.normal(size=(1, 4)) * (number >= 12) for number in range(24)]
+
+    found = heal(
+        parse(STEP, **weights),
+        parse(STEP, **cut),
+        samples=[{"x": x.astype(np.float32)} for x in loud],
+        state=[("n", "h")],
+        steps=10,
+        threads=1,
+    )
+
+    assert found.curve[0].error < 2
+
+
 FIXED = """
     agraph (float[1,6] x, float[6,4] w) => (float[1,4] y) {
         s = Constant<value_ints = [1,6]>()  a = Reshape(x, s)  b = MatMul(a, w)  y = Softmax(b)

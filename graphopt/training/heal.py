@@ -191,7 +191,9 @@ def _healed(
 
 def _compared(original: ir.Model, optimized: ir.Model, learnt: Feed) -> Learnable:
     """What can be compared of both models, by a few samples."""
-    batches = Batches(learnt.samples.first(LOOKS), 1, learnt.inputs, torch.device("cpu"))
+    count = len(learnt.samples.sequences)
+    chosen = learnt.samples.select(range(0, count, -(-count // LOOKS))).first(LOOKS)
+    batches = Batches(chosen, 1, learnt.inputs, torch.device("cpu"))
     looks = [step[0] for batch in batches.once() for step in batch]
     return learnable(original, optimized, looks, [output for output, _ in learnt.state])
 

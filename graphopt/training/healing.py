@@ -54,6 +54,10 @@ CHECKS = 12
 LOOKS = 8
 """Samples by which values of both models are found to be the same."""
 
+AIM_LOOKS, AIM_BYTES = 64, 1 << 28
+"""Samples by which it is known how much an output varies, and how much of their outputs is kept: a
+few that follow one another may all be alike."""
+
 BATCH_MAXIMUM, BATCHES_MINIMUM = 16, 6
 """Samples in a batch, and batches in an epoch."""
 
@@ -152,13 +156,13 @@ class Healing:
             raise ModelError("the original has no output of floating point that could be learnt")
         student = Interpreter(self.optimized, self.device, straight_through=True, wide=True)
         teacher = Interpreter(self.material.original, self.device, wide=True)
-        looks = self._looks(teacher)
+        looks = list(self._looks(teacher, LOOKS))
         self.progress("looking for values that both models compute")
         self.features = features(student, teacher, self._candidates(), looks)
         alike = [s for s in looks if _shapes(s) == _shapes(looks[0])]
         way = way_of((student, teacher), (alike * 2)[:2])
         self.student, self.teacher = Runner(student, way), Runner(teacher, way)
-        self.aims = self._aims(looks)
+        self.aims = self._aims(teacher)
         size = self._batch_size(looks[0])
         self.training = self._batches(self.material.training, size)
         self.held_out = self._batches(self.material.held_out, size)
@@ -174,19 +178,23 @@ class Healing:
             if value.dtype is None or value.dtype.is_floating_point()
         ]
 
-    def _looks(self, teacher: Interpreter) -> list[Tensors]:
-        """A few samples, with the state that the original has when it comes to them."""
-        found: list[Tensors] = []
-        for sequences in self._batches(self.material.training, 1).once():
+    def _looks(self, teacher: Interpreter, count: int) -> Iterator[Tensors]:
+        """A few samples from all over, with the state that the original has when it comes to them.
+
+        At most so many, but that each roll-out has as many as others.
+        """
+        sequences = self.material.training.sequences
+        step = -(-len(sequences) // count)
+        chosen = self.material.training.select(range(0, len(sequences), step))
+        each = -(-count // len(chosen.sequences))
+        for roll_out in self._batches(chosen, 1).once():
             carried: Tensors = {}
-            for step in sequences[: LOOKS - len(found)]:
-                found.append({**step[0], **carried})
+            for (sample,) in roll_out[:each]:
+                look = {**sample, **carried}
+                yield look
                 if self.material.state:
                     with torch.no_grad():
-                        carried = self._carried(teacher.run(found[-1], self._names([])))
-            if len(found) >= LOOKS:
-                break
-        return found
+                        carried = self._carried(teacher.run(look, self._names([])))
 
     def _candidates(self) -> list[str]:
         """Values that layers read, and what outputs are made of."""
@@ -197,10 +205,14 @@ class Healing:
         made = [v for node in self.optimized.graph for v in node.outputs if v in read]
         return [v.name for v in made if v.name and not v.is_graph_output()]
 
-    def _aims(self, looks: Sequence[Tensors]) -> dict[str, Aim]:
-        """What is asked of each output, by its numbers on a few samples."""
+    def _aims(self, teacher: Interpreter) -> dict[str, Aim]:
+        """What is asked of each output, by its numbers on samples."""
+        runs: list[Tensors] = []
         with torch.no_grad():
-            runs = [self.teacher.interpreter.run(sample, self.outputs) for sample in looks]
+            for look in self._looks(teacher, AIM_LOOKS):
+                runs.append(teacher.run(look, self.outputs))
+                if sum(value.nbytes for value in runs[0].values()) * len(runs) > AIM_BYTES:
+                    break
         return {name: aim_of([run[name] for run in runs]) for name in self.outputs}
 
     def _batch_size(self, sample: Tensors) -> int:
