@@ -229,7 +229,7 @@ def test_how_much_an_output_varies_is_not_known_by_the_first_steps_alone() -> No
         parse(STEP, **cut),
         samples=[{"x": x.astype(np.float32)} for x in loud],
         state=[("n", "h")],
-        steps=10,
+        steps=60,
         threads=1,
     )
 

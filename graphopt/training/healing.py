@@ -188,10 +188,12 @@ class Healing:
         chosen = self.material.training.select(range(0, len(sequences), step))
         each = -(-count // len(chosen.sequences))
         for roll_out in self._batches(chosen, 1).once():
+            apart = max(1, min(len(roll_out), AIM_LOOKS) // each)
             carried: Tensors = {}
-            for (sample,) in roll_out[:each]:
+            for number, (sample,) in enumerate(roll_out[: apart * each]):
                 look = {**sample, **carried}
-                yield look
+                if number % apart == 0:
+                    yield look
                 if self.material.state:
                     with torch.no_grad():
                         carried = self._carried(teacher.run(look, self._names([])))
