@@ -202,8 +202,8 @@ def _notes(compared: Learnable, learnt: Feed, judged: Feed) -> Iterator[str]:
     """What a user should know of the way in which it was learnt."""
     if compared.replaced:
         yield (
-            f"{', '.join(compared.replaced)}: no gradients come from there; what counts in their "
-            "place are values that both models compute before"
+            f"{', '.join(compared.replaced)}: no gradients come from there; what counts is what "
+            "else is compared"
         )
     if learnt is judged:
         count = len(judged.samples.sequences)

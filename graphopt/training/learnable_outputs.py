@@ -53,7 +53,7 @@ class Learnable:
         optimized: the same of the other model. Its constants are called as in the whole model.
         names: of what is compared.
         ends: what of this are no outputs of the whole models.
-        replaced: outputs that cannot be learnt, in the place of which ends are.
+        replaced: outputs that cannot be learnt.
     """
 
     original: ir.Model
@@ -112,8 +112,7 @@ def learnable(
             # Says what it does not know.
             Interpreter(model)
     _cut(known, kept, ends, state)
-    replaced = [name for name in names if name not in kept]
-    return Learnable(*known, (*kept, *(end.name for end in ends)), tuple(ends), tuple(replaced))
+    return Learnable(*known, (*kept, *(end.name for end in ends)), tuple(ends), tuple(bad))
 
 
 # ------------------------------------------------------------------ what can be learnt
