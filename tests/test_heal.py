@@ -270,6 +270,23 @@ def test_values_are_known_by_content_and_not_by_name() -> None:
     assert all(f.variance > 0 for f in found)
 
 
+def test_values_whose_channels_a_pass_has_scaled_are_not_the_same() -> None:
+    text = """agraph (float[8,6] x, float[6,16] u, float[16,16] v, float[16,6] w)
+        => (float[8,6] y) {
+        a = MatMul(x, u)  b = Relu(a)  c = MatMul(b, v)  d = Relu(c)  y = MatMul(d, w) }"""
+    rng = np.random.default_rng(0)
+    shapes = {"u": (6, 16), "v": (16, 16), "w": (16, 6)}
+    numbers = {n: rng.normal(size=shape).astype(np.float32) for n, shape in shapes.items()}
+    factors = rng.uniform(0.3, 3, 16).astype(np.float32)
+    scaled = {**numbers, "u": numbers["u"] * factors, "v": numbers["v"] / factors[:, None]}
+    looks = [{"x": torch.from_numpy(rng.normal(size=(8, 6)).astype(np.float32))} for _ in range(4)]
+    models = [Interpreter(parse(text, **arrays)) for arrays in (scaled, numbers)]
+
+    found = features(*models, ["b", "d"], looks)
+
+    assert [feature.name for feature in found] == ["d"]
+
+
 def test_what_is_asked_of_an_output_is_seen_in_its_numbers() -> None:
     scores = torch.randn(6, 10)
     likely, near = aim_of(list(scores.softmax(1).split(1))), aim_of(list(scores.split(1)))

@@ -26,6 +26,10 @@ NUMBERS_MINIMUM = 8
 CORRELATION_MINIMUM = 0.5
 """Values that go up and down together less are not the same."""
 
+APART, NEAR = 10.0, 1e-3
+"""What is lost on the way is seldom found again: a value that is this many times as far from the
+original's as a later one, which is no nearer than `NEAR` for that, has other scales than it."""
+
 FEATURES_MAXIMUM = 32
 
 
@@ -60,7 +64,7 @@ def features(
     """
     ours = _looks(optimized, candidates, samples)
     theirs = _looks(original, original.computed(), samples)
-    found = _in_order(_likenesses(ours, theirs))
+    found = _unscaled(_in_order(_likenesses(ours, theirs)), ours, theirs)
     step = max(1, -(-len(found) // FEATURES_MAXIMUM))
     # The last ones say most about the outputs.
     kept = reversed(found[::-1][::step])
@@ -128,6 +132,21 @@ def _likenesses(ours: Looks, theirs: Looks) -> list[tuple[str, str, int, float]]
         if alike[best] >= CORRELATION_MINIMUM:
             found.append((name, group[best][1], group[best][0], float(alike[best])))
     return found
+
+
+def _unscaled(
+    pairs: Sequence[tuple[str, str]], ours: Looks, theirs: Looks
+) -> list[tuple[str, str]]:
+    """The pairs without those whose channels a pass has scaled, and what reads them back again."""
+    kept, least = [], np.inf
+    for name, twin in reversed(pairs):
+        numbers = theirs[twin][1]
+        difference = np.nan_to_num(ours[name][1] - numbers, posinf=0, neginf=0)
+        error = float(np.square(difference).mean()) / (float(numbers.var()) or 1.0)
+        if error <= APART * least:
+            kept.append((name, twin))
+        least = min(least, max(error, NEAR))
+    return kept[::-1]
 
 
 def _centered(rows: np.ndarray) -> np.ndarray:
