@@ -333,7 +333,8 @@ def heal(
     Zeros stay zeros, and what is stored as integers or codes keeps its grid or its codebook; which
     of these numbers each weight is, learns. Needs graphopt[train].
     """
-    saving.check_target(output, source=optimized)
+    for source in (original, optimized):
+        saving.check_target(output, source=source)
     _check_json(json, [original, optimized], [output, samples])
     pairs = _states(state)
     training = _training()

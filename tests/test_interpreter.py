@@ -531,3 +531,21 @@ def test_floating_codes_go_into_the_operators_that_read_codes() -> None:
     for name, value in plain.items():
         torch.testing.assert_close(through[name], value)
     assert all(x.grad is not None and x.grad.abs().sum() > 0 for x in feeds.values())
+
+
+def test_halves_are_computed_wide_where_that_is_asked_for() -> None:
+    model = parse(
+        """agraph (float16[2,4] x, float16[4,3] w) => (float16[2,3] y) {
+            a = MatMul(x, w)  f = Cast<to = 1>(a)  b = Cast<to = 10>(f)
+            s = Shape(b)  c = ConstantOfShape<value = float16[1] {15360}>(s)  y = Add(b, c) }""",
+        w=np.linspace(-1, 1, 12, dtype=np.float16).reshape(4, 3),
+    )
+    x = torch.linspace(-1e-4, 1e-3, 8).reshape(2, 4)
+
+    # 15360 is how 1 is stored; what is added to it here would be lost in 16 bits.
+    found = Interpreter(model, wide=True).run({"x": x.half(), "w": x.new_ones(4, 3)})["y"]
+
+    assert found.dtype == torch.float32
+    assert Interpreter(model).run({"x": x.half()})["y"].dtype == torch.float16
+    np.testing.assert_array_equal(found, 1 + x.half().float() @ torch.ones(4, 3))
+    assert (found.half().float() != found).any()

@@ -66,7 +66,7 @@ def check_written(model: ir.Model) -> list[StoredWeight]:
     interpreter = Interpreter(model, straight_through=True)
     expected = interpreter.run({**fed, **changed})["y"].numpy()
 
-    write(list(zip(weights, new, strict=True)))
+    write(model.graph, list(zip(weights, new, strict=True)))
 
     assert sizes(model) == before
     found = Session(model, Reference.AS_WRITTEN).run(inputs)["y"]
@@ -223,7 +223,7 @@ def test_codes_that_a_kernel_unpacks(bits: int, block: int) -> None:
     fed = {"x": torch.from_numpy(x), "q": weight.fed(new).requires_grad_()}
 
     expected = Interpreter(model, straight_through=True).run(fed)["y"]
-    write([(weight, new)])
+    write(model.graph, [(weight, new)])
 
     assert torch.equal(weight.nearest(weight.numbers), weight.numbers)
     assert new.shape == (6, 2, block)
@@ -246,3 +246,39 @@ def test_the_type_of_a_weight_stays() -> None:
 
     assert isinstance(weight, PlainNumbers)
     assert weight.constants(weight.numbers)[weight.value].dtype == np.float16
+
+
+CONTRIB = {
+    "Attention": (
+        "float[2,3,8] x, float[8,24] w, float[24] b",
+        "y = com.microsoft.Attention<num_heads = 2>(x, w, b)",
+    ),
+    "BiasGelu": ("float[4,8] x, float[8] b", "y = com.microsoft.BiasGelu(x, b)"),
+    "FastGelu": ("float[4,8] x, float[8] b", "y = com.microsoft.FastGelu(x, b)"),
+    "MultiHeadAttention": (
+        "float[2,3,8] x, float[24] b",
+        "y = com.microsoft.MultiHeadAttention<num_heads = 2>(x, x, x, b)",
+    ),
+    "SimplifiedLayerNormalization": (
+        "float[4,8] x, float[8] b",
+        "y = SimplifiedLayerNormalization<axis = -1>(x, b)",
+    ),
+}
+
+
+@pytest.mark.parametrize("operator", sorted(CONTRIB))
+def test_layers_of_onnxruntime_have_weights(operator: str) -> None:
+    rng = np.random.default_rng(0)
+    inputs, nodes = CONTRIB[operator]
+    arrays = {
+        "w": rng.normal(size=(8, 24)).astype(np.float32),
+        "b": rng.normal(size=24 if "24] b" in inputs else 8).astype(np.float32),
+    }
+    there = {name: a for name, a in arrays.items() if f" {name}" in inputs}
+    header = '<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>'
+    shape = "float[2,3,8]" if "float[2" in inputs else "float[4,8]"
+    model = parse(f"{header} agraph ({inputs}) => ({shape} y) {{ {nodes} }}", **there)
+
+    found = {weight.value.name for weight in check_written(model)}
+
+    assert found == set(there)

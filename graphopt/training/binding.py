@@ -33,6 +33,8 @@ _STATED_HERE = {"QLinearSoftmax": frozenset({"opset"})}
 _DTYPES = ("dtype", "output_datatype", "output_dtype", "to")
 """Attributes that name an element type."""
 
+_HALVES = (torch.bfloat16, torch.float16)
+
 
 @dataclass(frozen=True)
 class Place:
@@ -43,12 +45,18 @@ class Place:
         device: where its tensors are.
         straight_through: codes stay floating, and gradients pass where numbers are rounded.
         body_of: makes a graph in an attribute of a node callable.
+        wide: 16 bits are computed in float32.
     """
 
     opsets: Mapping[str, int]
     device: torch.device
     straight_through: bool
     body_of: Callable[[ir.Node, ir.Graph], Body]
+    wide: bool = False
+
+    def as_computed(self, tensor: Tensor) -> Tensor:
+        """The tensor as it is computed with here."""
+        return tensor.float() if self.wide and tensor.dtype in _HALVES else tensor
 
 
 def operator_of(node: ir.Node) -> Operator | None:
@@ -148,9 +156,11 @@ def _output_count(node: ir.Node) -> int:
 
 def _content(node: ir.Node, attribute: ir.Attr, place: Place) -> Any:
     if attribute.type is ir.AttributeType.TENSOR:
-        return from_onnx(attribute.as_tensor(), place.device)
+        return place.as_computed(from_onnx(attribute.as_tensor(), place.device))
     if attribute.type is ir.AttributeType.GRAPH:
         return place.body_of(node, attribute.as_graph())
+    if place.wide and attribute.name in _DTYPES and TORCH_TYPES.get(attribute.value) in _HALVES:
+        return int(ir.DataType.FLOAT)
     return attribute.value
 
 

@@ -26,6 +26,10 @@ NUMBERS_MINIMUM = 8
 CORRELATION_MINIMUM = 0.5
 """Values that go up and down together less are not the same."""
 
+APART, NEAR = 10.0, 1e-3
+"""What is lost on the way is seldom found again: a value that is this many times as far from the
+original's as a later one, which is no nearer than `NEAR` for that, has other scales than it."""
+
 FEATURES_MAXIMUM = 32
 
 
@@ -60,15 +64,34 @@ def features(
     """
     ours = _looks(optimized, candidates, samples)
     theirs = _looks(original, original.computed(), samples)
-    found = _in_order(_likenesses(ours, theirs))
+    found = _unscaled(_in_order(_likenesses(ours, theirs)), ours, theirs)
     step = max(1, -(-len(found) // FEATURES_MAXIMUM))
     # The last ones say most about the outputs.
     kept = reversed(found[::-1][::step])
     return [Feature(a, b, float(theirs[b][1].var()) or 1.0) for a, b in kept]
 
 
+def counterparts(
+    optimized: Interpreter,
+    original: Interpreter,
+    candidates: Sequence[str],
+    samples: Sequence[Tensors],
+) -> dict[str, str]:
+    """Which value of the original each of some values of the optimized model is, if any.
+
+    A value may be of few numbers, if there are enough on all samples.
+    """
+    ours = _looks(optimized, candidates, samples, 1)
+    theirs = _looks(original, original.computed(), samples, 1)
+    enough = {name: look for name, look in ours.items() if look[1].size >= NUMBERS_MINIMUM}
+    return {name: twin for name, twin, *_ in _likenesses(enough, theirs)}
+
+
 def _looks(
-    model: Interpreter, names: Sequence[str], samples: Sequence[Tensors]
+    model: Interpreter,
+    names: Sequence[str],
+    samples: Sequence[Tensors],
+    least: int = NUMBERS_MINIMUM,
 ) -> dict[str, tuple[tuple[int, ...], np.ndarray]]:
     """Of each value, the shape on the first sample and some of its numbers on all, float32 [n]."""
     looks: dict[str, list[np.ndarray]] = defaultdict(list)
@@ -77,7 +100,7 @@ def _looks(
         with torch.no_grad():
             values = model.run(sample, names)
         for name, value in values.items():
-            if not value.is_floating_point() or value.numel() < NUMBERS_MINIMUM:
+            if not value.is_floating_point() or value.numel() < least:
                 continue
             shapes.setdefault(name, tuple(value.shape))
             flat = value.reshape(-1)
@@ -109,6 +132,21 @@ def _likenesses(ours: Looks, theirs: Looks) -> list[tuple[str, str, int, float]]
         if alike[best] >= CORRELATION_MINIMUM:
             found.append((name, group[best][1], group[best][0], float(alike[best])))
     return found
+
+
+def _unscaled(
+    pairs: Sequence[tuple[str, str]], ours: Looks, theirs: Looks
+) -> list[tuple[str, str]]:
+    """The pairs without those whose channels a pass has scaled, and what reads them back again."""
+    kept, least = [], np.inf
+    for name, twin in reversed(pairs):
+        numbers = theirs[twin][1]
+        difference = np.nan_to_num(ours[name][1] - numbers, posinf=0, neginf=0)
+        error = float(np.square(difference).mean()) / (float(numbers.var()) or 1.0)
+        if error <= APART * least:
+            kept.append((name, twin))
+        least = min(least, max(error, NEAR))
+    return kept[::-1]
 
 
 def _centered(rows: np.ndarray) -> np.ndarray:

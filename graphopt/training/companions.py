@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import signal
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 import onnx_ir as ir
@@ -26,6 +29,9 @@ from graphopt.training.ranks import Ranks
 
 TIMEOUT_S = 300
 """A process that says nothing for so long is taken for dead."""
+
+WAIT_S = 0.05
+"""Between two looks at whether the others are there."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,10 @@ class Work:
     budget: Budget
     device: str
     threads: int
+
+    def ready(self, rank: int) -> Path:
+        """The file that says that a process is about to join."""
+        return self.folder / f"ready{rank}"
 
 
 @contextmanager
@@ -84,24 +94,35 @@ def beside(
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
+            _await(others, work)
             _join(0, work)
             yield Ranks(0, processes)
         except RuntimeError as error:
             for process in others:
                 process.join(timeout=5)
-            dead = [f"{r + 1} ({p.exitcode})" for r, p in enumerate(others) if p.exitcode]
-            if not dead:
+            if all(process.exitcode is None for process in others):
                 raise
-            raise GraphoptError(
-                f"process {', '.join(dead)} of {processes} died while healing; its last words are "
-                f"above. Fewer processes need less memory ({error})"
-            ) from None
+            raise GraphoptError(_last_words(others)) from error
         finally:
             torch.set_num_threads(before)
             if dist.is_initialized():
                 dist.destroy_process_group()
             for process in others:
                 process.kill()
+                process.join()
+
+
+def _last_words(others: Sequence[SpawnProcess]) -> str:
+    """What became of the other processes: of those that ended, the cause."""
+    told = []
+    for number, process in enumerate(others, start=2):
+        if process.exitcode is not None and process.exitcode < 0:
+            killer = signal.Signals(-process.exitcode).name
+            told.append(f"process {number} of {len(others) + 1} was killed by {killer}")
+        elif process.exitcode is not None:
+            told.append(f"process {number} of {len(others) + 1} ended, with what is told above")
+    hint = "; if memory ran out, fewer processes need less" if "SIGKILL" in "".join(told) else ""
+    return "healing ended: " + "; ".join(told) + hint
 
 
 def _write(work: Work, optimized: ir.Model, material: Material) -> None:
@@ -122,7 +143,20 @@ def _read(folder: Path) -> Samples:
     return Samples(loaders, tuple(map(str, range(count))), sequences)
 
 
+def _await(others: Sequence[SpawnProcess], work: Work) -> None:
+    """Wait until all are about to join: one that dies before would be waited for in vain."""
+    waiting = [work.ready(rank) for rank in range(1, work.ranks)]
+    end = time.monotonic() + TIMEOUT_S
+    while not all(path.exists() for path in waiting):
+        if any(process.exitcode is not None for process in others):
+            raise RuntimeError("before it was ready")
+        if time.monotonic() > end:
+            raise RuntimeError(f"no process came within {TIMEOUT_S} seconds")
+        time.sleep(WAIT_S)
+
+
 def _join(rank: int, work: Work) -> None:
+    work.ready(rank).touch()
     # What the processes agree on is no matter of the GPU.
     backend = "cpu:gloo,cuda:nccl" if work.device == "cuda" else "gloo"
     dist.init_process_group(

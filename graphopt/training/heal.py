@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +12,7 @@ import onnx_ir as ir
 import torch
 
 from graphopt import saving
+from graphopt.contract import Effect
 from graphopt.errors import CheckFailed, ModelError, RuntimeUnavailable, SpecError
 from graphopt.loading import ModelLike, Source
 from graphopt.recording import Feed, compare, record
@@ -19,9 +20,12 @@ from graphopt.runtime import Reference, Session
 from graphopt.signature import signature
 from graphopt.subject import SamplesLike, State, Subject, open_subject
 from graphopt.training.companions import beside
-from graphopt.training.healing import Budget, Healing, Material, Point
+from graphopt.training.healing import LOOKS, Budget, Healing, Material, Point
+from graphopt.training.interpreter import inlined
+from graphopt.training.learnable_outputs import Learnable, learnable
+from graphopt.training.sample_batches import Batches
 from graphopt.training.stored_weights import StoredWeight, forms_of, stored_weights, write
-from graphopt.validation import OutputError
+from graphopt.validation import OutputError, why_over, worst
 
 MINUTES_DEFAULT = 10.0
 
@@ -133,25 +137,34 @@ def heal(
     if reference.is_random():
         raise ModelError("the original is random: there are no outputs to learn")
     feed = reference.feed(samples, None, state)
-    learnt, judged = reference.split(feed, gate_samples, passes_look=True)
-    working = subject.working_copy(keep_overridable=True, is_needed_again=True)
-    teaches = reference.source.model
-    material = Material(teaches, learnt.samples, judged.samples, feed.inputs, feed.state, seed)
-    budget = Budget(minutes, steps)
-    with _threads(threads), beside(processes, working, material, budget, device) as ranks:
-        healing = Healing(working, material, torch.device(device), ranks, progress=progress)
-        numbers = healing.run(budget)
-    write(list(zip(healing.weights, numbers, strict=True)))
-    _check_kept(subject.source.model, working, healing.weights)
+    learnt, judged = feed.split(gate_samples)
+    working = inlined(subject.working_copy(keep_overridable=True, is_needed_again=True))
+    with _threads(threads), _told():
+        compared = _compared(reference.source.model, working, learnt)
+        progress("comparing with the original")
+        judge = _Judge(reference, compared, judged)
+        given, before = working.clone(), judge.errors(working)
+        _check_lost(before)
+        material = Material(
+            compared.original, learnt.samples, judged.samples, feed.inputs, feed.state, seed
+        )
+        budget, place = Budget(minutes, steps), torch.device(device)
+        with beside(processes, compared.optimized, material, budget, device) as ranks:
+            healing = Healing(compared.optimized, material, place, ranks, progress=progress)
+            numbers = healing.run(budget)
+    write(working.graph, list(zip(healing.weights, numbers, strict=True)))
+    _check_kept(given, working, healing.weights)
     progress("comparing with the original")
-    before, after = _errors(reference, (subject.given, working), judged)
-    _check_better(before, after)
+    after = judge.errors(working)
+    _check_better(before, after, compared.names)
     working.metadata_props[HEALED_KEY] = reference.source.sha256()
-    notes = tuple(dict.fromkeys((*reference.notes, *subject.notes)))
-    return _healed(healing, before, after, subject.source, notes)
+    told = (*reference.notes, *subject.notes, *_notes(compared, learnt, judged))
+    notes = tuple(dict.fromkeys(told))
+    return _healed(working, healing, before, after, subject.source, notes)
 
 
 def _healed(
+    model: ir.Model,
     healing: Healing,
     before: tuple[OutputError, ...],
     after: tuple[OutputError, ...],
@@ -160,7 +173,7 @@ def _healed(
 ) -> Healed:
     material = healing.material
     return Healed(
-        model=healing.optimized,
+        model=model,
         weights=Counter(forms_of(healing.weights)),
         elements=sum(weight.numbers.numel() for weight in healing.weights),
         features=len(healing.features),
@@ -170,10 +183,48 @@ def _healed(
         steps=healing.curve[-1].steps,
         before=before,
         after=after,
-        stored_bytes=saving.stored_bytes(healing.optimized, source.external_data()),
+        stored_bytes=saving.stored_bytes(model, source.external_data()),
         notes=notes,
         source=source,
     )
+
+
+def _compared(original: ir.Model, optimized: ir.Model, learnt: Feed) -> Learnable:
+    """What can be compared of both models, by a few samples."""
+    count = len(learnt.samples.sequences)
+    chosen = learnt.samples.select(range(0, count, -(-count // LOOKS))).first(LOOKS)
+    batches = Batches(chosen, 1, learnt.inputs, torch.device("cpu"))
+    looks = [step[0] for batch in batches.once() for step in batch]
+    return learnable(original, optimized, looks, [output for output, _ in learnt.state])
+
+
+def _notes(compared: Learnable, learnt: Feed, judged: Feed) -> Iterator[str]:
+    """What a user should know of the way in which it was learnt."""
+    if compared.replaced:
+        yield (
+            f"{', '.join(compared.replaced)}: no gradients come from there; what counts is what "
+            "else is compared"
+        )
+    if learnt is judged:
+        count = len(judged.samples.sequences)
+        what = "sequence" if judged.state else "sample"
+        yield (
+            f"{count} {what}{'s' if count > 1 else ''}, too few to split: what judges was learnt "
+            "from, too"
+        )
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What torch cannot compute is told, with the node."""
+    try:
+        yield
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        places = getattr(error, "__notes__", [])
+        if not places:
+            raise
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"torch cannot compute the model, {places[0]}: {first}") from error
 
 
 @contextmanager
@@ -236,23 +287,39 @@ def _check_kept(before: ir.Model, after: ir.Model, weights: list[StoredWeight]) 
             raise AssertionError(f"the constant {name} changed in more than its numbers")
 
 
-def _errors(
-    reference: Subject, models: Sequence[ir.Model | Path], judged: Feed
-) -> list[tuple[OutputError, ...]]:
-    """Of the outputs of each model on the samples that judge, by onnxruntime as deployed."""
-    recorded = record(judged.run(Session(reference.given, Reference.AS_DEPLOYED)))
-    runs = (judged.run(Session(model, Reference.AS_DEPLOYED)) for model in models)
-    return [compare(run, [recorded])[0] for run in runs]
+class _Judge:
+    """Compares outputs on the samples that judge, as onnxruntime gives them when deployed."""
+
+    def __init__(self, reference: Subject, compared: Learnable, judged: Feed) -> None:
+        self._compared, self._judged = compared, judged
+        model = compared.of_original(reference.source.model) if compared.ends else reference.given
+        self._recorded = record(judged.run(Session(model, Reference.AS_DEPLOYED)))
+
+    def errors(self, optimized: ir.Model) -> tuple[OutputError, ...]:
+        """Of an optimized model."""
+        session = Session(self._compared.of_optimized(optimized), Reference.AS_DEPLOYED)
+        return compare(self._judged.run(session), [self._recorded])[0]
 
 
-def _check_better(before: tuple[OutputError, ...], after: tuple[OutputError, ...]) -> None:
-    wrong = next((o for o in after if o.mismatch is not None), None)
+def _check_lost(before: tuple[OutputError, ...]) -> None:
+    if why_over(Effect.ROUNDING, before) is None:
+        raise CheckFailed(
+            "there is nothing to heal: the outputs of both models agree already, but for rounding, "
+            "on the samples that judge"
+        )
+
+
+def _check_better(
+    before: tuple[OutputError, ...], after: tuple[OutputError, ...], names: Collection[str]
+) -> None:
+    """Raise CheckFailed where the worst of the outputs that were learnt is no better."""
+    first, second = ([o for o in outputs if o.name in names] for outputs in (before, after))
+    wrong = next((o for o in second if o.mismatch is not None), None)
     if wrong is not None:
         raise CheckFailed(f"healing did not help: output {wrong.name!r} {wrong.mismatch}")
-    worst = [max((o.rel_l2 for o in outputs), default=0.0) for outputs in (before, after)]
-    if worst[1] >= worst[0]:
+    if worst(second) >= worst(first):
         raise CheckFailed(
-            f"healing did not help: the worst relative L2 error of the outputs was {worst[0]:.3g} "
-            f"and is {worst[1]:.3g} on samples that it did not learn from. Give more samples, or "
-            "more minutes"
+            "healing did not help: the worst relative L2 error of the outputs was "
+            f"{worst(first):.3g} and is {worst(second):.3g} on samples that it did not learn from. "
+            "Give more samples, or let it learn for longer"
         )

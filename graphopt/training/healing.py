@@ -59,6 +59,10 @@ CHECKS = 12
 LOOKS = 8
 """Samples by which values of both models are found to be the same."""
 
+AIM_LOOKS, AIM_BYTES = 64, 1 << 28
+"""Samples by which it is known how much an output varies, and how much of their outputs is kept: a
+few that follow one another may all be alike."""
+
 BATCH_MAXIMUM, BATCHES_MINIMUM = 16, 6
 """Samples in a batch, and batches in an epoch."""
 
@@ -155,15 +159,15 @@ class Healing:
             raise ModelError("the optimized model has no weight in a known form that could learn")
         if not self.outputs:
             raise ModelError("the original has no output of floating point that could be learnt")
-        student = Interpreter(self.optimized, self.device, straight_through=True)
-        teacher = Interpreter(self.material.original, self.device)
-        looks = self._looks(teacher)
+        student = Interpreter(self.optimized, self.device, straight_through=True, wide=True)
+        teacher = Interpreter(self.material.original, self.device, wide=True)
+        looks = list(self._looks(teacher, LOOKS))
         self.progress("looking for values that both models compute")
         self.features = features(student, teacher, self._candidates(), looks)
         alike = [s for s in looks if _shapes(s) == _shapes(looks[0])]
         way = way_of((student, teacher), (alike * 2)[:2])
         self.student, self.teacher = Runner(student, way), Runner(teacher, way)
-        self.aims = self._aims(looks)
+        self.aims = self._aims(teacher)
         size = self._batch_size(looks[0])
         self.training = self._batches(self.material.training, size)
         self.held_out = self._batches(self.material.held_out, size)
@@ -179,19 +183,25 @@ class Healing:
             if value.dtype is None or value.dtype.is_floating_point()
         ]
 
-    def _looks(self, teacher: Interpreter) -> list[Tensors]:
-        """A few samples, with the state that the original has when it comes to them."""
-        found: list[Tensors] = []
-        for sequence in self._batches(self.material.training, 1).spread(LOOKS):
+    def _looks(self, teacher: Interpreter, count: int) -> Iterator[Tensors]:
+        """A few samples from all over, with the state that the original has when it comes to them.
+
+        At most so many, but that each roll-out has as many as others.
+        """
+        sequences = self.material.training.sequences
+        step = -(-len(sequences) // count)
+        chosen = self.material.training.select(range(0, len(sequences), step))
+        each = -(-count // len(chosen.sequences))
+        for roll_out in self._batches(chosen, 1).once():
+            apart = max(1, min(len(roll_out), AIM_LOOKS) // each)
             carried: Tensors = {}
-            for sample in sequence[: LOOKS - len(found)]:
-                found.append({**sample, **carried})
+            for number, (sample,) in enumerate(roll_out[: apart * each]):
+                look = {**sample, **carried}
+                if number % apart == 0:
+                    yield look
                 if self.material.state:
                     with torch.no_grad():
-                        carried = self._carried(teacher.run(found[-1], self._names([])))
-            if len(found) >= LOOKS:
-                break
-        return found
+                        carried = self._carried(teacher.run(look, self._names([])))
 
     def _candidates(self) -> list[str]:
         """Values that layers read, and what outputs are made of."""
@@ -202,10 +212,14 @@ class Healing:
         made = [v for node in self.optimized.graph for v in node.outputs if v in read]
         return [v.name for v in made if v.name and not v.is_graph_output()]
 
-    def _aims(self, looks: Sequence[Tensors]) -> dict[str, Aim]:
-        """What is asked of each output, by its numbers on a few samples."""
+    def _aims(self, teacher: Interpreter) -> dict[str, Aim]:
+        """What is asked of each output, by its numbers on samples."""
+        runs: list[Tensors] = []
         with torch.no_grad():
-            runs = [self.teacher.interpreter.run(sample, self.outputs) for sample in looks]
+            for look in self._looks(teacher, AIM_LOOKS):
+                runs.append(teacher.run(look, self.outputs))
+                if sum(value.nbytes for value in runs[0].values()) * len(runs) > AIM_BYTES:
+                    break
         return {name: aim_of([run[name] for run in runs]) for name in self.outputs}
 
     def _batch_size(self, sample: Tensors) -> int:
@@ -259,7 +273,8 @@ class Healing:
                     ours, theirs = self._carried(values), self._carried(targets)
                     total += float(self._output_error(values, targets)) * len(step)
                     count += len(step)
-        return total / count
+        # An error that is no number is none that another can be less than.
+        return math.inf if math.isnan(total) else total / count
 
     # -------------------------------------------------------------- learning
 
@@ -342,6 +357,10 @@ class Healing:
             loss = loss + self._loss(values, targets) * len(samples) / len(step) / len(window)
         if loss.requires_grad:
             torch.autograd.backward(loss)
+            for numbers in latent:
+                if numbers.grad is not None:
+                    # As of a square root at 0: one such number would spoil the weight for good.
+                    numbers.grad.nan_to_num_(0, 0, 0)
         self.ranks.add_gradients(latent)
 
     def _loss(self, values: Tensors, targets: Tensors) -> Tensor:

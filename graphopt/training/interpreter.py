@@ -43,7 +43,11 @@ class Interpreter:
     """
 
     def __init__(
-        self, model: ir.Model, device: torch.device | str = "cpu", straight_through: bool = False
+        self,
+        model: ir.Model,
+        device: torch.device | str = "cpu",
+        straight_through: bool = False,
+        wide: bool = False,
     ) -> None:
         """Prepare a model; nothing is computed yet.
 
@@ -54,19 +58,22 @@ class Interpreter:
             straight_through: codes of QuantizeLinear and of dynamic quantization, and numbers of 8
                 and 4 bits that Cast makes, are floating tensors of the same numbers, so that
                 gradients pass (Bengio et al., arXiv 1308.3432) where they are not saturated.
+            wide: what the model computes in 16 bits is computed in float32, results included:
+                gradients do not vanish then, and processors are far faster at it.
 
         Raises:
             ModelError: an operator, an attribute or a type of the model is not known here; the
                 message names all of them.
         """
         self.device = torch.device(device)
-        self._model = _without_functions(model)
+        self._model = inlined(model)
         _check(self._model)
         self._place = Place(
             {"": self._model.opset_imports.get("ai.onnx", 0), **self._model.opset_imports},
             self.device,
             straight_through,
             self._body_of,
+            wide,
         )
         graph = self._model.graph
         made = (output for node in graph for output in node.outputs)
@@ -76,6 +83,10 @@ class Interpreter:
         self._plans: dict[tuple[frozenset[str], tuple[str, ...], frozenset[str]], _Plan] = {}
         # A body is assembled when it first runs, which may be while a plan is made.
         self._lock = threading.RLock()
+
+    def outputs(self) -> list[str]:
+        """The names of the outputs, in order."""
+        return [value.name or "" for value in self._model.graph.outputs]
 
     def computed(self) -> list[str]:
         """The names of what nodes of the main graph make, in the order in which they run."""
@@ -104,13 +115,13 @@ class Interpreter:
         Raises:
             SampleError: a name is not known, or an input that is needed is not fed.
         """
-        names = tuple(o.name or "" for o in self._model.graph.outputs) if wanted is None else wanted
+        names = self.outputs() if wanted is None else wanted
         key = frozenset(feeds), tuple(names), frozenset(cut)
         with self._lock:
             plan = self._plans.get(key)
             if plan is None:
                 plan = self._plans[key] = self._planned(*key)
-        results = plan.program([feeds[name] for name in plan.fed])
+        results = plan.program([self._place.as_computed(feeds[name]) for name in plan.fed])
         return {
             name: result.clone() if name in plan.copied else result
             for name, result in zip(names, results, strict=True)
@@ -177,7 +188,7 @@ class Interpreter:
     def _keep(self, leaf: ir.Value) -> None:
         tensor = _leaf(leaf)
         if leaf not in self._constants and tensor is not None:
-            self._constants[leaf] = from_onnx(tensor, self.device)
+            self._constants[leaf] = self._place.as_computed(from_onnx(tensor, self.device))
 
     def _kernel_of(self, node: ir.Node) -> Kernel:
         return bound(node, self._place)
@@ -240,8 +251,12 @@ def _leaf(value: ir.Value) -> ir.TensorProtocol | None:
     return node_tensor(node)
 
 
-def _without_functions(model: ir.Model) -> ir.Model:
-    """The model, or a copy in which calls of its own functions are replaced by their nodes."""
+def inlined(model: ir.Model) -> ir.Model:
+    """The model, or a copy in which calls of its own functions are replaced by their nodes.
+
+    Raises:
+        ModelError: a function is of another opset than the model.
+    """
     if not model.functions:
         return model
     for function in model.functions.values():
@@ -262,7 +277,7 @@ def _check(model: ir.Model) -> None:
     wrong = []
     for graph in all_graphs(model):
         for node in graph:
-            reason = _why_no_constant(node) if is_onnx(node, "Constant") else why_not(node)
+            reason = why_not_run(node)
             if reason is not None:
                 operator = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
                 wrong.append(f"{operator} (node {describe(node)!r}): {reason}")
@@ -273,6 +288,11 @@ def _check(model: ir.Model) -> None:
         more = len(wrong) - _NAMED_MAXIMUM
         named = "; ".join(wrong[:_NAMED_MAXIMUM]) + (f"; and {more} more" if more > 0 else "")
         raise ModelError(f"the model cannot be computed in torch: {named}")
+
+
+def why_not_run(node: ir.Node) -> str | None:
+    """Why a node, leaving aside those in its bodies, cannot be computed here; None where it can."""
+    return _why_no_constant(node) if is_onnx(node, "Constant") else why_not(node)
 
 
 def _why_no_constant(node: ir.Node) -> str | None:

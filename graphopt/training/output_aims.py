@@ -69,6 +69,8 @@ class Likely(Aim):
 
     def error(self, found: Tensor, wanted: Tensor) -> Tensor:
         """The share."""
+        if found.shape != wanted.shape:
+            return torch.ones((), device=wanted.device)
         return divergence(found, wanted, self.axis).mean() / self.information
 
 
@@ -154,6 +156,13 @@ def divergence(found: Tensor, wanted: Tensor, axis: int) -> Tensor:
 
 
 def squares(found: Tensor, wanted: Tensor) -> Tensor:
-    """The mean squared difference; where the original is not finite, there is nothing to learn."""
+    """The mean squared difference; where the original is not finite, there is nothing to learn.
+
+    Of other shapes, by which rows go with which is not known, it is that from zero.
+    """
+    if not wanted.numel():
+        return torch.zeros((), device=wanted.device)
+    if found.shape != wanted.shape:
+        found = torch.zeros_like(wanted)
     difference = torch.where(wanted.isfinite(), found.to(wanted.dtype) - wanted, 0)
     return difference.float().square().mean()

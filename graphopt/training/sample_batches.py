@@ -176,12 +176,6 @@ class Batches:
         for chosen in self._cut(range(len(self._shapes))):
             yield self._read(chosen)
 
-    def spread(self, count: int) -> Iterator[list[Tensors]]:
-        """Some sequences, from the first to the last: samples often lie sorted by class."""
-        total = len(self._shapes)
-        for number in np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist():
-            yield [step[0] for step in self._read([number])]
-
     def _cut(self, order: Iterable[int]) -> list[list[int]]:
         groups = defaultdict(list)
         for number in order:
@@ -198,7 +192,8 @@ class Batches:
 
     def _sample(self, index: int) -> Tensors:
         arrays = complete(self.samples.loaders[index](), self.inputs)
-        return {n: torch.from_numpy(np.array(a)).to(self.device) for n, a in arrays.items()}
+        numbers = {n: np.array(a) for n, a in arrays.items() if a.dtype.kind not in "OSU"}
+        return {n: torch.from_numpy(a).to(self.device) for n, a in numbers.items()}
 
     def _varied(self, batch: Sequences, generator: np.random.Generator) -> Sequences:
         if len(batch) > 1:

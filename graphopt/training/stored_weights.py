@@ -60,14 +60,20 @@ _OPERANDS: Mapping[tuple[str, str], tuple[tuple[int, ...], tuple[int, ...]]] = {
     ("", "QLinearMatMul"): ((3,), ()),
     ("", "RMSNormalization"): ((), (1,)),
     ("", "RNN"): ((1, 2), (3,)),
+    ("", "SimplifiedLayerNormalization"): ((), (1,)),
+    ("com.microsoft", "Attention"): ((1,), (2,)),
+    ("com.microsoft", "BiasGelu"): ((), (1,)),
     ("com.microsoft", "DynamicQuantizeLSTM"): ((1, 2), (3,)),
     ("com.microsoft", "DynamicQuantizeMatMul"): ((1,), (4,)),
+    ("com.microsoft", "EmbedLayerNormalization"): ((2, 3, 4), (5, 6)),
+    ("com.microsoft", "FastGelu"): ((), (1,)),
     ("com.microsoft", "FusedConv"): ((1,), (2,)),
     ("com.microsoft", "FusedGemm"): ((1,), (2,)),
     ("com.microsoft", "FusedMatMul"): ((0, 1), ()),
     ("com.microsoft", "GatherBlockQuantized"): ((0,), ()),
     ("com.microsoft", "MatMulIntegerToFloat"): ((1,), (6,)),
     ("com.microsoft", "MatMulNBits"): ((1,), (5,)),
+    ("com.microsoft", "MultiHeadAttention"): ((), (3,)),
     ("com.microsoft", "SkipLayerNormalization"): ((), (2, 3, 4)),
     ("com.microsoft", "SkipSimplifiedLayerNormalization"): ((), (2, 3)),
 }
@@ -337,15 +343,21 @@ def operands(graph: ir.Graph) -> Iterator[Operand]:
         yield from _operands_of(node)
 
 
-def write(weights: Sequence[tuple[StoredWeight, Tensor]]) -> None:
-    """Store numbers in the constants of the graph that the weights were found in.
+def write(graph: ir.Graph, weights: Sequence[tuple[StoredWeight, Tensor]]) -> None:
+    """Store numbers in constants.
+
+    Args:
+        graph: where the weights were found, or one that has constants of the same names.
+        weights: each with its numbers.
 
     Raises:
         ValueError: the numbers would be stored in another shape or type.
     """
+    made = (value for node in graph for value in node.outputs)
+    constants = {value.name: value for value in (*graph.initializers.values(), *made)}
     for weight, numbers in weights:
         for value, array in weight.constants(numbers).items():
-            _store(value, array)
+            _store(constants[value.name], array)
 
 
 def _store(value: ir.Value, array: np.ndarray) -> None:
