@@ -78,6 +78,16 @@ def test_numbers_of_a_codebook_with_scales_of_rows() -> None:
     torch.testing.assert_close(made, noisy, rtol=1e-4, atol=1e-5)
 
 
+def test_weights_of_old_models_are_inputs_too() -> None:
+    original = parse(FLOAT, w=WEIGHT)
+    original.graph.inputs.append(original.graph.initializers["w"])
+    model = parse(GRID, q=CODES, s=SCALES)
+
+    (found,) = wanted_numbers(stored_weights(model.graph), Interpreter(model), original)
+
+    np.testing.assert_allclose(found, WEIGHT / SCALES, rtol=1e-4, atol=1e-5)
+
+
 def test_other_weights_are_not_taken_for_it() -> None:
     model = parse(GRID, q=CODES, s=SCALES)
     other = RNG.normal(size=(16, 12)).astype(np.float32)

@@ -29,6 +29,7 @@ from graphopt.training.original_weights import wanted_numbers
 from graphopt.training.output_aims import Aim, aim_of, squares
 from graphopt.training.ranks import Ranks
 from graphopt.training.sample_batches import Batches, Runner, Sequences, Tensors, way_of
+from graphopt.training.settling import Settling
 from graphopt.training.stored_weights import StoredWeight, stored_weights
 
 RATE = 0.01
@@ -37,16 +38,19 @@ RATE = 0.01
 VECTOR_SHARE = 0.05
 """Of this rate, what biases and scales take: one of them moves a whole channel."""
 
-CODE_WAY = 0.5
-"""Of its own size, what a number that is rounded may go in all, about: it has to be pushed half a
-step until it moves at all, and then it moves a whole one. Only what is pushed one way for long
-should, however many steps there are."""
+CODE_WAY = 1.0
+"""Of the distance between two numbers that can be stored, what one that is rounded may go in all,
+about. Only what is pushed one way for long should move, however many steps there are."""
+
+LOST_MUCH = 0.1
+"""An error from which on rates are whole. How far weights are from where they should be goes with
+the square root of the error, and so do rates: larger ones would lose more than there is to find."""
 
 NEARER = 0.5
 """Where learning begins: so far on the way from a rounded number to that of the original, or to
 where it would be rounded to another one."""
 
-FEATURES_WEIGHT = 40.0
+FEATURES_WEIGHT = 20.0
 """Of values on the way, beside the outputs: on each sample they say far more, so that few samples
 are enough, which the outputs alone would only be learnt by heart."""
 
@@ -282,10 +286,13 @@ class Healing:
         """Learn, and return the numbers of the best state, as they can be stored."""
         started = time.monotonic()
         latent, bounds = self._begin()
+        coded = [i for i, weight in enumerate(self.weights) if _is_coded(weight)]
+        settling = Settling(self.weights, coded)
         optimizer = _adam(self.weights, latent)
         best = self._stored(latent)
         self.curve = [Point(0.0, 0, self.error(best))]
         lowest, before = self.curve[0].error, 0.0
+        lost = math.sqrt(min(1.0, lowest / LOST_MUCH))
         for steps, (window, carried) in enumerate(self._windows()):
             share = self.ranks.agreed(budget.share(time.monotonic() - started, steps))
             if share * CHECKS >= len(self.curve) or share >= 1:
@@ -300,9 +307,10 @@ class Healing:
             slow = min(1.0, share / WARM_UP_SHARE) * (1 + math.cos(math.pi * share)) / 2
             for group in optimizer.param_groups:
                 # Half of all steps at the full rate would go as far as these do.
-                most = 2 * CODE_WAY * (share - before) if group["rounded"] else RATE
-                group["lr"] = slow * group["size"] * min(most, RATE)
+                rate = 2 * CODE_WAY * (share - before) if group["rounded"] else RATE
+                group["lr"] = slow * lost * group["size"] * rate
             before = share
+            settling.watch(share, latent)
             optimizer.zero_grad()
             self._learn(window, carried, latent, is_apart=share < APART_SHARE)
             optimizer.step()
@@ -318,7 +326,7 @@ class Healing:
         wanted = wanted_numbers(self.weights, self.student.interpreter, self.material.original)
         for i, (weight, aim) in enumerate(zip(self.weights, wanted, strict=True)):
             numbers = weight.numbers.clone()
-            if aim is not None:
+            if aim is not None and _is_coded(weight):
                 numbers += NEARER * (aim.clamp(*weight.cell()) - numbers)
                 lower, upper = weight.around(aim)
                 bounds[i] = lower.minimum(weight.numbers), upper.maximum(weight.numbers)
@@ -361,7 +369,7 @@ class Healing:
                 if numbers.grad is not None:
                     # As of a square root at 0: one such number would spoil the weight for good.
                     numbers.grad.nan_to_num_(0, 0, 0)
-        self.ranks.add_gradients(latent)
+        self.ranks.add_gradients([numbers for numbers in latent if numbers.requires_grad])
 
     def _loss(self, values: Tensors, targets: Tensors) -> Tensor:
         loss = self._output_error(values, targets)
@@ -385,14 +393,26 @@ def _feature_error(feature: Feature, values: Tensors, targets: Tensors) -> Tenso
 
 def _adam(weights: Sequence[StoredWeight], latent: Sequence[Tensor]) -> torch.optim.Adam:
     groups = [
-        {"params": [numbers], "size": _size(weight), "rounded": weight.is_rounded}
+        {"params": [numbers], "size": _size(weight), "rounded": _is_coded(weight)}
         for weight, numbers in zip(weights, latent, strict=True)
     ]
     return torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-16)
 
 
+def _is_coded(weight: StoredWeight) -> bool:
+    """Its numbers are few and far between. Those of a bias in integers lie close."""
+    return weight.is_rounded and not weight.is_vector
+
+
 def _size(weight: StoredWeight) -> float:
-    """What a step is measured by: the root mean square of the numbers that are not zero."""
+    """What a step is measured by: the distance between numbers that can be stored, on average.
+
+    Where they lie close, the root mean square of those that are not zero.
+    """
+    lower, upper = weight.cell()
+    widths = (upper - lower)[(upper - lower).isfinite()]
+    if _is_coded(weight) and widths.numel():
+        return float(widths.mean())
     numbers = weight.numbers[weight.numbers != 0]
     size = float(numbers.square().mean().sqrt()) if numbers.numel() else 0.01
     return size * (VECTOR_SHARE if weight.is_vector else 1.0)

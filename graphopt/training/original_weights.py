@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from graphopt.content import read_array
-from graphopt.rewriting import constant_tensor
+from graphopt.rewriting import node_tensor
 from graphopt.training.interpreter import Interpreter
-from graphopt.training.stored_weights import StoredWeight, operands
+from graphopt.training.stored_weights import StoredWeight
 
 NUMBERS_MINIMUM = 32
 """In a constant of fewer, likeness may be chance."""
@@ -54,14 +54,17 @@ def wanted_numbers(
 
 
 def _constants(original: ir.Model) -> dict[torch.Size, list[Tensor]]:
-    """The weights of its layers, by shape; matrices also transposed."""
+    """The constants of the main graph by shape, matrices also transposed.
+
+    An initializer that is an input, too, is what the original was trained with.
+    """
+    stored = (value.const_value for value in original.graph.initializers.values())
     found: dict[torch.Size, list[Tensor]] = defaultdict(list)
-    for value in dict.fromkeys(operand.value for operand in operands(original.graph)):
-        tensor = constant_tensor(value)
+    for tensor in (*stored, *map(node_tensor, original.graph)):
         if tensor is None or not tensor.dtype.is_floating_point() or tensor.size < NUMBERS_MINIMUM:
             continue
-        weight = torch.from_numpy(read_array(tensor).astype(np.float32))
-        for one in (weight, weight.T) if weight.ndim == 2 else (weight,):
+        constant = torch.from_numpy(read_array(tensor).astype(np.float32))
+        for one in (constant, constant.T) if constant.ndim == 2 else (constant,):
             found[one.shape].append(one)
     return found
 

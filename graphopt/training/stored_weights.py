@@ -331,16 +331,11 @@ def stored_weights(graph: ir.Graph, device: torch.device | str = "cpu") -> list[
     known.
     """
     found: dict[ir.Value, StoredWeight] = {}
-    for operand in operands(graph):
-        for weight in _behind(operand, torch.device(device)):
-            found.setdefault(weight.value, weight)
-    return list(found.values())
-
-
-def operands(graph: ir.Graph) -> Iterator[Operand]:
-    """What the layers of a graph take their weights from, in the order of the layers."""
     for node in graph:
-        yield from _operands_of(node)
+        for operand in _operands_of(node):
+            for weight in _behind(operand, torch.device(device)):
+                found.setdefault(weight.value, weight)
+    return list(found.values())
 
 
 def write(graph: ir.Graph, weights: Sequence[tuple[StoredWeight, Tensor]]) -> None:
