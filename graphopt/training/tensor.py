@@ -112,17 +112,17 @@ def _know_attention() -> None:
     def ways(results: int, tensors: int, others: int, mask: Any) -> list[Any]:
         """All whole, or all by heads, axis 1; a mask may be the same for all heads."""
         of_mask = heads if mask is not None and mask.ndim == 4 and mask.shape[1] > 1 else whole
-        masks = ([], []) if mask is None else ([whole], [of_mask])
+        masks: list[list[Any]] = [[], []] if mask is None else [[whole], [of_mask]]
         return [
             ([by] * results, [*[by] * tensors, *[None] * others, *last])
             for by, last in zip((whole, heads), masks, strict=True)
         ]
 
-    @register_sharding(attention)
+    @register_sharding(attention)  # type: ignore[untyped-decorator]
     def _(*arguments: Any, attn_mask: Any = None, **_: Any) -> list[Any]:
         return ways(2, 3, len(arguments) - 3, attn_mask)
 
-    @register_sharding(backward)
+    @register_sharding(backward)  # type: ignore[untyped-decorator]
     def _(*arguments: Any, attn_mask: Any = None, **_: Any) -> list[Any]:
         return ways(3, 6, len(arguments) - 6, attn_mask)
 
