@@ -60,6 +60,11 @@ class Tied(nn.Module):
         return result
 
 
+def size(outputs: Tensor, targets: Tensor) -> Tensor:
+    """A loss of outputs of any shape."""
+    return outputs.square().mean()
+
+
 class Deciding(nn.Module):
     """Its forward depends on values outside of its layers."""
 
@@ -181,7 +186,11 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"name": "tensor", "plan": {"head": "column"}}, {}, "gives other outputs"),
     (
         {"name": "tensor", "plan": {"first": "column", "last": "row"}},
-        {"model": {"factory": "test_train_stages:Tied"}},
+        {
+            "model": {"factory": "test_train_stages:Tied"},
+            "training": {"loss": "test_train_stages:size"},
+            "validation": {"metric": "test_train_stages:size"},
+        },
         "'first' shares a parameter with another module, as 'last.weight'",
     ),
     ({"name": "tensor", "plan": PLAN}, {"prepare": [{}]}, "does not go with the strategy tensor"),

@@ -91,6 +91,7 @@ def test_two_processes_give_the_curve_and_the_export_of_one(tmp_path: Path) -> N
     accumulated = {f"{name}, accumulated": _joined(TWO[name], ACCUMULATED) for name in DATA}
     idle = {"model": {"factory": "training_runs:Idle"}}
     idling = {f"{name}, idle": _joined(TWO[name], idle) for name in DATA}
+    idling["gpipe, idle"] = _joined({"strategy": {**PIPELINE, "stages": ["layers.2"]}}, idle)
     noisy = {"data": {"factory": "training_runs:noisy_points"}}
     clipping = {f"{name}, clipped": _joined(TWO[name], CLIPPED) for name in TWO}
 

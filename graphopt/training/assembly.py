@@ -51,7 +51,8 @@ class Assembly:
         state = self.loop.strategy.full_state()
         if self.whole is None:
             return None
-        self.whole.load_state_dict(state)
+        # What no stage of a pipeline computes with is as it was.
+        self.whole.load_state_dict({**self.whole.state_dict(), **state})
         for preparation in self.loop.preparations:
             preparation.finish(self.whole)
         return self.whole.eval()
