@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -489,6 +489,19 @@ def _drop_stdout() -> None:
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
+def _end(code: int) -> NoReturn:
+    """End the process; one of several ends at once.
+
+    Its collectives may still wait for a process that is lost. Their thread needs the interpreter to
+    end, and the interpreter, as it ends, waits for that thread.
+    """
+    if "RANK" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def main() -> None:
     """Run the command line."""
     # A graph of many nodes takes a second to take apart, and the process is ending.
@@ -504,12 +517,12 @@ def main() -> None:
         kind = "failed" if isinstance(error, CheckFailed) else "error"
         # One line: the tools whose messages are passed on wrap theirs.
         sys.stderr.write(f"graphopt: {kind}: {' '.join(str(error).split())}\n")
-        sys.exit(error.exit_code)
+        _end(error.exit_code)
     except OSError as error:
         # A full disk, under the temporary files or under stdout, is no fault of the code.
         where = f": {error.filename}" if error.filename is not None else ""
         sys.stderr.write(f"graphopt: error: {error.strerror or error}{where}\n")
         _drop_stdout()
-        sys.exit(GraphoptError.exit_code)
+        _end(GraphoptError.exit_code)
     finally:
         logging.getLogger("graphopt").removeHandler(handler)

@@ -26,6 +26,7 @@ from graphopt.runtime import Reference, Session  # noqa: E402
 from graphopt.training import Trained, config_of, read_config, train  # noqa: E402
 from graphopt.training.batches import order_of, shares_of  # noqa: E402
 from graphopt.training.config import Schedule  # noqa: E402
+from graphopt.training.objectives import cross_entropy  # noqa: E402
 from graphopt.training.optimizers import learning_rate_factor  # noqa: E402
 from graphopt.training.precision import FIRST_SCALE, GROWTH_STEPS, LossScale  # noqa: E402
 
@@ -92,6 +93,53 @@ def worse_and_worse(outputs: torch.Tensor, targets: torch.Tensor) -> float:
     return -float(worse_and_worse.asked)  # type: ignore[attr-defined]
 
 
+def padded() -> tuple[list[Any], list[Any]]:
+    """Sequences with a class for each position, of which more and more have none."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(24, WIDTH, 5, generator=generator)
+    targets = features[:, :3].argmax(1)
+    for number, target in enumerate(targets):
+        target[number % 6 :] = -100
+    samples = list(zip(features, targets, strict=True))
+    return samples, samples[:6]
+
+
+def raising() -> tuple[Points, None]:
+    class Raising(Points):
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+            if index == 40:
+                raise KeyError("no such file")
+            return super().__getitem__(index)
+
+    return Raising(50, seed=0), None
+
+
+def uneven() -> tuple[list[Any], None]:
+    return [(torch.zeros(3 if i == 7 else 4), torch.tensor(0)) for i in range(8)], None
+
+
+def several_targets() -> tuple[list[Any], None]:
+    return [(torch.zeros(3), (1, 2))] * 4, None
+
+
+def named_inputs() -> tuple[list[Any], None]:
+    return [({"features": torch.zeros(3)}, 1)] * 4, None
+
+
+def one_number(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(outputs, targets).reshape(1)
+
+
+def single_rows() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(POSITIONS * WIDTH), nn.Linear(32, 3))
+
+
+def never(outputs: torch.Tensor, targets: torch.Tensor) -> float:
+    """A metric that has a value from the second epoch on."""
+    never.asked += 1  # type: ignore[attr-defined]
+    return math.nan if never.asked < 3 else 1.0  # type: ignore[attr-defined]
+
+
 def no_mean(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(outputs, targets, reduction="none")
 
@@ -131,6 +179,10 @@ def test_training_learns_and_says_what_it_did(tmp_path: Path) -> None:
     epochs = [line for line in lines if line["event"] == "epoch"]
     assert [line["score"] for line in epochs] == list(trained.scores)
     assert all(line["samples_per_second"] > 0 for line in epochs)
+    assert [line["loss"] for line in epochs] == [
+        pytest.approx(np.mean(trained.losses[at : at + 7])) for at in range(0, 56, 7)
+    ]
+    assert all(line["seconds"] > 0 for line in lines if line["event"] == "step")
 
 
 def test_runs_repeat_and_leave_the_random_state_alone() -> None:
@@ -302,6 +354,88 @@ def test_the_caller_gets_the_whole_module_in_evaluation_mode() -> None:
     assert not trained.module.training
 
 
+PADDED: dict[str, Any] = {
+    "model": {
+        "factory": "torch.nn:Conv1d",
+        "options": {"in_channels": WIDTH, "out_channels": 3, "kernel_size": 1},
+    },
+    "data": {"factory": "test_train:padded", "batch_size": 8},
+    "schedule": {"warmup_steps": 0},
+}
+
+
+def test_targets_without_a_label_count_the_same_in_whatever_parts() -> None:
+    whole = _train(**PADDED)
+
+    parts = _train(**PADDED, training={"accumulation": 8})
+
+    assert parts.losses == pytest.approx(whole.losses, abs=1e-5)
+    assert parts.scores == pytest.approx(whole.scores)
+    assert whole.module is not None
+    features, targets = (torch.stack(items) for items in zip(*padded()[1], strict=True))
+    known = targets != -100
+    right = whole.module(features).argmax(1)[known] == targets[known]
+    assert whole.best is not None
+    assert whole.best[0] == pytest.approx(float(right.float().mean()))
+
+
+def test_the_loss_of_labels_is_that_of_pytorch_to_the_bit() -> None:
+    logits = torch.randn(64, 10, 3, requires_grad=True)
+    targets = torch.randint(10, (64, 3))
+
+    losses = [f(logits, targets) for f in (cross_entropy, nn.functional.cross_entropy)]
+
+    assert torch.equal(*losses)
+    assert torch.equal(*(torch.autograd.grad(loss, logits)[0] for loss in losses))
+
+
+def test_what_is_random_in_samples_is_the_same_in_workers() -> None:
+    noisy = {"factory": "training_runs:noisy_points"}
+
+    alone, beside = _train(data=noisy), _train(data={**noisy, "workers": 1})
+
+    assert alone.losses == beside.losses
+    assert alone.scores == beside.scores
+
+
+def test_a_loss_may_be_an_array_of_one_number() -> None:
+    assert _train(training={"loss": "test_train:one_number"}).losses == _train().losses
+
+
+def test_a_score_that_is_no_number_is_worse_than_any() -> None:
+    never.asked = 0  # type: ignore[attr-defined]
+
+    trained = _train(validation={"metric": "test_train:never", "batch_size": 100})
+
+    assert trained.best == (1.0, 3)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sample_that_raises_is_named(workers: int) -> None:
+    data = {"factory": "test_train:raising", "workers": workers}
+
+    with pytest.raises(TrainingFailed, match=r"sample 40 raised KeyError: 'no such file' \(.*line"):
+        _train(data=data)
+
+
+def test_samples_of_several_shapes_are_named() -> None:
+    with pytest.raises(TrainingFailed, match=r"samples .*7.* cannot be put into a batch"):
+        _train(
+            model={"factory": "torch.nn:Linear", "options": {"in_features": 4, "out_features": 2}},
+            data={"factory": "test_train:uneven", "batch_size": 8},
+            schedule={"warmup_steps": 0},
+        )
+
+
+def test_a_batch_that_a_module_cannot_train_on_is_told() -> None:
+    expected = r"step 7 \(epoch 1\) cannot be computed: ValueError: Expected more than 1 value"
+
+    with pytest.raises(TrainingFailed, match=expected) as caught:
+        _train(model={"factory": "test_train:single_rows"})
+
+    assert "data.drop_last" in str(caught.value)
+
+
 # ------------------------------------------------------------------ export and optimize
 
 
@@ -409,6 +543,12 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (_with("training", loss="mse"), "the loss of the first samples cannot be computed: Runtime"),
     (_with("training", loss="test_train:no_mean"), r"the loss is \[2\]; it must be one number"),
     (_with("data", options={"count": 3}, batch_size=4), "the run has 3 steps"),
+    (_with("data", factory="test_train:several_targets"), "has a target of tuple; it must be a"),
+    (_with("data", factory="test_train:named_inputs"), "inputs of dict; .* several as a tuple"),
+    (_with("export", output_names=["y", "y"]), "each name may be there once"),
+    (_with("export", output_names=["features"]), "'features', which is the name of an input"),
+    (_with("export", dynamic_axes={"features": {"0": "a b"}}), "'a b' is no name of a dimension"),
+    (_with("checkpoint", folder="/dev/null/x"), "cannot write to checkpoint.folder"),
     (_with("training", loss="test_train:constant"), "does not depend on any parameter"),
     (_with("training", precision="float8"), "must be one of float32, bfloat16, float16"),
     (_with("training", epochs=0), "training.epochs is 0"),

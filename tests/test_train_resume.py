@@ -135,6 +135,28 @@ def _children(pid: int) -> list[int]:
     return sorted(int(child) for task in tasks for child in (task / "children").read_text().split())
 
 
+@pytest.mark.parametrize(
+    "sections",
+    [
+        # Parameters that never get a gradient have no state in the optimizer.
+        {"model": {"factory": "training_runs:Idle"}},
+        {"data": {"factory": "training_runs:noisy_points", "workers": 1}},
+        {"optimizer": {"name": "adagrad"}},
+    ],
+)
+def test_a_run_goes_on_from_the_middle_of_an_epoch(
+    sections: dict[str, Any], tmp_path: Path
+) -> None:
+    run = config_of(_table(**sections, checkpoint={"keep": 20}), tmp_path)
+    whole = train(run)
+    (tmp_path / "checkpoints" / "latest").write_text("step-00000010")
+
+    resumed = train(run, resume=True)
+
+    assert resumed.losses == whole.losses[10:]
+    assert resumed.scores == whole.scores[1:]
+
+
 # ------------------------------------------------------------------ what is gone on from
 
 

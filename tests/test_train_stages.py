@@ -60,6 +60,11 @@ class Tied(nn.Module):
         return result
 
 
+def size(outputs: Tensor, targets: Tensor) -> Tensor:
+    """A loss of outputs of any shape."""
+    return outputs.square().mean()
+
+
 class Deciding(nn.Module):
     """Its forward depends on values outside of its layers."""
 
@@ -81,9 +86,8 @@ def test_stages_compute_what_the_whole_does(starts: list[str]) -> None:
     stages = split(module, starts)
 
     assert len(stages) == len(starts) + 1
-    found = run(stages, inputs)
-    assert isinstance(found, tuple)
-    assert all(map(torch.equal, found, module(*inputs)))
+    found = run(stages, inputs)[-1]
+    assert all(map(torch.equal, found, module(*inputs)))  # type: ignore[arg-type]
     held = {name: p for stage in stages for name, p in stage.module.named_parameters()}
     whole = dict(module.named_parameters())
     assert held.keys() == whole.keys()
@@ -97,7 +101,37 @@ def test_stages_begin_within_lists_of_modules_and_take_inputs_where_they_use_the
 
     assert [list(stage.inputs) for stage in stages] == [["features"], ["features"], []]
     features = Points(4, seed=0).features
-    assert torch.equal(run(stages, [features]), module(features))  # type: ignore[arg-type]
+    assert torch.equal(run(stages, [features])[-1][0], module(features))  # type: ignore[arg-type]
+
+
+class Positioned(nn.Module):
+    """Positions and a mask are made of the size of the input, one of them from a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("numbers", torch.arange(9))
+        self.numbers: Tensor
+        self.positions = nn.Embedding(9, WIDTH)
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.last = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, features: Tensor) -> Tensor:
+        count = features.shape[1]
+        hidden = features + self.positions(self.numbers[:count])
+        hidden = self.first(hidden) + self.positions(torch.arange(count, device=features.device))
+        result: Tensor = self.last(torch.ones(count, count).tril() @ hidden)
+        return result
+
+
+def test_what_is_made_of_sizes_is_followed() -> None:
+    module = Positioned()
+    stages = split(module, ["last"])
+
+    for positions in (4, 7):
+        features = torch.randn(3, positions, WIDTH)
+        (found,) = run(stages, [features])[-1]
+        assert isinstance(found, Tensor)
+        assert torch.equal(found, module(features))
 
 
 @pytest.mark.parametrize(
@@ -150,6 +184,15 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"name": "tensor", "plan": {"layers.*.norm": "column"}}, {}, "column divides Linear"),
     ({"name": "tensor", "plan": {"layers.0": "sequence"}}, {}, "holds other modules"),
     ({"name": "tensor", "plan": {"head": "column"}}, {}, "gives other outputs"),
+    (
+        {"name": "tensor", "plan": {"first": "column", "last": "row"}},
+        {
+            "model": {"factory": "test_train_stages:Tied"},
+            "training": {"loss": "test_train_stages:size"},
+            "validation": {"metric": "test_train_stages:size"},
+        },
+        "'first' shares a parameter with another module, as 'last.weight'",
+    ),
     ({"name": "tensor", "plan": PLAN}, {"prepare": [{}]}, "does not go with the strategy tensor"),
     ({"name": "fsdp", "layers": ["blocks"]}, {}, "is no module with parameters"),
     ({"name": "pipeline", "stages": ["head"]}, {}, "1 stages need 0 names"),

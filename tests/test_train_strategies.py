@@ -91,9 +91,15 @@ def test_two_processes_give_the_curve_and_the_export_of_one(tmp_path: Path) -> N
     accumulated = {f"{name}, accumulated": _joined(TWO[name], ACCUMULATED) for name in DATA}
     idle = {"model": {"factory": "training_runs:Idle"}}
     idling = {f"{name}, idle": _joined(TWO[name], idle) for name in DATA}
+    idling["gpipe, idle"] = _joined({"strategy": {**PIPELINE, "stages": ["layers.2"]}}, idle)
+    noisy = {"data": {"factory": "training_runs:noisy_points"}}
     clipping = {f"{name}, clipped": _joined(TWO[name], CLIPPED) for name in TWO}
 
-    told = in_processes(2, {**runs, **accumulated, **clipping, **idling}, tmp_path)
+    told = in_processes(
+        2,
+        {**runs, **accumulated, **clipping, **idling, "noisy": _joined(TWO["ddp"], noisy)},
+        tmp_path,
+    )
 
     _assert_same(told, alone, tmp_path, runs)
     for name in accumulated:
@@ -102,6 +108,7 @@ def test_two_processes_give_the_curve_and_the_export_of_one(tmp_path: Path) -> N
         assert _distance(told[name]["losses"], clipped["losses"]) < LIMIT, name
     for name in idling:
         assert _distance(told[name]["losses"], tell(_joined(idle), tmp_path)["losses"]) < LIMIT
+    assert _distance(told["noisy"]["losses"], tell(_joined(noisy), tmp_path)["losses"]) < LIMIT
     assert _distance(alone["losses"], clipped["losses"]) > 1000 * LIMIT
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -54,7 +56,7 @@ class Idle(Mlp):
 
 
 class Block(nn.Module):
-    """A transformer block whose code knows the number of heads."""
+    """A transformer block whose code knows the number of heads, and has a buffer for each."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,6 +67,8 @@ class Block(nn.Module):
         self.output = nn.Linear(WIDTH, WIDTH)
         self.up = nn.Linear(WIDTH, 2 * WIDTH)
         self.down = nn.Linear(2 * WIDTH, WIDTH)
+        self.register_buffer("turn", torch.tensor([1.0, -1.0, 1.0, -1.0]), persistent=False)
+        self.turn: Tensor
 
     def forward(self, tokens: Tensor) -> Tensor:
         normed = self.norm(tokens)
@@ -72,8 +76,8 @@ class Block(nn.Module):
             layer(normed).unflatten(-1, (HEADS, WIDTH // HEADS)).transpose(1, 2)
             for layer in (self.query, self.key, self.value)
         )
-        weights = torch.softmax(query @ key.transpose(-2, -1) / 2.0, dim=-1)
-        tokens = tokens + self.output((weights @ value).transpose(1, 2).flatten(2))
+        mixed = nn.functional.scaled_dot_product_attention(query * self.turn, key, value)
+        tokens = tokens + self.output(mixed.transpose(1, 2).flatten(2))
         result: Tensor = tokens + self.down(nn.functional.gelu(self.up(tokens)))
         return result
 
@@ -281,6 +285,21 @@ class Dropping(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         logits: Tensor = self.layers(features.flatten(1))
         return logits
+
+
+class NoisyPoints(Points):
+    """The same samples, with noise of each of the global generators."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        features, target = super().__getitem__(index)
+        noise = torch.randn(()) + float(np.random.rand()) + random.random()
+        return features + 0.1 * noise, target
+
+
+def noisy_points() -> tuple[torch.utils.data.Subset[Any], torch.utils.data.Subset[Any]]:
+    """Samples divided by chance, with noise."""
+    train, validation = torch.utils.data.random_split(NoisyPoints(121, seed=1), [SAMPLES, 30])
+    return train, validation
 
 
 class SlowPoints(Points):

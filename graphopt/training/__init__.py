@@ -4,12 +4,12 @@ A TOML file says what is trained on what, how, and by how many processes::
 
     trained = train("digits_cnn.toml")
 
-The parts: `config` and `reading` (the file), `batches`, `objectives`, `optimizers`, `precision`
-(what a step is made of), `distillation` and `teachers` (what a student learns from), `preparations`
-and `prepared_weights` (weights in the forms that passes store), `strategy` and one module for each
-kind of parallelism (how processes divide it), `loop`, `checkpoints`, `recorder`, `assembly` (all of
-these put together), `exporting` and `delivery` (what is left behind), and `api`, which does one
-after the other.
+The parts: `config` and `reading` (the file), `batches`, `seeding`, `objectives`, `optimizers`,
+`precision` (what a step is made of), `distillation` and `teachers` (what a student learns from),
+`preparations` and `prepared_weights` (weights in the forms that passes store), `strategy` and one
+module for each kind of parallelism (how processes divide it), `loop`, `checkpoints`, `recorder`,
+`assembly` (all of these put together), `exporting` and `delivery` (what is left behind), and `api`,
+which does one after the other.
 
 What passes made of a model learns from the original again::
 

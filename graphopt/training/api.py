@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from graphopt.training.loop import Loop
 from graphopt.training.processes import World, joined, told_to_torchrun
 from graphopt.training.reading import read_config
 from graphopt.training.recorder import Recorder
+from graphopt.training.seeding import set_apart
 
 
 def _quiet(_: str) -> None:
@@ -78,6 +80,7 @@ def train(
         modules_of(config.folder),
         _threads(config.training.threads),
         joined(config.strategy.timeout_s, config.training.device) as world,
+        set_apart(),
         torch.random.fork_rng(devices=[world.device] if world.device.type == "cuda" else []),
     ):
         return _train(config, world, resume, progress if world.first else _quiet)
@@ -98,6 +101,8 @@ def _train(config: Config, world: World, resume: bool, progress: Callable[[str],
     check_targets(config)
     checkpoints = _checkpoints(config)
     found = _found(checkpoints, resume)
+    if checkpoints is not None:
+        checkpoints.check(world)
     recorder = _recorder(config, world)
     assembly = assemble(config, world, recorder, checkpoints, progress)
     loop = assembly.loop
@@ -157,7 +162,11 @@ def _recorder(config: Config, world: World) -> Recorder:
 def _start_of(config: Config, world: World, loop: Loop) -> dict[str, object]:
     return {
         "versions": {**versions(), "torch": torch.__version__},
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "processes": world.size,
+        "device": str(world.device),
+        "samples": len(loop.splits.train),
+        "validation_samples": 0 if loop.splits.validation is None else len(loop.splits.validation),
         "steps": loop.steps,
         "config": config.as_table(),
     }

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from graphopt.errors import ConfigError
@@ -25,6 +26,7 @@ from graphopt.training.preparations import preparations_of
 from graphopt.training.processes import World
 from graphopt.training.recorder import Recorder
 from graphopt.training.scoring import Metric, metric_of
+from graphopt.training.seeding import seed_all
 from graphopt.training.strategy import Strategy
 from graphopt.training.trial import SAMPLES, try_metric, try_objective
 
@@ -49,7 +51,8 @@ class Assembly:
         state = self.loop.strategy.full_state()
         if self.whole is None:
             return None
-        self.whole.load_state_dict(state)
+        # What no stage of a pipeline computes with is as it was.
+        self.whole.load_state_dict({**self.whole.state_dict(), **state})
         for preparation in self.loop.preparations:
             preparation.finish(self.whole)
         return self.whole.eval()
@@ -75,13 +78,15 @@ def assemble(
         ConfigError: something cannot be made, or does not fit the rest.
     """
     progress("loading data")
+    seed_all(config.training.seed)
     splits = splits_of(config.data)
     check_schedule(config.schedule, steps_per_epoch(config, splits) * config.training.epochs)
     loss = loss_named(config.training.loss)
-    metric = metric_of(config.validation, loss) if splits.validation is not None else None
+    metric = metric_of(config.validation, loss)
     progress("making the model")
-    torch.manual_seed(config.training.seed)
+    seed_all(config.training.seed)
     module = _module_of(config)
+    _share(module, world)
     inputs, _ = first_of(splits.train, SAMPLES)
     objective: Objective = TaskLoss(loss)
     if config.distill is not None:
@@ -100,27 +105,38 @@ def assemble(
         strategy=strategy,
         optimizer=optimizer_of(config.optimizer, learner.parameters()),
         preparations=preparations,
-        metric=metric,
+        metric=metric if splits.validation is not None else None,
         recorder=recorder,
         checkpoints=checkpoints,
         progress=progress,
         scale=LossScale.of(config.training.precision),
     )
     # Processes that compute on the same samples draw the same numbers.
-    torch.manual_seed((config.training.seed + strategy.data_rank) % 2**62)
+    seed_all((config.training.seed + strategy.data_rank) % 2**62)
     return Assembly(loop, whole, names)
 
 
 def _strategy_of(
-    config: Config, world: World, learner: Learner, splits: Splits, metric: Metric | None
+    config: Config, world: World, learner: Learner, splits: Splits, metric: Metric
 ) -> Strategy:
     """The strategy, once loss and metric of a few samples are known to have values."""
     samples = first_of(splits.train, SAMPLES, world.device)
     uses_all = try_objective(learner, samples, "pipeline" in words_of(config))
-    if metric is not None and splits.validation is not None:
+    if splits.validation is not None:
         try_metric(learner, first_of(splits.validation, SAMPLES, world.device), metric)
     inputs, _ = samples
     return strategy_of(config, learner, world, inputs, uses_all)
+
+
+def _share(module: nn.Module, world: World) -> None:
+    """Let all processes begin with the values of the first: what made them may not be seeded."""
+    if world.size == 1:
+        return
+    for tensor in module.state_dict().values():
+        on_device = tensor.detach().to(world.device)
+        dist.broadcast(on_device, src=0)
+        with torch.no_grad():
+            tensor.copy_(on_device)
 
 
 def _module_of(config: Config) -> nn.Module:

@@ -4,6 +4,9 @@ The order of an epoch depends on seed and epoch alone. Each global batch is cut 
 accumulation, and each part into shares, one for each data-parallel process; shares may be unequal.
 A process whose share of a part is empty computes a sample of weight 0 instead, because the others
 wait for it in collectives.
+
+The global generators of random numbers begin anew for each sample, by seed, epoch and its number:
+what is random in a data set is the same whatever the strategy, in workers, and after a resume.
 """
 
 from __future__ import annotations
@@ -17,9 +20,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from graphopt.errors import ConfigError
+from graphopt.errors import ConfigError, GraphoptError, TrainingFailed
 from graphopt.training.config import Data
-from graphopt.training.importing import made_by
+from graphopt.training.importing import described, made_by
+from graphopt.training.seeding import seed_loading, set_apart
 
 
 class Samples(Protocol):
@@ -99,7 +103,13 @@ def splits_of(config: Data) -> Splits:
             )
         if not len(samples):
             raise ConfigError(f"{where}: there are no {name} samples")
-        _check_item(samples[0], f"{where}: item 0 of the {name} samples")
+        try:
+            item = samples[0]
+        except Exception as error:
+            raise ConfigError(
+                f"{where}: item 0 of the {name} samples raised {described(error)}"
+            ) from error
+        _check_item(item, f"{where}: item 0 of the {name} samples")
     return Splits(train, validation)
 
 
@@ -107,12 +117,20 @@ def _check_item(item: Any, where: str) -> None:
     if not isinstance(item, tuple | list) or len(item) != 2:
         raise ConfigError(f"{where} is {type(item).__name__}; it must be a pair, (inputs, target)")
     try:
-        inputs, _ = _collated([item])
+        inputs, targets = _collated([item])
     except (TypeError, RuntimeError) as error:
         raise ConfigError(f"{where} cannot be put into a batch: {error}") from error
     wrong = [type(tensor).__name__ for tensor in inputs if not isinstance(tensor, Tensor)]
     if wrong:
-        raise ConfigError(f"{where} has inputs of {wrong[0]}; they must be arrays or tensors")
+        raise ConfigError(
+            f"{where} has inputs of {wrong[0]}; they must be arrays or tensors, several as a tuple "
+            "in the order of the arguments of the module's forward"
+        )
+    if not isinstance(targets, Tensor | None):
+        raise ConfigError(
+            f"{where} has a target of {type(item[1]).__name__}; it must be a number, an array, a "
+            "tensor or None"
+        )
 
 
 def order_of(count: int, seed: int, epoch: int) -> list[int]:
@@ -123,13 +141,15 @@ def order_of(count: int, seed: int, epoch: int) -> list[int]:
         seed: of the run.
         epoch: from 0.
     """
-    # Neighbouring seeds of one generator are far apart, unlike sums of seed and epoch of two runs.
-    generator = torch.Generator().manual_seed(seed)
-    epoch_seed = int(torch.randint(2**62, (epoch + 1,), generator=generator)[epoch])
-    order: list[int] = torch.randperm(
-        count, generator=torch.Generator().manual_seed(epoch_seed)
-    ).tolist()
+    generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
+    order: list[int] = torch.randperm(count, generator=generator).tolist()
     return order
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """A seed for an epoch, from 0, of a run: far from those of its neighbours and of other runs."""
+    generator = torch.Generator().manual_seed(seed)
+    return int(torch.randint(2**62, (epoch + 1,), generator=generator)[epoch])
 
 
 def shares_of(batch: Sequence[int], parts: int, rank: int, ranks: int) -> tuple[Share, ...]:
@@ -175,10 +195,13 @@ def load(
         batches: the shares of each.
         device: where the tensors go.
         workers: processes that load ahead.
-        seed: of the randomness in workers.
+        seed: of what is random in the samples.
+
+    Raises:
+        TrainingFailed: a sample cannot be loaded.
     """
     loader = DataLoader(
-        _Batched(samples, batches),
+        _Batched(samples, batches, seed),
         batch_size=None,
         num_workers=workers,
         # Without one of its own it would draw from the global generator.
@@ -186,6 +209,8 @@ def load(
         collate_fn=_unchanged,
     )
     for shares, loaded in zip(batches, loader, strict=True):
+        if isinstance(loaded, GraphoptError):
+            raise loaded
         yield tuple(
             Part(
                 tuple(tensor.to(device) for tensor in inputs),
@@ -205,23 +230,43 @@ def _unchanged(item: Any) -> Any:
     return item
 
 
-class _Batched(torch.utils.data.Dataset[tuple[Collated, ...]]):
-    """A data set whose items are whole batches."""
+class _Batched(torch.utils.data.Dataset[tuple[Collated, ...] | GraphoptError]):
+    """A data set whose items are whole batches, or why one is not there: from workers, too."""
 
-    def __init__(self, samples: Samples, batches: Sequence[tuple[Share, ...]]) -> None:
+    def __init__(self, samples: Samples, batches: Sequence[tuple[Share, ...]], seed: int) -> None:
         self.samples = samples
         self.batches = batches
+        self.seed = seed
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, number: int) -> tuple[Collated, ...]:
+    def __getitem__(self, number: int) -> tuple[Collated, ...] | GraphoptError:
         if number >= len(self.batches):
             raise IndexError(number)
-        return tuple(
-            _collated([self.samples[index] for index in share.indices])
-            for share in self.batches[number]
-        )
+        try:
+            return tuple(
+                _batch(self.samples, share.indices, self.seed) for share in self.batches[number]
+            )
+        except GraphoptError as error:
+            return error
+
+
+def _batch(samples: Samples, indices: Sequence[int], seed: int) -> Collated:
+    """Samples by their numbers, as a batch."""
+    items = []
+    with set_apart():
+        for index in indices:
+            seed_loading((seed + index) % 2**62)
+            try:
+                items.append(samples[index])
+            except Exception as error:
+                raise TrainingFailed(f"sample {index} raised {described(error)}") from error
+    try:
+        return _collated(items)
+    except (TypeError, RuntimeError) as error:
+        numbers = ", ".join(map(str, indices))
+        raise TrainingFailed(f"samples {numbers} cannot be put into a batch: {error}") from error
 
 
 def _collated(items: Sequence[Any]) -> Collated:
@@ -232,6 +277,6 @@ def _collated(items: Sequence[Any]) -> Collated:
 
 def first_of(samples: Samples, count: int, device: torch.device | None = None) -> Collated:
     """Inputs and targets of the first samples, each [samples, ...], on the CPU by default."""
-    inputs, targets = _collated([samples[index] for index in range(min(count, len(samples)))])
+    inputs, targets = _batch(samples, range(min(count, len(samples))), 0)
     moved = tuple(tensor.to(device) for tensor in inputs)
     return moved, None if targets is None else targets.to(device)

@@ -22,6 +22,7 @@ from typing import Any, Final
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -35,7 +36,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_pieces
 from graphopt.errors import ConfigError, TrainingFailed
 from graphopt.training.config import Table
 from graphopt.training.precision import LossScale
-from graphopt.training.processes import is_loss
+from graphopt.training.processes import World, is_loss
 from graphopt.training.strategy import Strategy
 
 SCHEMA_VERSION: Final = 1
@@ -65,7 +66,7 @@ class Checkpoints:
     """The checkpoints in one folder.
 
     Attributes:
-        folder: made when the first one is written.
+        folder: made by `check`, or when the first one is written.
         keep: so many, the newest, stay.
         curve: what a run must agree with to go on from one (`Config.curve`).
     """
@@ -91,6 +92,32 @@ class Checkpoints:
             )
         return found
 
+    def check(self, world: World) -> None:
+        """Raise ConfigError where not all processes can write to the folder, and see the same.
+
+        All of them call this.
+        """
+        probe = self.folder / ".probe"
+        try:
+            if world.first:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                probe.touch()
+            reason = ""
+        except OSError as error:
+            reason = error.strerror or str(error)
+        world.barrier()
+        seen = int(bool(reason) or probe.is_file())
+        together = world.sum([seen])[0] == world.size
+        if world.first and not reason:
+            probe.unlink()
+        if reason:
+            raise ConfigError(f"cannot write to checkpoint.folder {self.folder}: {reason}")
+        if not together:
+            raise ConfigError(
+                f"checkpoint.folder {self.folder} is not the same for all processes; give one on a "
+                "file system that all machines share"
+            )
+
     def save(
         self,
         strategy: Strategy,
@@ -113,7 +140,7 @@ class Checkpoints:
                 save_pieces(state, checkpoint_id=written)
         except CheckpointException as error:
             raise TrainingFailed(
-                f"the checkpoint {self.folder / name} cannot be written: {error}"
+                f"the checkpoint {self.folder / name} cannot be written: {_cause(error)}"
             ) from error
         strategy.world.barrier()
         if strategy.world.first:
@@ -156,15 +183,22 @@ class Checkpoints:
         run = self._checked(path, strategy.world.size)
         best_state = strategy.module_state() if run["has_best_state"] else None
         state = _state(strategy, optimizer, scale, best_state)
+        of_optimizer = state["optimizer"]
         try:
+            kept = FileSystemReader(path).read_metadata().state_dict_metadata
+            # Parameters that have had no gradient yet have no state there.
+            state["optimizer"] = {k: v for k, v in of_optimizer.items() if f"optimizer.{k}" in kept}
             with _alone(strategy.world.size):
                 load_pieces(state, checkpoint_id=path)
         except (CheckpointException, RuntimeError, KeyError, ValueError) as error:
             if is_loss(error):
                 raise
-            raise ConfigError(f"the checkpoint {path} cannot be read: {error}") from error
+            raise ConfigError(f"the checkpoint {path} cannot be read: {_cause(error)}") from error
         set_model_state_dict(strategy.learner, state["learner"])
-        set_optimizer_state_dict(strategy.learner, optimizer, state["optimizer"], options=BY_NAME)
+        found = state["optimizer"]
+        whole = {**of_optimizer, **found}
+        set_optimizer_state_dict(strategy.learner, optimizer, whole, options=BY_NAME)
+        _forget(strategy, optimizer, found)
         scale.restore(state["loss_scale"])
         _set_random_state(state[f"random.{strategy.world.rank}"])
         best = run["best"]
@@ -214,6 +248,21 @@ def _state(
         f"random.{strategy.world.rank}": _random_state(),
     }
     return state if best_state is None else {**state, "best": best_state}
+
+
+def _forget(strategy: Strategy, optimizer: torch.optim.Optimizer, found: Table) -> None:
+    """Leave without state in an optimizer what has none in a checkpoint."""
+    named = strategy.learner.named_parameters(remove_duplicate=False)
+    have = {id(p) for name, p in named if any(key.startswith(f"state.{name}.") for key in found)}
+    for parameter in [p for p in optimizer.state if id(p) not in have]:
+        del optimizer.state[parameter]
+
+
+def _cause(error: BaseException) -> str:
+    """What the first process that failed stumbled over; the engine tells all with tracebacks."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error, _ = next(iter(error.failures.values()))
+    return f"{type(error).__name__}: {error}"
 
 
 @contextmanager

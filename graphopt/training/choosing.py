@@ -8,17 +8,20 @@ from typing import Any, Final
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from graphopt.errors import ConfigError, did_you_mean
 from graphopt.training import stages
 from graphopt.training.config import Config
 from graphopt.training.ddp import Ddp
 from graphopt.training.fsdp import Fsdp
+from graphopt.training.importing import described
 from graphopt.training.objectives import Learner
 from graphopt.training.pipeline import Pipeline
 from graphopt.training.processes import World, is_loss
 from graphopt.training.strategy import Single, Strategy
 from graphopt.training.tensor import Tensor as TensorParallel
+from graphopt.training.tensor import divided
 
 NAMES: Final = (
     "single",
@@ -158,15 +161,18 @@ def strategy_of(
             config.strategy.microbatches,
             data,
         )
-    whole = _evaluated(learner.module, example)
-    if "tensor" in sizes:
-        divided = TensorParallel(
-            learner, world, precision, mesh["tensor"], config.strategy.plan, data
-        )
-        _check_divided(learner.module, whole, example)
-        if "fsdp" not in sizes:
-            return divided
-    return Fsdp(learner, world, precision, mesh["fsdp"], config.strategy.layers)
+    if "tensor" not in sizes:
+        return Fsdp(learner, world, precision, mesh["fsdp"], config.strategy.layers)
+    whole = _learnt(learner.module, example)
+    by_tensor = TensorParallel(
+        learner, world, precision, mesh["tensor"], config.strategy.plan, data
+    )
+    _check_divided(learner.module, whole, example)
+    if "fsdp" not in sizes:
+        return by_tensor
+    both = Fsdp(learner, world, precision, mesh["fsdp"], config.strategy.layers)
+    both.around = divided
+    return both
 
 
 def _evaluated(module: nn.Module, example: tuple[Tensor, ...]) -> list[Tensor]:
@@ -186,21 +192,56 @@ def _tensors(outputs: Any) -> list[Tensor]:
 def _check_chain(module: nn.Module, chain: list[stages.Stage], example: tuple[Tensor, ...]) -> None:
     whole = _evaluated(module, example)
     with torch.no_grad():
-        parts = _tensors(stages.run(chain, example))
-    _check_same(whole, parts, "strategy.stages")
+        results = stages.run(chain, example)
+    for number, result in enumerate(results[:-1]):
+        kinds = {type(value).__name__ for value in result if not isinstance(value, Tensor)}
+        if kinds:
+            raise ConfigError(
+                f"strategy.stages: stage {number + 1} needs {' and '.join(sorted(kinds))} of stage "
+                f"{number}, which passes tensors alone; compute that within the modules that use it"
+            )
+    _check_same(whole, _tensors(results[-1]), "strategy.stages")
 
 
-def _check_divided(module: nn.Module, whole: list[Tensor], example: tuple[Tensor, ...]) -> None:
+Learnt = tuple[list[Tensor], dict[str, Tensor]]
+"""Outputs, and the gradients of the sum of their squares, by parameter."""
+
+
+def _learnt(module: nn.Module, example: tuple[Tensor, ...]) -> Learnt:
+    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    # cuDNN does not take gradients of recurrent layers in evaluation.
+    with torch.backends.cudnn.flags(enabled=False):
+        outputs = _tensors(module.eval()(*example))
+        total = torch.stack([y.square().sum() for y in outputs if y.requires_grad]).sum()
+        gradients = torch.autograd.grad(total, tuple(named.values()), allow_unused=True)
+    learnt = {name: _whole(g) for name, g in zip(named, gradients, strict=True) if g is not None}
+    return [output.detach() for output in outputs], learnt
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _check_divided(module: nn.Module, whole: Learnt, example: tuple[Tensor, ...]) -> None:
     try:
-        parts = _evaluated(module, example)
-    except RuntimeError as error:
+        with divided():
+            outputs, gradients = _learnt(module, example)
+    except Exception as error:
         if is_loss(error):
             raise
         raise ConfigError(
-            f"strategy.plan: the divided model cannot be computed: {error}; each column "
+            f"strategy.plan: the divided model cannot be computed: {described(error)}; each column "
             "needs a row after it"
         ) from error
-    _check_same(whole, parts, "strategy.plan")
+    _check_same(whole[0], outputs, "strategy.plan")
+    largest = max(float(gradient.abs().max()) for gradient in whole[1].values())
+    for name, gradient in whole[1].items():
+        other = gradients.get(name)
+        if other is None or not bool((gradient - other).abs().max() <= AGREEMENT * largest):
+            raise ConfigError(
+                f"strategy.plan: the divided model gives other gradients of {name!r} than the "
+                "whole one; divide it elsewhere"
+            )
 
 
 def _check_same(whole: list[Tensor], parts: list[Tensor], where: str) -> None:

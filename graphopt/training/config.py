@@ -64,8 +64,9 @@ class Data(Section):
     Attributes:
         factory: import path of what makes the two data sets, `(train, validation)`; validation may
             be None. Each has a length, and items `(inputs, target)`: an array, a tensor or a tuple
-            of them, and a target or None.
-        options: its keyword arguments.
+            of them, in the order of the arguments of the module's forward; and a number, an array,
+            a tensor or None.
+        options: its keyword arguments, as they are; paths in them are its own matter.
         batch_size: samples of one optimizer step over all processes, whatever the strategy.
         drop_last: leave out the last batch of an epoch where it is smaller than the others; batch
             normalization, for one, cannot train on a single sample.
@@ -122,8 +123,9 @@ class Training(Section):
     Attributes:
         epochs: passes over the training data.
         seed: of the initial weights, the order of samples and dropout.
-        loss: cross-entropy, mse, l1, smooth-l1, binary-cross-entropy (of logits), or the import
-            path of a callable of outputs and targets that gives the mean over the batch.
+        loss: cross-entropy (a target of -100 has no label, and adds nothing to the mean), mse, l1,
+            smooth-l1, binary-cross-entropy (of logits), or the import path of a callable of outputs
+            and targets that gives the mean over the batch.
         precision: of the arithmetic; weights are float32 in any case.
         accumulation: parts that each process computes its share of a batch in, one by one.
         gradient_clip_norm: the largest norm of all gradients together; None leaves them as they
@@ -193,8 +195,8 @@ class Validation(Section):
     """What tells how good the model is after each epoch.
 
     Attributes:
-        metric: accuracy, loss, or the import path of a callable of outputs and targets that gives
-            the mean over the batch.
+        metric: accuracy (of what has a label), loss, or the import path of a callable of outputs
+            and targets that gives the mean over the batch.
         goal: whether the metric should be large ("max") or small ("min"); by the metric's name if
             None, and "max" for an import path.
         keep_best: in the end, the model is that of the best epoch; the last one on a tie.

@@ -24,7 +24,7 @@ from graphopt.training import distillation_losses as losses
 from graphopt.training.config import INFINITE, Config, Section, Table
 from graphopt.training.features import Adapter, adapter_of
 from graphopt.training.importing import is_path, made_by
-from graphopt.training.objectives import Loss, in_float32
+from graphopt.training.objectives import UNLABELED, Loss, in_float32
 from graphopt.training.reading import section_of
 from graphopt.training.teachers import (
     Lesson,
@@ -35,9 +35,6 @@ from graphopt.training.teachers import (
     check_layers,
     logits_of,
 )
-
-UNLABELED = -100
-"""The target of a sample without a label, as `torch.nn.functional.cross_entropy` has it."""
 
 
 @dataclass(frozen=True)

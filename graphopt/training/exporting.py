@@ -41,17 +41,28 @@ def names_of_inputs(module: nn.Module, config: Export, count: int) -> tuple[str,
         raise ConfigError(
             f"export.input_names is {list(named)}; the samples have {count} inputs, so name {count}"
         )
-    if len(set(named)) != len(named):
-        raise ConfigError(f"export.input_names is {list(named)}; each name may be there once")
+    for key, names in (("input_names", named), ("output_names", config.output_names)):
+        if len(set(names)) != len(names):
+            raise ConfigError(f"export.{key} is {list(names)}; each name may be there once")
     if named:
-        return named
+        return _apart(named, config)
     arguments = list(inspect.signature(module.forward).parameters)
     if len(arguments) < count:
         raise ConfigError(
             f"the samples have {count} inputs, and the module's forward takes "
             f"{', '.join(arguments)}; state export.input_names"
         )
-    return tuple(arguments[:count])
+    return _apart(tuple(arguments[:count]), config)
+
+
+def _apart(names: tuple[str, ...], config: Export) -> tuple[str, ...]:
+    """The names of the inputs, where no output has one of them."""
+    both = [name for name in names if name in config.output_names]
+    if both:
+        raise ConfigError(
+            f"export.output_names has {both[0]!r}, which is the name of an input; give another"
+        )
+    return names
 
 
 def axes_of(config: Export, names: Sequence[str], inputs: Sequence[Tensor]) -> DynamicAxes:
@@ -73,6 +84,12 @@ def axes_of(config: Export, names: Sequence[str], inputs: Sequence[Tensor]) -> D
                 raise ConfigError(
                     f"export.dynamic_axes: {name!r} has no axis {axis!r}; its axes are 0 to "
                     f"{ranks[name] - 1}"
+                )
+        for dimension in axes.values():
+            if not dimension.isidentifier():
+                raise ConfigError(
+                    f"export.dynamic_axes: {dimension!r} is no name of a dimension; it must be of "
+                    "letters, digits and _"
                 )
         found[name] = {int(axis): dimension for axis, dimension in axes.items()}
     return found

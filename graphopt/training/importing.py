@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,9 @@ from typing import Any
 
 from graphopt.errors import ConfigError, GraphoptError, did_you_mean
 from graphopt.training.config import Table
+
+_OTHERS = (str(Path(__file__).parents[1]), *map(sysconfig.get_path, ("stdlib", "purelib")))
+"""Where code lies that who writes a model has not written: here, Python's, and torch's."""
 
 
 @contextmanager
@@ -48,7 +52,9 @@ def named(path: str, where: str) -> Callable[..., Any]:
     try:
         found: Any = import_module(module_name)
     except Exception as error:
-        raise ConfigError(f"{where}: {module_name} cannot be imported: {_tell(error)}") from error
+        raise ConfigError(
+            f"{where}: {module_name} cannot be imported: {described(error)}"
+        ) from error
     for part in name.split("."):
         if not hasattr(found, part):
             near = did_you_mean(part, [n for n in vars(found) if not n.startswith("_")])
@@ -72,7 +78,7 @@ def made_by(path: str, options: Table, where: str) -> Any:
     except GraphoptError:
         raise
     except Exception as error:
-        raise ConfigError(f"{where}: {path} raised {_tell(error)}") from error
+        raise ConfigError(f"{where}: {path} raised {described(error)}") from error
 
 
 def _check_options(factory: Callable[..., Any], options: Table, where: str) -> None:
@@ -89,7 +95,9 @@ def _check_options(factory: Callable[..., Any], options: Table, where: str) -> N
         ) from None
 
 
-def _tell(error: Exception) -> str:
+def described(error: BaseException) -> str:
+    """What an error of a user's code says, and where in that code it comes from."""
     frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    own = [frame for frame in frames if not frame.filename.startswith(_OTHERS)] or frames
+    place = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
     return f"{type(error).__name__}: {error}{place}"

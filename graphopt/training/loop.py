@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
 
-from graphopt.errors import ConfigError, TrainingFailed
-from graphopt.training.batches import Part, Splits, load, order_of, shares_of
+from graphopt.errors import ConfigError, GraphoptError, TrainingFailed
+from graphopt.training.batches import Part, Splits, epoch_seed, load, order_of, shares_of
 from graphopt.training.checkpoints import Checkpoints, Progress
 from graphopt.training.config import Config
+from graphopt.training.importing import described
 from graphopt.training.optimizers import learning_rate_factor, set_learning_rate
 from graphopt.training.precision import LossScale
 from graphopt.training.preparation import Preparation
+from graphopt.training.processes import is_loss
 from graphopt.training.recorder import Recorder
 from graphopt.training.scoring import Metric, score
 from graphopt.training.strategy import Strategy, scale_gradients
@@ -83,18 +87,20 @@ class Loop:
         self.strategy.share_buffers()
 
     def _epoch(self, epoch: int) -> None:
-        started = time.perf_counter()
-        first = self.state.step
+        started = begun = time.perf_counter()
+        first, done_before = self.state.step, len(self.losses)
         for parts in self._batches(epoch):
-            self._step(epoch, parts)
+            self._step(epoch, parts, begun)
             every = self.config.checkpoint.every_steps
             # The end of an epoch is saved after validation.
             if every and self.state.step % every == 0 and self.state.step % self.steps_per_epoch:
                 self._save()
+            begun = time.perf_counter()
         seconds = time.perf_counter() - started
         done = {
             "epoch": epoch + 1,
             "step": self.state.step,
+            "loss": statistics.fmean(self.losses[done_before:]),
             "seconds": seconds,
             "samples_per_second": self._samples_since(first, epoch) / seconds,
         }
@@ -125,10 +131,10 @@ class Loop:
             )
             for at in range(done * size, self.steps_per_epoch * size, size)
         ]
-        seed = (config.training.seed + epoch) % 2**62
+        seed = epoch_seed(config.training.seed, epoch)
         return load(self.splits.train, shares, strategy.world.device, config.data.workers, seed)
 
-    def _step(self, epoch: int, parts: tuple[Part, ...]) -> None:
+    def _step(self, epoch: int, parts: tuple[Part, ...], begun: float) -> None:
         config = self.config
         step, steps = self.state.step, self.steps
         factor = learning_rate_factor(config.schedule, step, steps)
@@ -137,7 +143,8 @@ class Loop:
         for preparation in self.preparations:
             preparation.advance(step, steps)
         self.optimizer.zero_grad()
-        loss = self.strategy.backward(parts, self.scale.factor)
+        with _told(f"step {step + 1} (epoch {epoch + 1})", parts):
+            loss = self.strategy.backward(parts, self.scale.factor)
         norm = self._clip()
         if not math.isfinite(loss):
             self.recorder.add("stopped", {"step": step + 1, "loss": loss})
@@ -155,7 +162,15 @@ class Loop:
             )
         self.state.step += 1
         self.losses.append(loss)
-        self.recorder.step(self.state.step, {"loss": loss, "learning_rate": learning_rate})
+        content = {
+            "epoch": epoch + 1,
+            "loss": loss,
+            "learning_rate": learning_rate,
+            "seconds": time.perf_counter() - begun,
+        }
+        if norm is not None:
+            content["gradient_norm"] = norm
+        self.recorder.step(self.state.step, content)
         self.progress(
             f"epoch {epoch + 1} of {config.training.epochs}, step {self.state.step} of {steps}, "
             f"loss {loss:.4g}"
@@ -210,6 +225,21 @@ def steps_per_epoch(config: Config, splits: Splits) -> int:
             f"and data.batch_size is {config.data.batch_size}"
         )
     return whole if config.data.drop_last or not rest else whole + 1
+
+
+@contextmanager
+def _told(what: str, parts: Sequence[Part]) -> Iterator[None]:
+    """Within, errors of the model and the loss are told; other processes' are left as they are."""
+    try:
+        yield
+    except GraphoptError:
+        raise
+    except Exception as error:
+        if is_loss(error):
+            raise
+        alone = any(len(part.inputs[0]) == 1 for part in parts)
+        hint = "; one sample was computed by itself: is data.drop_last wanted?" if alone else ""
+        raise TrainingFailed(f"{what} cannot be computed: {described(error)}{hint}") from error
 
 
 def _copied(state: dict[str, Any]) -> dict[str, Any]:

@@ -14,9 +14,28 @@ from graphopt.training.importing import is_path, named
 
 Loss = Callable[[Any, Tensor], Tensor]
 
+UNLABELED: Final = -100
+"""The target of a sample without a label, as `torch.nn.functional.cross_entropy` has it."""
+
+
+def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """The cross-entropy of classes, the mean over all samples and positions.
+
+    What has no label adds nothing to the mean, and counts: a mean over those with a label would
+    weigh them by who else is in their part of a batch, and there may be none.
+
+    Args:
+        outputs: logits, [samples, classes, ...].
+        targets: class numbers or `UNLABELED`, [samples, ...]; or probabilities, as the outputs.
+    """
+    if targets.is_floating_point():
+        return functional.cross_entropy(outputs, targets)
+    return functional.cross_entropy(outputs, targets, reduction="sum") / targets.numel()
+
+
 LOSSES: Final[dict[str, Loss]] = {
     "binary-cross-entropy": functional.binary_cross_entropy_with_logits,
-    "cross-entropy": functional.cross_entropy,
+    "cross-entropy": cross_entropy,
     "l1": functional.l1_loss,
     "mse": functional.mse_loss,
     "smooth-l1": functional.smooth_l1_loss,

@@ -1,8 +1,9 @@
 """The record of a run: one JSON object a line, appended as things happen.
 
-Every line has `schema_version` and `event`: start (with the configuration and versions), step,
-epoch, checkpoint, resume, stopped, export, optimize. A run that resumes appends to the record; of
-two lines on one step the later one counts.
+Every line has `schema_version` and `event`: start (with the configuration, versions and time), step
+(loss, learning rate, seconds, and the norm of the gradients where it is taken), epoch (mean loss,
+seconds, score), checkpoint, resume, stopped, export, optimize. A run that resumes appends to the
+record; of two lines on one step the later one counts.
 """
 
 from __future__ import annotations

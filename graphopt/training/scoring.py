@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,10 +14,14 @@ from graphopt.errors import ConfigError, did_you_mean
 from graphopt.training.batches import Samples, load, shares_of
 from graphopt.training.config import Data, Validation
 from graphopt.training.importing import is_path, named
-from graphopt.training.objectives import Loss, in_float32
+from graphopt.training.objectives import UNLABELED, Loss, in_float32
 from graphopt.training.strategy import Strategy
 
 WORDS = ("accuracy", "loss")
+
+
+def _all(_: Tensor) -> float:
+    return 1.0
 
 
 @dataclass(frozen=True)
@@ -26,13 +31,17 @@ class Metric:
     Attributes:
         measure: outputs and targets to the mean over their samples, a number or a scalar.
         goal: whether it should be large or small.
+        share: of the samples that the mean is over, by their targets.
     """
 
     measure: Callable[[Any, Tensor], Any]
     goal: Literal["max", "min"]
+    share: Callable[[Tensor], float] = _all
 
     def is_better(self, value: float, than: float) -> bool:
-        """Whether a value is as good or better; on a tie the later epoch wins."""
+        """Whether a value is as good or better; on a tie the later epoch wins, and NaN never."""
+        if math.isnan(than):
+            return True
         return value >= than if self.goal == "max" else value <= than
 
 
@@ -49,7 +58,7 @@ def metric_of(config: Validation, loss: Loss) -> Metric:
     if is_path(config.metric):
         return Metric(named(config.metric, "validation.metric"), config.goal or "max")
     if config.metric == "accuracy":
-        return Metric(accuracy, config.goal or "max")
+        return Metric(accuracy, config.goal or "max", share_labeled)
     if config.metric == "loss":
         return Metric(loss, config.goal or "min")
     near = did_you_mean(config.metric, WORDS)
@@ -61,9 +70,19 @@ def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
 
     Args:
         outputs: [samples, classes, ...].
-        targets: class numbers, [samples, ...].
+        targets: class numbers, [samples, ...]; those without a label do not count.
     """
-    return (outputs.argmax(dim=1) == targets).double().mean()
+    found = outputs.argmax(dim=1)
+    if found.shape != targets.shape:
+        raise ValueError(
+            f"there are classes of shape {list(found.shape)}, and targets of {list(targets.shape)}"
+        )
+    return (found == targets).sum().double() / (targets != UNLABELED).sum()
+
+
+def share_labeled(targets: Tensor) -> float:
+    """The share of targets that are labels."""
+    return float((targets != UNLABELED).double().mean())
 
 
 def score(
@@ -92,10 +111,12 @@ def score(
         outputs = strategy.outputs(part.inputs)
         if outputs is None or not part.count:
             continue
-        total += part.count * measured(metric, outputs, part.targets)
-        count += part.count
+        weight = part.count * (1.0 if part.targets is None else metric.share(part.targets))
+        if weight:
+            total += weight * measured(metric, outputs, part.targets)
+            count += weight
     total, count = strategy.world.sum([total, count])
-    return total / count
+    return total / count if count else math.nan
 
 
 def measured(metric: Metric, outputs: Any, targets: Tensor | None) -> float:

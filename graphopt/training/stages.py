@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Final
 
 import torch
 from torch import nn
@@ -34,11 +35,20 @@ class Stage:
     inputs: dict[str, int]
 
 
+MADE_OF_SIZES: Final = (torch.arange, torch.empty, torch.full, torch.ones, torch.zeros)
+"""Functions of sizes, which are followed too: positions and masks are made so."""
+
+
 class _Tracer(Tracer):
     """Looks into the modules that hold the start of a stage, and into no other."""
 
+    proxy_buffer_attributes = True
+    """Buffers are followed, so that they may be cut to the size of an input."""
+
     def __init__(self, opened: set[str]) -> None:
-        super().__init__()
+        super().__init__(autowrap_functions=MADE_OF_SIZES)
+        # Where they are looked for, beside the module of the forward.
+        self._autowrap_search.append(torch)
         self.opened = opened
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -70,6 +80,9 @@ def split(module: nn.Module, starts: Sequence[str]) -> list[Stage]:
             f"the model cannot be taken apart at {', '.join(starts)}: {error}; what is computed "
             "outside of the modules that stages begin with must not depend on values"
         ) from error
+    for node in graph.nodes:
+        # The code made of it would register functions of torch as its own, for all later traces.
+        node.meta.pop("is_wrapped", None)
     nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
     cuts = [0, *_cuts(nodes, starts), len(nodes)]
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
@@ -151,7 +164,13 @@ def _stage(
     else:
         outputs = tuple(copies[node] for node in passed)
         graph.output(outputs[0] if len(outputs) == 1 else outputs)
-    return Stage(GraphModule(module, graph), inputs)
+    staged = GraphModule(module, graph)
+    kept = module.state_dict().keys()
+    for name, buffer in list(staged.named_buffers()):
+        if name not in kept:
+            holder, _, last_name = name.rpartition(".")
+            staged.get_submodule(holder).register_buffer(last_name, buffer, persistent=False)
+    return Stage(staged, inputs)
 
 
 def _check_shared(stages: Sequence[Stage]) -> None:
@@ -166,13 +185,13 @@ def _check_shared(stages: Sequence[Stage]) -> None:
                 )
 
 
-def run(stages: Sequence[Stage], inputs: Sequence[torch.Tensor]) -> object:
-    """What the stages compute, one after the other."""
-    values: tuple[object, ...] = ()
+def run(stages: Sequence[Stage], inputs: Sequence[torch.Tensor]) -> list[tuple[object, ...]]:
+    """What each of the stages gives to the next one, and the last as outputs."""
+    results: list[tuple[object, ...]] = [()]
     for stage in stages:
-        result = stage.module(*values, **arguments_of(stage, inputs))
-        values = result if isinstance(result, tuple) else (result,)
-    return result
+        result = stage.module(*results[-1], **arguments_of(stage, inputs))
+        results.append(result if isinstance(result, tuple) else (result,))
+    return results[1:]
 
 
 def arguments_of(stage: Stage, inputs: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:

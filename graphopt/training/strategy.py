@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -121,6 +121,8 @@ class Replicated(Strategy):
         """What gives the loss: the learner, or what an engine has wrapped it in."""
         self.weight_factor = 1.0
         """Of the weights, where the engine divides the sum of gradients by the processes."""
+        self.around: Callable[[], AbstractContextManager[object]] = nullcontext
+        """Within, the learner is computed."""
 
     def syncs(self, last: bool) -> AbstractContextManager[object]:
         """Within, gradients are summed over processes only after the last part of a batch."""
@@ -134,10 +136,10 @@ class Replicated(Strategy):
         total = torch.zeros((), device=self.world.device)
         self.learner.train()
         for number, part in enumerate(parts, start=1):
-            with self.syncs(number == len(parts)):
+            with self.around(), self.syncs(number == len(parts)):
                 with casts(self.precision, self.world.device):
                     loss = self.called(part.inputs, part.targets)
-                total += loss.detach() * part.weight
+                total += loss.detach().reshape(()) * part.weight
                 factor = part.weight * self.weight_factor * scale
                 torch.autograd.backward(loss * factor)
         self.finish_gradients()
@@ -147,7 +149,7 @@ class Replicated(Strategy):
     def outputs(self, inputs: tuple[Tensor, ...]) -> Any:
         """See `Strategy.outputs`."""
         self.learner.eval()
-        with torch.no_grad(), casts(self.precision, self.world.device):
+        with self.around(), torch.no_grad(), casts(self.precision, self.world.device):
             return self.learner.module(*inputs)
 
 

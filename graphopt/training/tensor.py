@@ -9,18 +9,24 @@ The plan names modules by pattern and says how each is divided (Shoeybi et al., 
 - sequence: the module (a normalization, dropout) computes a share of the positions, axis 1, and its
   output is whole again (Korthikanti et al., arXiv:2205.05198).
 
-So a block is `column` for what opens it and `row` for what closes it.
+So a block is `column` for what opens it and `row` for what closes it. What lies between works on
+divided values under torch's own rules for each operator; plain tensors that they meet, such as
+masks and rotations, are the same on all processes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from typing import Final
+from functools import cache
+from typing import Any, Final
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.experimental import implicit_replication, register_sharding
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -66,6 +72,7 @@ class Tensor(Replicated):
     ) -> None:
         super().__init__(learner, world, precision)
         divide(learner.module, mesh, plan)
+        self.around = divided
         if data is not None:
             self.data_rank, self.data_ranks = data.get_local_rank(), data.size()
             self.data_group = data.get_group()
@@ -74,10 +81,50 @@ class Tensor(Replicated):
         """Make gradients of divided positions whole, and sum those of the other shares."""
         for parameter in self.learner.parameters():
             grad = parameter.grad
-            if isinstance(grad, DTensor) and isinstance(parameter, DTensor):
+            if not isinstance(grad, DTensor):
+                continue
+            if isinstance(parameter, DTensor):
                 parameter.grad = grad.redistribute(placements=parameter.placements)
+            else:
+                parameter.grad = grad.full_tensor()
         if self.data_group is not None:
             sum_gradients(self.learner.parameters(), self.data_group)
+
+
+@contextmanager
+def divided() -> Iterator[None]:
+    """Within, a divided module is computed: what of it is no DTensor, all processes have whole.
+
+    So masks, rotations and the like may meet divided values.
+    """
+    _know_attention()
+    with implicit_replication():
+        yield
+
+
+@cache
+def _know_attention() -> None:
+    """Tell torch how attention is divided by heads on the CPU, which it knows of GPUs alone."""
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+    heads, whole = Shard(1), Replicate()
+
+    def ways(results: int, tensors: int, others: int, mask: Any) -> list[Any]:
+        """All whole, or all by heads, axis 1; a mask may be the same for all heads."""
+        of_mask = heads if mask is not None and mask.ndim == 4 and mask.shape[1] > 1 else whole
+        masks: list[list[Any]] = [[], []] if mask is None else [[whole], [of_mask]]
+        return [
+            ([by] * results, [*[by] * tensors, *[None] * others, *last])
+            for by, last in zip((whole, heads), masks, strict=True)
+        ]
+
+    @register_sharding(attention)  # type: ignore[untyped-decorator]
+    def _(*arguments: Any, attn_mask: Any = None, **_: Any) -> list[Any]:
+        return ways(2, 3, len(arguments) - 3, attn_mask)
+
+    @register_sharding(backward)  # type: ignore[untyped-decorator]
+    def _(*arguments: Any, attn_mask: Any = None, **_: Any) -> list[Any]:
+        return ways(3, 6, len(arguments) - 6, attn_mask)
 
 
 def divide(module: nn.Module, mesh: DeviceMesh, plan: Mapping[str, str]) -> None:
@@ -109,6 +156,8 @@ def divide(module: nn.Module, mesh: DeviceMesh, plan: Mapping[str, str]) -> None
         chosen |= dict.fromkeys(matched, style)
     for name, style in chosen.items():
         _check_fits(name, names[name], style)
+        _check_own(name, names[name], module)
+    for name, style in chosen.items():
         for part in _styles(style):
             parallelize_module(names[name], mesh, part)
 
@@ -124,6 +173,17 @@ def _check_fits(name: str, module: nn.Module, style: str) -> None:
             f"strategy.plan: {name!r} is {type(module).__name__}, which holds other modules; "
             "sequence is for a normalization or dropout"
         )
+
+
+def _check_own(name: str, layer: nn.Module, module: nn.Module) -> None:
+    """A parameter that two modules share would become two, one of them divided."""
+    own = {id(parameter) for parameter in layer.parameters()}
+    for other, parameter in module.named_parameters(remove_duplicate=False):
+        if id(parameter) in own and other.rpartition(".")[0] != name:
+            raise ConfigError(
+                f"strategy.plan: {name!r} shares a parameter with another module, as {other!r}; "
+                "leave both out"
+            )
 
 
 def _styles(style: str) -> tuple[ParallelStyle, ...]:

@@ -32,7 +32,8 @@ def try_objective(learner: Learner, samples: Collated, on_outputs: bool) -> bool
         ConfigError: it cannot be computed, is no scalar, or none of them has.
     """
     learner.eval()
-    with _told("the loss of the first samples"):
+    # cuDNN does not take gradients of recurrent layers in evaluation.
+    with torch.backends.cudnn.flags(enabled=False), _told("the loss of the first samples"):
         if on_outputs:
             loss = learner.objective.on_outputs(learner.module(*samples[0]), *samples)
         else:
