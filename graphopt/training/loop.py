@@ -138,6 +138,8 @@ class Loop:
             preparation.advance(step, steps)
         self.optimizer.zero_grad()
         loss = self.strategy.backward(parts, self.scale.factor)
+        for preparation in self.preparations:
+            preparation.gather()
         norm = self._clip()
         if not math.isfinite(loss):
             self.recorder.add("stopped", {"step": step + 1, "loss": loss})
