@@ -341,6 +341,13 @@ def test_what_cannot_be_rounded_is_told(prepare: tuple[dict[str, Any], ...], mes
 MODULE = net()
 
 
+def test_strategies_that_divide_modules_are_refused() -> None:
+    given = table(PREPARE, strategy={"name": "fsdp"})
+
+    with pytest.raises(ConfigError, match="the strategies single and ddp, not with fsdp"):
+        preparations_of(config_of(given))
+
+
 def test_an_embedding_reads_no_activation() -> None:
     with pytest.raises(ConfigError, match="leave none of them"):
         for preparation in preparations_of(config_of(table(PREPARE))):

@@ -57,4 +57,9 @@ def preparations_of(config: Config) -> list[Preparation]:
         raise ConfigError(
             "prepare.scope is 'global', and no process of a pipeline has all weights; use 'layer'"
         )
+    others = [word for word in words if word not in ("single", "ddp", "x")]
+    if rounded and others:
+        raise ConfigError(
+            f"prepare.activations goes with the strategies single and ddp, not with {others[0]}"
+        )
     return [*found, *rounded]
