@@ -3,7 +3,8 @@
 After each pass the checker accepts the model, onnxruntime loads it, the interface holds, and the
 outputs on the gate samples agree as far as the effect of the pass demands. EXACT and ROUNDING are
 judged as written against the model before the pass, and against the original, so that rounding
-does not add up from pass to pass. LOSSY is judged as deployed, against the original.
+does not add up from pass to pass. LOSSY is judged as deployed, against the original. Where models
+round activations to codes, two that are equal may differ at ties; see `graphopt.ties`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from graphopt.operators import all_graphs, nodes_within, other_operators
 from graphopt.recording import Feed, Recording, compare, record
 from graphopt.runtime import Reference, Session
 from graphopt.skeleton import type_text, why_invalid
+from graphopt.ties import Rounded, rounded_of, why_not_ties
 from graphopt.validation import ROUNDING_LIMITS, Budget, OutputError, why_over
 
 HALVES = {ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16"}
@@ -158,7 +160,9 @@ class Gate:
     notes: list[str] = field(default_factory=list)
     _halves_given: Mapping[str, str] = field(default_factory=dict)
     _halves_before: Mapping[str, str] = field(default_factory=dict)
-    _judged: tuple[Recording, bool, Mapping[str, str]] | None = None
+    _rounded_given: Rounded | None = None
+    _rounded_before: Rounded | None = None
+    _judged: tuple[Recording, bool, Mapping[str, str], Rounded | None] | None = None
     _converted: Interface | None = None
 
     def __post_init__(self) -> None:
@@ -219,17 +223,21 @@ class Gate:
     def accept(self) -> None:
         """Take the candidate that was judged last for the model before the next pass."""
         if self._judged is not None:
-            self.before, self.lossless_so_far, self._halves_before = self._judged
+            self.before, self.lossless_so_far, self._halves_before, self._rounded_before = (
+                self._judged
+            )
             self._judged = None
         self.interface = self._converted or self.interface
 
     def start_from(self, model: ir.Model) -> None:
-        """Remember which outputs the original computes in half precision.
+        """Remember which outputs the original computes in half precision, and what it rounds.
 
         Args:
             model: before any pass, with types inferred.
         """
         self._halves_given = self._halves_before = computed_in_half(model)
+        if self.before is not None:
+            self._rounded_given = self._rounded_before = self._rounded(model, self.before)
 
     def check_read(self, model: ir.Model, notes: Sequence[str]) -> None:
         """Raise ModelError when what was read computes something else than the file.
@@ -307,15 +315,41 @@ class Gate:
             references.append(self._original(self.written))
         step, *total = compare(iter(after), references)
         reason = why_over(effect, step, computed_in=coarsest(halves, self._halves_before))
-        if reason is not None:
-            return reason
-        for outputs in total:
+        for outputs in total if reason is None else ():
             computed_in = coarsest(halves, self._halves_given)
             reason = why_over(Effect.ROUNDING, outputs, computed_in=computed_in)
-            if reason is not None:
-                return f"{reason}, counted from the original"
-        self._judged = after, self.lossless_so_far, halves
-        return None
+            reason = reason and f"{reason}, counted from the original"
+        rounded = self._rounded(model, after)
+        if reason is not None and rounded is not None:
+            reason = self._why_not_ties(rounded, effect, halves, reason)
+        if reason is None:
+            self._judged = after, self.lossless_so_far, halves, rounded
+        return reason
+
+    def _rounded(self, model: ir.Model, outputs: Recording) -> Rounded | None:
+        """The model, if it rounds activations, with what it gives as written."""
+        feed = self.feed
+        if feed is None:
+            return None
+        return rounded_of(
+            model,
+            outputs,
+            lambda one: record(self._lossless(feed).run(self._session(one, self.written))),
+        )
+
+    def _why_not_ties(
+        self, rounded: Rounded, effect: Effect, halves: Mapping[str, str], reason: str
+    ) -> str | None:
+        """Why the outputs differ by more than ties explain; by default the reason that is given."""
+        before, given = self._rounded_before, self._rounded_given
+        if before is None:
+            return reason
+        found = why_not_ties(before, rounded, effect, coarsest(halves, self._halves_before))
+        if found is None and self.lossless_so_far and given is not None:
+            computed_in = coarsest(halves, self._halves_given)
+            found = why_not_ties(given, rounded, Effect.ROUNDING, computed_in)
+            found = found and f"{found}, counted from the original"
+        return found
 
     def _why_over_budget(
         self, written: Session, deployed: Session, candidate: ir.Model, by: Pass
@@ -325,7 +359,8 @@ class Gate:
         reason = why_over(Effect.LOSSY, outputs, self.budgets_for(by))
         if reason is None:
             after = record(self._lossless(self.feed).run(written))
-            self._judged = after, False, computed_in_half(candidate)
+            rounded = self._rounded(candidate, after)
+            self._judged = after, False, computed_in_half(candidate), rounded
         return reason
 
     def numerics(self, model: ir.Model) -> dict[str, tuple[OutputError, ...]]:

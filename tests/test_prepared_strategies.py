@@ -13,6 +13,7 @@ pytest.importorskip("onnxscript")
 
 from training_runs import PLAN, Points, in_processes, table, tell  # noqa: E402
 
+import graphopt  # noqa: E402
 from graphopt.runtime import Reference, Session  # noqa: E402
 
 LIMIT = 1e-5
@@ -93,6 +94,43 @@ def test_two_processes_give_the_curve_and_the_export_of_one(
         assert len(change) > 20 and np.abs(change).max() < LIMIT, run
         outputs = _outputs(tmp_path / f"{run}.onnx") - _outputs(tmp_path / f"single {name}.onnx")
         assert np.abs(outputs).max() < LIMIT, run
+
+
+def test_two_processes_find_the_ranges_of_one(tmp_path: Path) -> None:
+    """Of activations; each process sees a part of every batch, whose extremes are others.
+
+    Sums are in another order, so that at ties codes are others, and curves move by what these are
+    worth: by more than rounding, and far less than training does.
+    """
+    prepare = [{"name": "quantized", "activations": 8, "min_elements": 16, "scales": "largest"}]
+    runs = {
+        name: table(
+            strategy=STRATEGIES[name], prepare=prepare, export={"path": f"activations {name}.onnx"}
+        )
+        for name in ("single", "ddp")
+    }
+    alone = tell(runs.pop("single"), tmp_path)
+
+    told = in_processes(2, runs, tmp_path)
+
+    expected = _scales(tmp_path / "activations single.onnx")
+    assert len(expected) > 5
+    for name, result in told.items():
+        change = np.subtract(result["losses"], alone["losses"])
+        assert len(change) > 20 and np.abs(change).max() < 1e-3, name
+        found = _scales(tmp_path / f"activations {name}.onnx")
+        assert found.keys() == expected.keys()
+        for place, scale in expected.items():
+            np.testing.assert_allclose(found[place], scale, rtol=2e-3, err_msg=f"{name} {place}")
+
+
+def _scales(path: Path) -> dict[str, np.ndarray]:
+    initializers = graphopt.load(path).graph.initializers
+    return {
+        name: value.const_value.numpy()
+        for name, value in initializers.items()
+        if name.endswith("input_rounding.scale") and value.const_value is not None
+    }
 
 
 def test_accumulation_gives_the_curve_of_whole_batches(tmp_path: Path) -> None:

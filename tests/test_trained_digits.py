@@ -19,6 +19,7 @@ SURE = {
     "distilled": ("200 labels, hinton", "200 labels, standardized", "200 labels, features too"),
     "pruned": ("90% zeros, then fine-tuned",),
     "quantized": ("4 bits, in training", "2 bits, in training"),
+    "integers": ("4 bits, in training", "3 bits, in training"),
 }
 """Models whose mean difference is more than two standard errors from nothing."""
 
@@ -26,6 +27,7 @@ BETTER = {
     "distilled": ("all labels, standardized",),
     "pruned": ("80% zeros, then fine-tuned",),
     "quantized": ("3 bits, in training",),
+    "integers": (),
 }
 """Those that are better on the mean, while seeds differ by more."""
 

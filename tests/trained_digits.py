@@ -1,9 +1,10 @@
 """Comparisons of training with passes and passes alone, on scikit-learn's digits.
 
-Three questions, each with the same models, data and steps on both sides: a small student with a
-teacher and without; pruning with fine-tuning and alone; and rounding to few bits in training and
-after it. Every model is exported and optimized, and its accuracy is that of the ONNX file, run by
-onnxruntime on the test images. Images are noisy or models narrow, or all would be near 100 %.
+Four questions, each with the same models, data and steps on both sides: a small student with a
+teacher and without; pruning with fine-tuning and alone; rounding of weights to few bits in training
+and after it; and the same of weights and activations. Every model is exported and optimized, and
+its accuracy is that of the ONNX file, run by onnxruntime on the test images. Images are noisy or
+models narrow, or all would be near 100 %.
 """
 
 from __future__ import annotations
@@ -252,6 +253,26 @@ def quantized(bench: Bench) -> Iterator[Row]:
         yield f"{bits} bits, in training", bench.optimized(tuned, passes)
 
 
+def integers(bench: Bench) -> Iterator[Row]:
+    """Integer kernels after training, and rounding of all that they read in its second half."""
+    shape = {"width": 16, "depth": 4}
+    bench.run("start", "deep", shape, 20)
+    start = {**shape, "weights": bench.state("start")}
+    dense = bench.run("dense", "deep", start, 10, rate=2e-3)
+    yield "float", bench.optimized(dense, "pack-constants")
+    yield "8 bits, after training", bench.optimized(dense, "quantize-static{error=1.0}")
+    for bits in (8, 4, 3):
+        options = {"name": "quantized", "activations": bits, "min_elements": 1}
+        if bits < 8:
+            # quantize-static chooses 8 bits alone: ranges are watched, and nothing is trained.
+            seen = {**shape, "weights": bench.state("dense")}
+            prepare = [{**options, "scales": "largest"}]
+            found = bench.run("seen", "deep", seen, 2, rate=0.0, prepare=prepare)
+            yield f"{bits} bits, after training", bench.optimized(found, "quantize-static")
+        tuned = bench.run("tuned", "deep", start, 10, rate=2e-3, prepare=[options])
+        yield f"{bits} bits, in training", bench.optimized(tuned, "quantize-static")
+
+
 # ------------------------------------------------------------------ over seeds
 
 
@@ -292,6 +313,15 @@ QUESTIONS: dict[str, Question] = {
         tuple(
             pair
             for bits in (4, 3, 2)
+            for pair in _pairs(f"{bits} bits", "after training", "in training")
+        ),
+    ),
+    "integers": Question(
+        integers,
+        0.25,
+        tuple(
+            pair
+            for bits in (8, 4, 3)
             for pair in _pairs(f"{bits} bits", "after training", "in training")
         ),
     ),

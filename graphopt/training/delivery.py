@@ -20,6 +20,7 @@ from graphopt.requirements import parse_requirements
 from graphopt.training import exporting
 from graphopt.training.batches import Samples, first_of
 from graphopt.training.config import Config, Optimize
+from graphopt.training.export_check import array_of
 from graphopt.training.recorder import Recorder
 from graphopt.validation import OutputError, parse_budget
 
@@ -110,10 +111,16 @@ def deliver(
     if all(0 in axes.get(name, {}) for name in names):
         # That the number of samples is free shows with another one.
         batches.append({name: tensor[:1] for name, tensor in batches[0].items()})
-    numerics = exporting.write_checked(model, target, module, batches)
-    errors = {e.name: {"rel_l2": e.rel_l2, "max_abs": e.max_abs} for e in numerics}
-    size = target.stat().st_size
-    recorder.add("export", {"path": str(target), "bytes": size, "outputs": errors})
+    checked = exporting.write_checked(model, target, module, batches)
+    numerics = checked.outputs
+    done: dict[str, object] = {
+        "path": str(target),
+        "bytes": target.stat().st_size,
+        "outputs": {e.name: {"rel_l2": e.rel_l2, "max_abs": e.max_abs} for e in numerics},
+    }
+    if checked.codes:
+        done["codes"] = {"compared": checked.codes, "ties": checked.ties}
+    recorder.add("export", done)
     if config.optimize is None:
         return Delivery(target, numerics)
     output = _output_of(config, config.optimize, target)
@@ -146,6 +153,6 @@ def _feeds(samples: Samples, names: tuple[str, ...], count: int) -> Iterator[dic
     inputs, _ = first_of(samples, count)
     for number in range(inputs[0].shape[0]):
         yield {
-            name: exporting.array_of(tensor[number : number + 1])
+            name: array_of(tensor[number : number + 1])
             for name, tensor in zip(names, inputs, strict=True)
         }

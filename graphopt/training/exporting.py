@@ -10,17 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
 from graphopt import saving
-from graphopt.contract import Effect
-from graphopt.errors import ConfigError, ModelError, SampleError, did_you_mean
-from graphopt.runtime import Reference, Session
+from graphopt.errors import ConfigError, ModelError, did_you_mean
 from graphopt.training.config import Export
-from graphopt.validation import Comparison, OutputError, why_over
+from graphopt.training.export_check import Checked, check
 
 DynamicAxes = Mapping[str, Mapping[int, str]]
 
@@ -171,7 +168,7 @@ def _cause(error: BaseException) -> str:
 
 def write_checked(
     model: ir.Model, path: Path, module: nn.Module, batches: Sequence[Mapping[str, Tensor]]
-) -> tuple[OutputError, ...]:
+) -> Checked:
     """Write a model if it computes what the module does, as closely as rounding allows.
 
     Args:
@@ -181,54 +178,15 @@ def write_checked(
         batches: inputs by name, in the order of the module's arguments.
 
     Returns:
-        The errors of the outputs.
+        What was compared; see `graphopt.training.export_check`.
 
     Raises:
         ModelError: the outputs differ, onnxruntime does not run the model, or the path cannot be
             written.
     """
-    errors: list[OutputError] = []
-
-    def check(written: Path) -> None:
-        errors.extend(_compared(written, module, batches))
-        reason = why_over(Effect.ROUNDING, errors)
-        if reason is not None:
-            raise ModelError(f"the exported model does not compute what the module does: {reason}")
-
-    saving.save(model, path, verify=check)
-    return tuple(errors)
-
-
-def _compared(
-    path: Path, module: nn.Module, batches: Sequence[Mapping[str, Tensor]]
-) -> tuple[OutputError, ...]:
-    session = Session(path, Reference.AS_WRITTEN)
-    comparison = Comparison()
-    for batch in batches:
-        with torch.no_grad():
-            expected = _arrays(module(*batch.values()))
-        try:
-            found = session.run({name: array_of(tensor) for name, tensor in batch.items()})
-        except SampleError as error:
-            raise ModelError(f"the exported model does not run on real samples: {error}") from error
-        if len(expected) != len(found):
-            raise ModelError(
-                f"the exported model has {len(found)} outputs, and the module {len(expected)}"
-            )
-        comparison.add(dict(zip(found, expected, strict=True)), found)
-    return comparison.outputs()
-
-
-def _arrays(outputs: Any) -> list[np.ndarray]:
-    if isinstance(outputs, Tensor):
-        return [array_of(outputs)]
-    values = outputs.values() if isinstance(outputs, Mapping) else outputs
-    return [array for value in values for array in _arrays(value)]
-
-
-def array_of(tensor: Tensor) -> np.ndarray:
-    """A tensor as an array of its own."""
-    return tensor.detach().cpu().numpy().copy()
+    checked: list[Checked] = []
+    saving.save(model, path, verify=lambda to: checked.append(check(to, module, batches)))
+    return checked[-1]
 
 
 def clear_provenance(model: ir.Model) -> None:

@@ -77,11 +77,14 @@ class Quantized(WeightOptions):
         block: inputs that share a scale, for weights of two axes; 0 for one scale for each output.
             What does not divide them becomes the next larger number that does.
         scales: learned, or those of the largest numbers.
+        activations: bits of what Linear and Conv read, whatever the size of their weights; None
+            leaves activations as they are. See `graphopt.training.activations`.
     """
 
     bits: Bits = 8
     block: Annotated[int, Bounds(0)] = 0
     scales: Literal["learned", "largest"] = "learned"
+    activations: Bits | None = None
 
     def forms(self, weights: Mapping[str, Tensor]) -> Mapping[str, Form]:
         """See `WeightOptions`."""

@@ -145,6 +145,8 @@ class Loop:
         self.optimizer.zero_grad()
         with _told(f"step {step + 1} (epoch {epoch + 1})", parts):
             loss = self.strategy.backward(parts, self.scale.factor)
+        for preparation in self.preparations:
+            preparation.gather()
         norm = self._clip()
         if not math.isfinite(loss):
             self.recorder.add("stopped", {"step": step + 1, "loss": loss})

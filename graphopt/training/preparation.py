@@ -16,6 +16,9 @@ class Preparation(Protocol):
     def advance(self, step: int, steps: int) -> None:
         """Called before the optimizer step of this number, from 0, of so many."""
 
+    def gather(self) -> None:
+        """Called when all processes have computed their shares of the batch of a step."""
+
     def is_settled(self, step: int, steps: int) -> bool:
         """After so many steps, the module is validated as it will be in the end.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from graphopt.errors import ConfigError, did_you_mean
+from graphopt.training.activations import RoundedActivations
 from graphopt.training.binary import Binary
 from graphopt.training.codebooks import Codebook
 from graphopt.training.config import Config, Table
@@ -47,8 +48,18 @@ def preparations_of(config: Config) -> list[Preparation]:
     """
     words = config.strategy.name.split()
     found = list(map(preparation_of, config.prepare))
+    rounded = [
+        RoundedActivations(one.options)
+        for one in found
+        if isinstance(one.options, Quantized) and one.options.activations is not None
+    ]
     if "pipeline" in words and any(one.options.sees_all_weights for one in found):
         raise ConfigError(
             "prepare.scope is 'global', and no process of a pipeline has all weights; use 'layer'"
         )
-    return list(found)
+    others = [word for word in words if word not in ("single", "ddp", "x")]
+    if rounded and others:
+        raise ConfigError(
+            f"prepare.activations goes with the strategies single and ddp, not with {others[0]}"
+        )
+    return [*found, *rounded]

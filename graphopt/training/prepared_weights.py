@@ -120,6 +120,9 @@ class PreparedWeights:
         """See `Preparation`."""
         self.options.advance(tuple(self._placed.values()), step, steps)
 
+    def gather(self) -> None:
+        """See `Preparation`: what weights become is the same on all processes."""
+
     def is_settled(self, step: int, steps: int) -> bool:
         """See `Preparation`."""
         return self.options.is_settled(step, steps)
@@ -141,6 +144,23 @@ def chosen_layers(module: nn.Module, options: WeightOptions) -> dict[str, Layer]
     Raises:
         ConfigError: a pattern matches none, all are left out, or a chosen weight is shared.
     """
+    matching = matching_layers(module, options)
+    chosen = {n: m for n, m in matching.items() if m.weight.numel() >= options.min_elements}
+    if not chosen:
+        raise ConfigError(
+            f"[[prepare]] {options.name!r} has no weight: none of those that layers and skip "
+            f"leave has {options.min_elements} elements; lower min_elements"
+        )
+    _check_own(module, chosen)
+    return chosen
+
+
+def matching_layers(module: nn.Module, options: WeightOptions) -> dict[str, Layer]:
+    """The modules that layers and skip leave, by name, whatever the size of their weights.
+
+    Raises:
+        ConfigError: a pattern matches none.
+    """
     named = {name: m for name, m in module.named_modules() if name and isinstance(m, KINDS)}
     for key, patterns in (("layers", options.layers), ("skip", options.skip)):
         for pattern in patterns:
@@ -150,20 +170,11 @@ def chosen_layers(module: nn.Module, options: WeightOptions) -> dict[str, Layer]
                     f"prepare.{key} of {options.name!r}: {pattern!r} is no Linear, Conv or "
                     f"Embedding{near}"
                 )
-    chosen = {
+    return {
         name: layer
         for name, layer in named.items()
-        if _matches(name, options.layers)
-        and not _matches(name, options.skip)
-        and layer.weight.numel() >= options.min_elements
+        if _matches(name, options.layers) and not _matches(name, options.skip)
     }
-    if not chosen:
-        raise ConfigError(
-            f"[[prepare]] {options.name!r} has no weight: none of those that layers and skip "
-            f"leave has {options.min_elements} elements; lower min_elements"
-        )
-    _check_own(module, chosen)
-    return chosen
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -7,6 +7,9 @@ more than it saves. The price is never zero: what is more exact as floats, and h
 so. It is low where the model decides between classes and few of its decisions are expected to
 change. Where all together are over the error allowed, the lowest price that serves is looked for.
 Errors of values add up well enough for that, and the result is measured as a whole.
+
+What was trained on codes, as a rounding before it tells, works on codes in any case: that is what
+its weights have learnt, and onnxruntime would otherwise round them in its own way.
 """
 
 from __future__ import annotations
@@ -85,11 +88,14 @@ class Choice:
     @cached_property
     def costs(self) -> dict[Unit, Cost]:
         """What each unit costs."""
-        never = Cost(0.0, math.inf)
-        return {
-            unit: unit_cost(unit, self.elements) if self._is_seen(unit) else never
-            for unit in self.units
-        }
+        return {unit: self._cost(unit) for unit in self.units}
+
+    def _cost(self, unit: Unit) -> Cost:
+        if not self._is_seen(unit):
+            return Cost(0.0, math.inf)
+        cost = unit_cost(unit, self.elements)
+        trained = unit.kind == "product" and self.parameters.are_trained(unit.sources[0])
+        return replace(cost, floats_ns=math.inf) if trained else cost
 
     def elements(self, value: ir.Value) -> float:
         """How many elements a value has, in a sample on average."""
@@ -128,7 +134,8 @@ class Choice:
 
     def _priced_cut(self, price: float, squares: Mapping[ir.Value, float]) -> list[Unit]:
         """The cheapest choice, if all squared error together costs so many times of the model."""
-        total_ns = sum(cost.floats_ns for cost in self.costs.values())
+        seen = filter(self._is_seen, self.units)
+        total_ns = sum(unit_cost(unit, self.elements).floats_ns for unit in seen)
         moved = {value for unit in self.units if unit.kind == "movement" for value in unit.outputs}
         whole = sum(s for value, s in squares.items() if value not in moved and math.isfinite(s))
         price_ns = price * total_ns / max(whole, 1e-12)

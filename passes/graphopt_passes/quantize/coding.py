@@ -20,6 +20,7 @@ from graphopt.rewriting import (
     small_integers,
     static_shape,
 )
+from graphopt.roundings import CodeMap, rounding_at
 from graphopt.skeleton import INFERRED
 from graphopt_passes.quantize.affine import Affine, affine_of
 from graphopt_passes.quantize.folding import Fold, image_of
@@ -54,6 +55,8 @@ def write_codes(
     for unit in units:
         if unit.kind == "product":
             coding.product(unit, layer_of(unit.node), integers[unit.node.outputs[0].name or ""])
+        elif unit.map is not None:
+            coding.trained(unit)
         elif parameters.passes_codes(unit):
             coding.movement(unit)
         else:
@@ -179,6 +182,10 @@ class Coding:
 
     def _source(self, value: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Codes and numbers of what a unit reads; quantized where no unit has made it."""
+        if value not in self._coded and self._is_rounded(value):
+            maker = value.producer()
+            assert maker is not None and maker.inputs[0] is not None
+            self._coded[value] = maker.inputs[0], value
         if value not in self._coded:
             inputs = [value, *self._map(self.parameters.of(value))]
             node = self._node("QuantizeLinear", inputs, [value], "codes", ir.DataType.UINT8)
@@ -186,6 +193,16 @@ class Coding:
             codes = node.outputs[0]
             self._keep(value, self._channels_last(codes, value) if value in self.joining else codes)
         return self._coded[value]
+
+    def _is_rounded(self, value: ir.Value) -> bool:
+        """A rounding by the map of the value made it, so that its codes are there."""
+        maker = value.producer()
+        quantize = maker.inputs[0].producer() if maker is not None and maker.inputs[0] else None
+        rounding = None if quantize is None else rounding_at(quantize)
+        if rounding is None or rounding.output is not value:
+            return False
+        affine = self.parameters.of(value)
+        return rounding.map == CodeMap(float(affine.scale), affine.zero_point, ir.DataType.UINT8)
 
     def _channels_last(self, codes: ir.Value, image: ir.Value) -> ir.Value:
         """The codes of an image once more, by way of the layout that onnxruntime's Conv has for it.
@@ -251,6 +268,21 @@ class Coding:
         for value, codes in zip(node.outputs, moved.outputs, strict=True):
             replace_value(value, self._keep(value, codes))
         remove_node(node)
+
+    def trained(self, unit: Unit) -> None:
+        """Take the codes of what a rounding reads for its own, if they have its map.
+
+        Otherwise it stays, and gives what it reads codes of its own map.
+        """
+        value, quantize, dequantize = unit.outputs[0], unit.node, unit.saturated
+        assert dequantize is not None
+        if not self.parameters.passes_codes(unit):
+            return
+        codes, numbers = self._source(unit.sources[0])
+        self._coded[value] = codes, numbers
+        replace_value(value, numbers)
+        remove_node(dequantize)
+        remove_node(quantize)
 
     def _with_codes(
         self, unit: Unit, inputs: list[ir.Value | None], zero: ir.Value

@@ -247,6 +247,8 @@ def _other_cost(unit: Unit, elements_of: Callable[[ir.Value], float]) -> Cost:
     if is_onnx(unit.node, "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"):
         return Cost(0.0, 0.0)
     read, made = (sum(map(elements_of, values)) for values in (unit.sources, unit.outputs))
+    if unit.map is not None:
+        return Cost((QUANTIZE_NS + DEQUANTIZE_NS) * made, 0.0)
     if is_onnx(unit.node, "GlobalAveragePool"):
         floats_ns, codes_ns = _POOLED_NS
         return Cost(1e3 + floats_ns * read, 2e3 + codes_ns * read)

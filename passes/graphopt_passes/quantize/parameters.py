@@ -1,7 +1,8 @@
 """Scale and zero point for every value that becomes codes, by what they do to the layers' outputs.
 
 A value gets the range that clips nothing. Where layers read it, ranges that clip are tried on rows
-of their inputs, sampled from the user's data, and the best is taken where it is far better.
+of their inputs, sampled from the user's data, and the best is taken where it is far better. What a
+rounding in the graph reads was trained with its map, and gets that one.
 """
 
 from __future__ import annotations
@@ -50,15 +51,22 @@ class Parameters:
 
     Attributes:
         maps: by the name of the value.
-        mixed: names of values that a Concat makes of inputs which keep maps of their own.
+        mixed: names of values that a Concat makes of inputs which keep maps of their own, or a
+            rounding of what has another map.
+        trained: names of values whose maps were trained.
     """
 
     maps: Mapping[str, Affine]
     mixed: frozenset[str]
+    trained: frozenset[str]
 
     def of(self, value: ir.Value) -> Affine:
         """The map of a value."""
         return self.maps[value.name or ""]
+
+    def are_trained(self, value: ir.Value) -> bool:
+        """The codes of a value are those that it had in training."""
+        return value.name in self.trained
 
     def passes_codes(self, unit: Unit) -> bool:
         """The unit takes codes and gives codes of the same map."""
@@ -91,7 +99,7 @@ def choose_parameters(units: Sequence[Unit], answers: Answers) -> Parameters:
     """
     limits = {o: u.limits for u in units for o in u.outputs}
     spreads = {v: _spread(answers, v) for v in coded_values(units)}
-    same, mixed = _shared(units, spreads)
+    same, mixed, trained = _shared(units, spreads)
     moves = [u for u in units if u.kind == "movement" and u.outputs[0].name not in mixed]
     moved = {o for u in moves for o in u.outputs}
     made: dict[ir.Value, list[ir.Value]] = defaultdict(list)
@@ -102,10 +110,15 @@ def choose_parameters(units: Sequence[Unit], answers: Answers) -> Parameters:
         if unit.kind == "product":
             readers[same.of(unit.sources[0])].append(unit)
     maps = {
-        root: _best(_candidates(values, spreads, limits), readers[root], answers)
+        root: trained.get(root)
+        or _best(_candidates(values, spreads, limits), readers[root], answers)
         for root, values in made.items()
     }
-    return Parameters({v.name or "": maps[same.of(v)] for v in spreads}, mixed)
+    return Parameters(
+        maps={v.name or "": maps[same.of(v)] for v in spreads},
+        mixed=mixed,
+        trained=frozenset(v.name or "" for v in spreads if same.of(v) in trained),
+    )
 
 
 def _spread(answers: Answers, value: ir.Value) -> Spread:
@@ -116,17 +129,28 @@ def _spread(answers: Answers, value: ir.Value) -> Spread:
 
 def _shared(
     units: Sequence[Unit], spreads: Mapping[ir.Value, Spread]
-) -> tuple[SameScale, frozenset[str]]:
+) -> tuple[SameScale, frozenset[str], dict[ir.Value, Affine]]:
+    """Which values share a map, which movement does not pass codes on, and maps that were trained.
+
+    The latter are those of sets, by the values that stand for them.
+    """
     same = SameScale()
     mixed: set[str] = set()
+    trained: dict[ir.Value, Affine] = {}
     for unit in units:
         if unit.kind != "movement":
             continue
-        if is_onnx(unit.node, "Concat") and not _can_share(unit, spreads):
+        joined = (*unit.sources, *unit.outputs)
+        own = set() if unit.map is None else {unit.map}
+        maps = own | {trained[same.of(v)] for v in joined if same.of(v) in trained}
+        shares = not is_onnx(unit.node, "Concat") or _can_share(unit, spreads)
+        if len(maps) <= 1 and shares:
+            same.join(unit.outputs[0], joined)
+        else:
             mixed.add(unit.outputs[0].name or "")
-            continue
-        same.join(unit.outputs[0], (*unit.sources, *unit.outputs[1:]))
-    return same, frozenset(mixed)
+            maps = own
+        trained.update((same.of(unit.outputs[0]), one) for one in maps)
+    return same, frozenset(mixed), trained
 
 
 def _can_share(concat: Unit, spreads: Mapping[ir.Value, Spread]) -> bool:

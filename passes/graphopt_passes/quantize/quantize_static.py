@@ -27,6 +27,8 @@ class QuantizeStatic(Pass):
     Weights become int8 with a scale for each output channel, activations uint8 with a range from
     samples, biases int32. Activations stay in codes from one product to the next. Layers stay float
     where integers would be slower, and where they would cost more accuracy than `error` allows.
+    Where the graph rounds activations to uint8 already, as training leaves it, they keep the scales
+    and zero points that they have, and the layers that read them work on integers.
 
     Attributes:
         error: relative L2 error of the worst output, on the calibration samples, to keep within.
@@ -68,6 +70,7 @@ class QuantizeStatic(Pass):
         for unit, reason in reasons.items():
             change.skip(unit.node, reason)
         for unit in chosen:
-            change.count(f"{unit.node.op_type} on 8-bit integers")
+            what = unit.node.op_type if unit.map is None else "trained rounding"
+            change.count(f"{what} on 8-bit integers")
         choice.write(model, chosen)
         return change

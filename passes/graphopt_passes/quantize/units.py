@@ -8,7 +8,8 @@ DequantizeLinear. There are three ways:
 - Arithmetic (Add, Mul, Sigmoid, ...) becomes an integer kernel where all its inputs are dequantized
   and its output is quantized.
 - Movement (Reshape, MaxPool, Concat, ...) works on codes as they are. It commutes with an
-  increasing affine map, so that it is written on the codes, and no rule has to recognize it.
+  increasing affine map, so that it is written on the codes, and no rule has to recognize it. The
+  roundings that training leaves are such: what they move has codes of their own map.
 
 A Relu or Clip after a product or arithmetic costs nothing: the codes saturate where it would.
 """
@@ -25,7 +26,10 @@ import onnx_ir as ir
 
 from graphopt.content import read_array
 from graphopt.operators import is_onnx
+from graphopt.packing import is_packed
 from graphopt.rewriting import constant_tensor, input_of, only_reader, small_array, static_shape
+from graphopt.roundings import rounding_at
+from graphopt_passes.quantize.affine import Affine
 from graphopt_passes.quantize.layers import is_scaled
 
 Kind = Literal["product", "arithmetic", "movement"]
@@ -80,8 +84,10 @@ class Unit:
         kind: the way it does.
         places: which of its inputs become codes.
         sources: the values there.
-        saturated: a Relu or Clip that reads the node's output alone and goes.
+        saturated: a Relu or Clip that reads the node's output alone and goes; of a rounding, its
+            DequantizeLinear.
         limits: between which that keeps the output.
+        map: by which a rounding was trained; None of all others.
     """
 
     node: ir.Node
@@ -90,6 +96,7 @@ class Unit:
     sources: tuple[ir.Value, ...]
     saturated: ir.Node | None = None
     limits: tuple[float, float] = UNBOUNDED
+    map: Affine | None = None
 
     @property
     def outputs(self) -> tuple[ir.Value, ...]:
@@ -123,8 +130,10 @@ def units_of(graph: ir.Graph, skip: Callable[[ir.Node, str], None]) -> dict[ir.N
     found: dict[ir.Node, Unit] = {}
     absorbed: set[ir.Node] = set()
     reaching, before_products = _reaching_bodies(graph), nodes_before_products(graph)
+    # Where products are on codes already, roundings are what is between those and floats.
+    are_trained = not any(map(_is_on_codes, graph))
     for node in graph:
-        if node in absorbed:
+        if node in absorbed or (is_onnx(node, "QuantizeLinear") and not are_trained):
             continue
         if is_onnx(node, *AVERAGES) and node not in before_products:
             # A mean of codes is finer than a code, and as a score it is to stay so.
@@ -143,11 +152,22 @@ def units_of(graph: ir.Graph, skip: Callable[[ir.Node, str], None]) -> dict[ir.N
     return found
 
 
+def _is_on_codes(node: ir.Node) -> bool:
+    """A product reads a weight and an activation that come from codes."""
+    if not is_onnx(node, *PRODUCTS):
+        return False
+    makers = [value.producer() for value in node.inputs[:2] if value is not None]
+    reads = all(maker is not None and is_onnx(maker, "DequantizeLinear") for maker in makers)
+    return reads and is_packed(node.inputs[1])
+
+
 def _unit(node: ir.Node) -> Unit | None:
     if is_onnx(node, *PRODUCTS):
         return _saturated(_product(node))
     if is_onnx(node, "ConvTranspose", "LSTM", "GRU", "RNN"):
         raise NotQuantized(f"onnxruntime's CPU provider has no integer kernel for {node.op_type}")
+    if is_onnx(node, "QuantizeLinear"):
+        return _rounding(node)
     if not node.outputs or node.outputs[0].dtype != ir.DataType.FLOAT:
         return None
     if is_onnx(node, *ARITHMETIC):
@@ -159,6 +179,18 @@ def _unit(node: ir.Node) -> Unit | None:
     if is_onnx(node, *MOVEMENT) and _moves(node):
         return _of(node, "movement", [0])
     return None
+
+
+def _rounding(node: ir.Node) -> Unit | None:
+    """A QuantizeLinear and the DequantizeLinear behind it, if units have codes of their type."""
+    found = rounding_at(node)
+    if found is None or found.map.dtype != ir.DataType.UINT8 or found.output.is_graph_output():
+        return None
+    if found.source.dtype != ir.DataType.FLOAT:
+        return None
+    affine = Affine(np.float32(found.map.scale), found.map.zero_point)
+    unit = _of(node, "movement", [0])
+    return replace(unit, saturated=found.dequantize, map=affine)
 
 
 def nodes_before_products(graph: ir.Graph) -> set[ir.Node]:
