@@ -5,7 +5,7 @@ they are stored (`graphopt.training.stored_weights`), to give again the outputs 
 values on the way to them: first each part of the network for itself, its inputs taken as they come
 (as in BRECQ, Li et al. 2021), then all together (distillation, Hinton et al. 2015). Rounding to a
 grid or a codebook lets gradients through as they are (Bengio et al. 2013). Samples that the
-training never sees say whether it helped, and the best state is kept.
+training never sees say whether it helped.
 """
 
 from __future__ import annotations
@@ -283,32 +283,28 @@ class Healing:
     # -------------------------------------------------------------- learning
 
     def run(self, budget: Budget) -> list[Tensor]:
-        """Learn, and return the numbers of the best state, as they can be stored."""
+        """Learn, and return the numbers of the last state, as they can be stored.
+
+        Where this is no better than what was given, of the best state.
+        """
         started = time.monotonic()
         latent, bounds = self._begin()
         coded = [i for i, weight in enumerate(self.weights) if _is_coded(weight)]
         settling = Settling(self.weights, coded)
         optimizer = _adam(self.weights, latent)
         best = self._stored(latent)
-        self.curve = [Point(0.0, 0, self.error(best))]
-        lowest, before = self.curve[0].error, 0.0
+        lowest = self._check(best, started, 0)
         lost = math.sqrt(min(1.0, lowest / LOST_MUCH))
+        before = 0.0
         for steps, (window, carried) in enumerate(self._windows()):
             share = self.ranks.agreed(budget.share(time.monotonic() - started, steps))
             if share * CHECKS >= len(self.curve) or share >= 1:
-                error = self.error(latent)
-                minutes = (time.monotonic() - started) / 60
-                self.curve.append(Point(minutes, steps, error))
-                self.progress(f"healing: error {self.curve[0].error:.3g}, now {error:.3g}")
+                error = self._check(latent, started, steps)
                 if error <= lowest:
                     lowest, best = error, self._stored(latent)
             if share >= 1:
                 break
-            slow = min(1.0, share / WARM_UP_SHARE) * (1 + math.cos(math.pi * share)) / 2
-            for group in optimizer.param_groups:
-                # Half of all steps at the full rate would go as far as these do.
-                rate = 2 * CODE_WAY * (share - before) if group["rounded"] else RATE
-                group["lr"] = slow * lost * group["size"] * rate
+            _set_rates(optimizer, share, before, lost)
             before = share
             settling.watch(share, latent)
             optimizer.zero_grad()
@@ -317,7 +313,17 @@ class Healing:
             with torch.no_grad():
                 for i, (lower, upper) in bounds.items():
                     latent[i].clamp_(lower, upper)
-        return best
+        # Of states on the way the samples that judge, which are few, would like one by chance.
+        is_better = self.curve[-1].error <= self.curve[0].error
+        return self._stored(latent) if is_better else best
+
+    def _check(self, numbers: Sequence[Tensor], started: float, steps: int) -> float:
+        """The error on the held-out samples, which goes to the curve."""
+        error = self.error(numbers)
+        self.curve.append(Point((time.monotonic() - started) / 60, steps, error))
+        if steps:
+            self.progress(f"healing: error {self.curve[0].error:.3g}, now {error:.3g}")
+        return error
 
     def _begin(self) -> tuple[list[Tensor], dict[int, tuple[Tensor, Tensor]]]:
         """What learns, and where it is rounded and the original known, its bounds by place."""
@@ -391,9 +397,25 @@ def _feature_error(feature: Feature, values: Tensors, targets: Tensors) -> Tenso
     return squares(values[feature.name], targets[feature.original]) / feature.variance
 
 
+def _set_rates(optimizer: torch.optim.Adam, share: float, before: float, lost: float) -> None:
+    """For the next step.
+
+    Args:
+        optimizer: see `_adam`.
+        share: of the time that is over.
+        before: the same at the step before.
+        lost: by what part rates are smaller; see `LOST_MUCH`.
+    """
+    slow = min(1.0, share / WARM_UP_SHARE) * (1 + math.cos(math.pi * share)) / 2
+    for group in optimizer.param_groups:
+        # Half of all steps at the full rate would go as far as these do.
+        rate = 2 * CODE_WAY * (share - before) if group["is_coded"] else RATE
+        group["lr"] = slow * lost * group["size"] * rate
+
+
 def _adam(weights: Sequence[StoredWeight], latent: Sequence[Tensor]) -> torch.optim.Adam:
     groups = [
-        {"params": [numbers], "size": _size(weight), "rounded": _is_coded(weight)}
+        {"params": [numbers], "size": _size(weight), "is_coded": _is_coded(weight)}
         for weight, numbers in zip(weights, latent, strict=True)
     ]
     return torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-16)

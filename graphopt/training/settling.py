@@ -15,7 +15,7 @@ from torch import Tensor
 
 from graphopt.training.stored_weights import StoredWeight
 
-SETTLED_FROM, SETTLED_TO = 0.3, 0.9
+SETTLED_FROM, SETTLED_TO = 0.4, 0.9
 """Of the time: when the first layer rests, and after which all do. What comes behind a layer learns
 on, with its codes as they are going to be."""
 
