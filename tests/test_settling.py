@@ -20,7 +20,7 @@ TWO = """
 
 
 def test_what_goes_to_and_fro_rests_where_it_was_most_of_the_time() -> None:
-    codes = np.zeros((4, 4), np.int8)
+    codes = np.full((4, 4), 3, np.int8)
     codes[0] = 5
     weights = stored_weights(parse(TWO, p=codes, q=codes, s=np.float32(0.1)).graph)
     latent = [weight.numbers.clone().requires_grad_() for weight in weights]
@@ -28,15 +28,15 @@ def test_what_goes_to_and_fro_rests_where_it_was_most_of_the_time() -> None:
 
     for step in range(300):
         with torch.no_grad():
-            # Three of four times 1, and at last 0.
-            latent[0][1:] = 0.4 if step % 4 == 3 else 0.6
+            # Three of four times 4, and at last 3.
+            latent[0][1:] = 3.4 if step % 4 == 3 else 3.6
         settling.watch(SETTLED_FROM * step / 300, latent)
-    assert latent[0].requires_grad and float(latent[0][1, 0]) == pytest.approx(0.4)
+    assert latent[0].requires_grad and float(latent[0][1, 0]) == pytest.approx(3.4)
     latent[0].grad = torch.ones_like(latent[0])
     settling.watch(SETTLED_FROM, latent)
 
     assert not latent[0].requires_grad and latent[0].grad is None
-    assert latent[0][0].tolist() == [5] * 4 and latent[0][1:].unique().tolist() == [1]
+    assert latent[0][0].tolist() == [5] * 4 and latent[0][1:].unique().tolist() == [4]
     # The second layer learns on with that.
     assert latent[1].requires_grad
     settling.watch(SETTLED_TO, latent)

@@ -409,8 +409,8 @@ def _set_rates(optimizer: torch.optim.Adam, share: float, before: float, lost: f
     slow = min(1.0, share / WARM_UP_SHARE) * (1 + math.cos(math.pi * share)) / 2
     for group in optimizer.param_groups:
         # Half of all steps at the full rate would go as far as these do.
-        rate = 2 * CODE_WAY * (share - before) if group["is_coded"] else RATE
-        group["lr"] = slow * lost * group["size"] * rate
+        rate = 2 * CODE_WAY * (share - before) if group["is_coded"] else lost * RATE
+        group["lr"] = slow * group["size"] * rate
 
 
 def _adam(weights: Sequence[StoredWeight], latent: Sequence[Tensor]) -> torch.optim.Adam:
