@@ -470,7 +470,7 @@ def test_codes_go_up_or_down_from_the_number_of_the_original() -> None:
     given = optimized(PASSES["grid"])
     before = {w.value.name: w for w in stored_weights(given.graph) if w.is_rounded}
 
-    found = heal(MODEL, given, samples=samples(), steps=STEPS, threads=1)
+    found = heal(MODEL, given, samples=samples(), steps=5 * STEPS, threads=1)
 
     after = {w.value.name: w for w in stored_weights(found.model.graph) if w.is_rounded}
     steps = [(after[name].numbers - before[name].numbers).abs() for name in before]
