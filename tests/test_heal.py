@@ -26,7 +26,7 @@ from graphopt.training.stored_weights import stored_weights  # noqa: E402
 
 FOLDER = Path(graphopt_models.__file__).parent
 MODEL = FOLDER / "digits_cnn.onnx"
-STEPS = 40
+STEPS = 150
 
 
 def samples(count: int = 100) -> list[dict[str, np.ndarray]]:
@@ -153,7 +153,7 @@ def test_the_same_steps_give_the_same_model() -> None:
 
 
 def test_two_processes_learn_what_one_learns() -> None:
-    given = optimized(PASSES["structures"])
+    given = optimized(PASSES["pruned"])
 
     alone = heal(MODEL, given, samples=samples(), steps=16, threads=1)
     both = heal(MODEL, given, samples=samples(), steps=16, threads=2, processes=2)
@@ -470,7 +470,7 @@ def test_codes_go_up_or_down_from_the_number_of_the_original() -> None:
     given = optimized(PASSES["grid"])
     before = {w.value.name: w for w in stored_weights(given.graph) if w.is_rounded}
 
-    found = heal(MODEL, given, samples=samples(), steps=5 * STEPS, threads=1)
+    found = heal(MODEL, given, samples=samples(), steps=STEPS, threads=1)
 
     after = {w.value.name: w for w in stored_weights(found.model.graph) if w.is_rounded}
     steps = [(after[name].numbers - before[name].numbers).abs() for name in before]

@@ -54,6 +54,9 @@ FEATURES_WEIGHT = 20.0
 """Of values on the way, beside the outputs: on each sample they say far more, so that few samples
 are enough, which the outputs alone would only be learnt by heart."""
 
+SAMPLES_ENOUGH, SAMPLES_FEW = 250, 50
+"""With fewer samples than the first, such values count more by as much, down to the second."""
+
 WARM_UP_SHARE, APART_SHARE = 0.05, 0.1
 """Of the time: while the rate rises, and while each part learns for itself."""
 
@@ -382,7 +385,9 @@ class Healing:
         if not self.features:
             return loss
         errors = [_feature_error(f, values, targets) for f in self.features]
-        return loss + FEATURES_WEIGHT * torch.stack(errors).mean()
+        samples = max(SAMPLES_FEW, min(SAMPLES_ENOUGH, len(self.material.training)))
+        weight = FEATURES_WEIGHT * SAMPLES_ENOUGH / samples
+        return loss + weight * torch.stack(errors).mean()
 
 
 @dataclass
