@@ -26,18 +26,24 @@ def test_what_goes_to_and_fro_rests_where_it_was_most_of_the_time() -> None:
     latent = [weight.numbers.clone().requires_grad_() for weight in weights]
     settling = Settling(weights, [0, 1])
 
+    def watch(share: float) -> list[torch.Tensor]:
+        rounded = [w.nearest(n.detach()) for w, n in zip(weights, latent, strict=True)]
+        settling.watch(share, latent, rounded)
+        return rounded
+
     for step in range(300):
         with torch.no_grad():
             # Three of four times 4, and at last 3.
             latent[0][1:] = 3.4 if step % 4 == 3 else 3.6
-        settling.watch(SETTLED_FROM * step / 300, latent)
+        watch(SETTLED_FROM * step / 300)
     assert latent[0].requires_grad and float(latent[0][1, 0]) == pytest.approx(3.4)
     latent[0].grad = torch.ones_like(latent[0])
-    settling.watch(SETTLED_FROM, latent)
+    rounded = watch(SETTLED_FROM)
 
     assert not latent[0].requires_grad and latent[0].grad is None
     assert latent[0][0].tolist() == [5] * 4 and latent[0][1:].unique().tolist() == [4]
+    assert torch.equal(rounded[0], latent[0])
     # The second layer learns on with that.
     assert latent[1].requires_grad
-    settling.watch(SETTLED_TO, latent)
+    watch(SETTLED_TO)
     assert not latent[1].requires_grad

@@ -23,7 +23,7 @@ from graphopt.training.companions import beside
 from graphopt.training.healing import LOOKS, Budget, Healing, Material, Point
 from graphopt.training.interpreter import inlined
 from graphopt.training.learnable_outputs import Learnable, learnable
-from graphopt.training.sample_batches import Batches
+from graphopt.training.sample_batches import Batches, from_all_over
 from graphopt.training.stored_weights import StoredWeight, forms_of, stored_weights, write
 from graphopt.validation import OutputError, why_over, worst
 
@@ -191,8 +191,7 @@ def _healed(
 
 def _compared(original: ir.Model, optimized: ir.Model, learnt: Feed) -> Learnable:
     """What can be compared of both models, by a few samples."""
-    count = len(learnt.samples.sequences)
-    chosen = learnt.samples.select(range(0, count, -(-count // LOOKS))).first(LOOKS)
+    chosen = from_all_over(learnt.samples, LOOKS).first(LOOKS)
     batches = Batches(chosen, 1, learnt.inputs, torch.device("cpu"))
     looks = [step[0] for batch in batches.once() for step in batch]
     return learnable(original, optimized, looks, [output for output, _ in learnt.state])

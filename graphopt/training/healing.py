@@ -28,7 +28,14 @@ from graphopt.training.interpreter import Interpreter
 from graphopt.training.original_weights import wanted_numbers
 from graphopt.training.output_aims import Aim, aim_of, squares
 from graphopt.training.ranks import Ranks
-from graphopt.training.sample_batches import Batches, Runner, Sequences, Tensors, way_of
+from graphopt.training.sample_batches import (
+    Batches,
+    Runner,
+    Sequences,
+    Tensors,
+    from_all_over,
+    way_of,
+)
 from graphopt.training.settling import Settling
 from graphopt.training.stored_weights import StoredWeight, stored_weights
 
@@ -195,9 +202,7 @@ class Healing:
 
         At most so many, but that each roll-out has as many as others.
         """
-        sequences = self.material.training.sequences
-        step = -(-len(sequences) // count)
-        chosen = self.material.training.select(range(0, len(sequences), step))
+        chosen = from_all_over(self.material.training, count)
         each = -(-count // len(chosen.sequences))
         for roll_out in self._batches(chosen, 1).once():
             apart = max(1, min(len(roll_out), AIM_LOOKS) // each)
@@ -252,12 +257,17 @@ class Healing:
         """What the next step is given of the outputs of this one."""
         return {target: values[source].detach() for source, target in self.material.state}
 
-    def _fed(self, numbers: Sequence[Tensor]) -> Tensors:
+    def _rounded(self, latent: Sequence[Tensor]) -> list[Tensor]:
+        """As they can be stored."""
+        return [
+            w.nearest(numbers.detach()) for w, numbers in zip(self.weights, latent, strict=True)
+        ]
+
+    def _fed(self, latent: Sequence[Tensor], rounded: Sequence[Tensor]) -> Tensors:
         """The weights for the interpreter; gradients go through rounding as they are."""
         fed = {}
-        for weight, latent in zip(self.weights, numbers, strict=True):
-            rounded = weight.nearest(latent.detach())
-            fed[weight.value.name or ""] = weight.fed(latent + (rounded - latent).detach())
+        for weight, free, stored in zip(self.weights, latent, rounded, strict=True):
+            fed[weight.value.name or ""] = weight.fed(free + (stored - free).detach())
         return fed
 
     def _output_error(self, values: Tensors, targets: Tensors) -> Tensor:
@@ -269,7 +279,7 @@ class Healing:
         """Of the outputs on the held-out samples, each rank looking at all of them."""
         total, count = 0.0, 0
         with torch.no_grad():
-            fed = self._fed(numbers)
+            fed = self._fed(numbers, self._rounded(numbers))
             for sequences in self.held_out.once():
                 ours: Tensors = {}
                 theirs: Tensors = {}
@@ -309,9 +319,12 @@ class Healing:
                 break
             _set_rates(optimizer, share, before, lost)
             before = share
-            settling.watch(share, latent)
+            rounded = self._rounded(latent)
+            settling.watch(share, latent, rounded)
             optimizer.zero_grad()
-            self._learn(window, carried, latent, is_apart=share < APART_SHARE)
+            fed = self._fed(latent, rounded)
+            self._learn(window, carried, fed, is_apart=share < APART_SHARE)
+            self._take_gradients(latent)
             optimizer.step()
             with torch.no_grad():
                 for i, (lower, upper) in bounds.items():
@@ -343,7 +356,7 @@ class Healing:
         return latent, bounds
 
     def _stored(self, latent: Sequence[Tensor]) -> list[Tensor]:
-        return [w.nearest(n.detach()).clone() for w, n in zip(self.weights, latent, strict=True)]
+        return [numbers.clone() for numbers in self._rounded(latent)]
 
     def _windows(self) -> Iterator[tuple[Sequences, _Carried]]:
         """Some steps of several samples, and what both models carry into them and out again."""
@@ -352,11 +365,8 @@ class Healing:
             for start in range(0, len(sequences), WINDOW):
                 yield sequences[start : start + WINDOW], carried
 
-    def _learn(
-        self, window: Sequences, carried: _Carried, latent: Sequence[Tensor], is_apart: bool
-    ) -> None:
-        """The gradients of one batch."""
-        fed = self._fed(latent)
+    def _learn(self, window: Sequences, carried: _Carried, fed: Tensors, is_apart: bool) -> None:
+        """The gradients of one batch, of this process."""
         cut = [f.name for f in self.features] if is_apart else []
         loss = torch.zeros((), device=self.device)
         share = self.ranks.share_of(len(window[0]))
@@ -374,20 +384,27 @@ class Healing:
             loss = loss + self._loss(values, targets) * len(samples) / len(step) / len(window)
         if loss.requires_grad:
             torch.autograd.backward(loss)
-            for numbers in latent:
-                if numbers.grad is not None:
-                    # As of a square root at 0: one such number would spoil the weight for good.
-                    numbers.grad.nan_to_num_(0, 0, 0)
-        self.ranks.add_gradients([numbers for numbers in latent if numbers.requires_grad])
+
+    def _take_gradients(self, latent: Sequence[Tensor]) -> None:
+        """Let what still learns have those of all processes together."""
+        learning = [numbers for numbers in latent if numbers.requires_grad]
+        for numbers in learning:
+            if numbers.grad is not None:
+                # As of a square root at 0: one such number would spoil the weight for good.
+                numbers.grad.nan_to_num_(0, 0, 0)
+        self.ranks.add_gradients(learning)
 
     def _loss(self, values: Tensors, targets: Tensors) -> Tensor:
         loss = self._output_error(values, targets)
         if not self.features:
             return loss
         errors = [_feature_error(f, values, targets) for f in self.features]
+        return loss + self._features_weight * torch.stack(errors).mean()
+
+    @cached_property
+    def _features_weight(self) -> float:
         samples = max(SAMPLES_FEW, min(SAMPLES_ENOUGH, len(self.material.training)))
-        weight = FEATURES_WEIGHT * SAMPLES_ENOUGH / samples
-        return loss + weight * torch.stack(errors).mean()
+        return FEATURES_WEIGHT * SAMPLES_ENOUGH / samples
 
 
 @dataclass
@@ -436,10 +453,12 @@ def _size(weight: StoredWeight) -> float:
 
     Where they lie close, the root mean square of those that are not zero.
     """
-    lower, upper = weight.cell()
-    widths = (upper - lower)[(upper - lower).isfinite()]
-    if _is_coded(weight) and widths.numel():
-        return float(widths.mean())
+    if _is_coded(weight):
+        lower, upper = weight.cell()
+        widths = upper - lower
+        widths = widths[widths.isfinite()]
+        if widths.numel():
+            return float(widths.mean())
     numbers = weight.numbers[weight.numbers != 0]
     size = float(numbers.square().mean().sqrt()) if numbers.numel() else 0.01
     return size * (VECTOR_SHARE if weight.is_vector else 1.0)

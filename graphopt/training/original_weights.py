@@ -12,14 +12,15 @@ factor for each row, which a pass may have folded into it.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from graphopt.content import read_array
+from graphopt.content import read_array, read_block
 from graphopt.rewriting import node_tensor
 from graphopt.training.interpreter import Interpreter
 from graphopt.training.stored_weights import StoredWeight
@@ -33,6 +34,40 @@ values it is about 0.45."""
 
 AS_IT_IS = 0.9
 """By so much factors for the rows have to bring them nearer: they are fitted to what is rounded."""
+
+CORNER, TRIED_MAXIMUM = 32, 4
+"""How long a side of the corner is by which the constants of a shape are put in order, and how many
+of them are then looked at as a whole: blocks of a transformer have many of one shape."""
+
+
+@dataclass(frozen=True)
+class _Constant:
+    """A constant of the original, read when it is looked at.
+
+    Attributes:
+        tensor: of floating point.
+        is_transposed: it stands for the matrix with its axes exchanged.
+    """
+
+    tensor: ir.TensorProtocol
+    is_transposed: bool
+
+    def whole(self) -> Tensor:
+        """All of it, float32."""
+        return self._as_read(read_array(self.tensor))
+
+    def corner(self) -> Tensor:
+        """The first numbers along all axes, float32."""
+        block = [slice(0, min(size, CORNER)) for size in self.tensor.shape.numpy()]
+        return self._as_read(read_block(self.tensor, block).view(self.tensor.dtype.numpy()))
+
+    def _as_read(self, array: np.ndarray) -> Tensor:
+        numbers = torch.from_numpy(array.astype(np.float32))
+        return numbers.T if self.is_transposed else numbers
+
+
+_Constants = Mapping[tuple[int, ...], Sequence[_Constant]]
+"""By shape."""
 
 
 def wanted_numbers(
@@ -53,32 +88,31 @@ def wanted_numbers(
     return [_wanted(w, optimized, constants) if w.is_rounded else None for w in weights]
 
 
-def _constants(original: ir.Model) -> dict[torch.Size, list[Tensor]]:
-    """The constants of the main graph by shape, matrices also transposed.
+def _constants(original: ir.Model) -> _Constants:
+    """The constants of the main graph, matrices also transposed.
 
     An initializer that is an input, too, is what the original was trained with.
     """
     stored = (value.const_value for value in original.graph.initializers.values())
-    found: dict[torch.Size, list[Tensor]] = defaultdict(list)
+    found: dict[tuple[int, ...], list[_Constant]] = defaultdict(list)
     for tensor in (*stored, *map(node_tensor, original.graph)):
         if tensor is None or not tensor.dtype.is_floating_point() or tensor.size < NUMBERS_MINIMUM:
             continue
-        constant = torch.from_numpy(read_array(tensor).astype(np.float32))
-        for one in (constant, constant.T) if constant.ndim == 2 else (constant,):
-            found[one.shape].append(one)
+        shape = tuple(tensor.shape.numpy())
+        found[shape].append(_Constant(tensor, is_transposed=False))
+        if len(shape) == 2:
+            found[shape[::-1]].append(_Constant(tensor, is_transposed=True))
     return found
 
 
-def _wanted(
-    weight: StoredWeight, optimized: Interpreter, constants: dict[torch.Size, list[Tensor]]
-) -> Tensor | None:
+def _wanted(weight: StoredWeight, optimized: Interpreter, constants: _Constants) -> Tensor | None:
     def whole(numbers: Tensor) -> Tensor:
         name = weight.operand.value.name or ""
         return optimized.run({weight.value.name or "": weight.fed(numbers)}, [name])[name].float()
 
     numbers = weight.numbers.clone().requires_grad_()
     made = whole(numbers)
-    alike = _alike(made.detach(), constants.get(made.shape, ()))
+    alike = _alike(made.detach(), constants.get(tuple(made.shape), ()))
     if alike is None or not made.requires_grad:
         return None
     # The weight is A numbers + b, where A scales and places: A'A is diagonal, and A'(weight - b)
@@ -90,20 +124,27 @@ def _wanted(
     return torch.where(scale > 0, projected / scale, weight.numbers)
 
 
-def _alike(weight: Tensor, constants: Sequence[Tensor]) -> Tensor | None:
-    """The nearest of some constants, perhaps with factors for its rows; None if none is near."""
-    found = [one for constant in constants for one in _views(constant.to(weight.device), weight)]
-    if not found:
-        return None
-    apart, nearest = min(found, key=lambda one: one[0])
-    return nearest if apart <= APART_MAXIMUM * float(weight.norm()) else None
+def _alike(weight: Tensor, constants: Sequence[_Constant]) -> Tensor | None:
+    """One of some constants that is near, perhaps with factors for its rows; None if none is."""
+    corner = weight[tuple(slice(0, CORNER) for _ in weight.shape)]
+    nearest = sorted(constants, key=lambda constant: _nearest(constant.corner(), corner)[0])
+    for constant in nearest[:TRIED_MAXIMUM]:
+        apart, numbers = _nearest(constant.whole(), weight)
+        if apart <= APART_MAXIMUM * float(weight.norm()):
+            return numbers
+    return None
+
+
+def _nearest(constant: Tensor, weight: Tensor) -> tuple[float, Tensor]:
+    """A constant as it is or with factors for its rows, whichever is nearer, and how far it is."""
+    return min(_views(constant.to(weight.device), weight), key=lambda view: view[0])
 
 
 def _views(constant: Tensor, weight: Tensor) -> Iterator[tuple[float, Tensor]]:
-    """A constant as it is, and with the factors that bring its rows nearest, with the distances."""
     yield AS_IT_IS * float((constant - weight).norm()), constant
     for axis in {0, weight.ndim - 1}:
         along = [other for other in range(weight.ndim) if other != axis]
         squares = constant.square().sum(along, keepdim=True)
         factors = (constant * weight).sum(along, keepdim=True) / squares.clamp_min(1e-30)
-        yield float((constant * factors - weight).norm()), constant * factors
+        scaled = constant * factors
+        yield float((scaled - weight).norm()), scaled

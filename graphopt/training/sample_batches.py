@@ -137,6 +137,12 @@ Sequences = list[list[Tensors]]
 """For each step of several roll-outs of equal lengths, one sample of each."""
 
 
+def from_all_over(samples: Samples, count: int) -> Samples:
+    """So many sequences at most, from the first to the last: samples often lie sorted by class."""
+    total = len(samples.sequences)
+    return samples.select(range(0, total, -(-total // count)))
+
+
 @dataclass(frozen=True)
 class Batches:
     """Samples in an order of chance, in batches of equal shapes.

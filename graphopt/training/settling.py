@@ -38,20 +38,20 @@ class Settling:
     _rested: int = 0
 
     @torch.no_grad()
-    def watch(self, share: float, latent: Sequence[Tensor]) -> None:
+    def watch(self, share: float, latent: Sequence[Tensor], rounded: list[Tensor]) -> None:
         """Look at what learns, and let rest what is due: it asks for no gradient from then on.
 
         Args:
             share: of the time that is over.
             latent: what learns of each weight; modified where it comes to rest.
+            rounded: the same as it can be stored; exchanged where it comes to rest.
         """
         for i in self.places[self._rested :]:
-            rounded = self.weights[i].nearest(latent[i])
-            mean = self._means.setdefault(i, rounded)
-            self._means[i] = mean.lerp(rounded, 1 - MEMORY)
+            self._means[i] = self._means.get(i, rounded[i]).lerp(rounded[i], 1 - MEMORY)
         while self._rested < len(self.places) and share >= self._due(self._rested):
             i = self.places[self._rested]
-            latent[i].copy_(self.weights[i].nearest(self._means.pop(i)))
+            rounded[i] = self.weights[i].nearest(self._means.pop(i))
+            latent[i].copy_(rounded[i])
             latent[i].requires_grad_(False)
             latent[i].grad = None
             self._rested += 1
