@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from graphopt.errors import ModelError
 from graphopt.external_data import anchor_external_tensors, check_external_data, external_tensors
 from graphopt.naming import check_names
 from graphopt.operators import ONNX_DOMAINS
-from graphopt.protos import scopes
+from graphopt.protos import scopes, tensors_of
 from graphopt.rewriting import replace_tensors, tensor_of, unshadow
 from graphopt.serializing import stubbed
 from graphopt.skeleton import from_proto, why_invalid
@@ -286,6 +286,7 @@ def _source(
     folder = path.parent if path is not None and files else None
     size += sum(file.stat().st_size for file in files)
     invalid = why_invalid(proto)
+    names = [tensor.name for tensor in tensors_of(proto)]
     try:
         model = from_proto(proto)
     except Exception as error:  # whatever a malformed proto makes onnx-ir raise
@@ -299,12 +300,17 @@ def _source(
     if invalid is not None:
         _check_handled(model, invalid)
     notes += _unshadowed(model)
-    read = partial(_made_again, proto, folder, is_sorted)
+    read = partial(_made_again, proto, names, folder, is_sorted)
     return Source(path, size, digest, tuple(notes), invalid, frozenset(files), read, [model])
 
 
-def _made_again(proto: onnx.ModelProto, folder: Path | None, is_sorted: bool) -> ir.Model:
-    """The model of a proto that was found to be in order."""
+def _made_again(
+    proto: onnx.ModelProto, names: Sequence[str], folder: Path | None, is_sorted: bool
+) -> ir.Model:
+    """The model of a proto that was found to be in order, whose tensors had these names."""
+    for tensor, name in zip(tensors_of(proto), names, strict=True):
+        # A value of the model that was made before renames its tensor along with itself.
+        tensor.name = name
     model = from_proto(proto)
     if folder is not None:
         anchor_external_tensors(model, folder)

@@ -421,6 +421,17 @@ def test_the_hash_of_a_single_file_is_that_of_its_bytes(tmp_path: Path) -> None:
     assert loading.open_model(content).sha256() == expected
 
 
+def test_a_model_that_was_given_away_is_made_again_as_it_was() -> None:
+    proto = parse("agraph (float[2] x) => (float[2] y) <float[2] w = {1, 2}> { y = Add(x, w) }")
+    source = loading.open_model(proto)
+
+    modified = source.give_away()
+    modified.graph.initializers["w"].name = "other"
+
+    assert list(source.model.graph.initializers) == ["w"]
+    assert list(source.model.clone().graph.initializers) == ["w"]
+
+
 def test_the_hash_covers_external_data(tmp_path: Path) -> None:
     path = write_external(tmp_path)
     first = loading.open_model(path).sha256()

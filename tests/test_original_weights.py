@@ -12,7 +12,8 @@ from packed_models import FORMS, packed_reader  # noqa: E402
 from graphopt.testing import parse  # noqa: E402
 from graphopt.training.interpreter import Interpreter  # noqa: E402
 from graphopt.training.original_weights import wanted_numbers  # noqa: E402
-from graphopt.training.stored_weights import CodebookNumbers, stored_weights  # noqa: E402
+from graphopt.training.stored_weights import stored_weights  # noqa: E402
+from graphopt.training.weight_forms import CodebookNumbers  # noqa: E402
 
 FLOAT = "agraph (float[4,16] x, float[16,12] w) => (float[4,12] y) { y = MatMul(x, w) }"
 TRANSPOSED = """

@@ -14,14 +14,13 @@ from graphopt.rewriting import constant_tensor  # noqa: E402
 from graphopt.runtime import Reference, Session  # noqa: E402
 from graphopt.testing import parse  # noqa: E402
 from graphopt.training.interpreter import Interpreter  # noqa: E402
-from graphopt.training.stored_weights import (  # noqa: E402
+from graphopt.training.stored_weights import stored_weights, write  # noqa: E402
+from graphopt.training.weight_forms import (  # noqa: E402
     CodebookNumbers,
     GridCodes,
     PlainNumbers,
     StoredWeight,
     forms_of,
-    stored_weights,
-    write,
 )
 
 BODIES = {"If"}

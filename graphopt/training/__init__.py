@@ -15,9 +15,10 @@ What passes made of a model learns from the original again::
 
     healed = heal("model.onnx", "optimized.onnx", samples="samples/")
 
-The parts: `interpreter` (ONNX in torch), `stored_weights` (what can learn), `common_values` and
-`output_aims` (what is learnt), `sample_batches` (from what), `healing` (the loop), `companions` and
-`ranks` (several processes), and `heal`, the verb.
+The parts: `interpreter` (ONNX in torch), `stored_weights` and `weight_forms` (what can learn, and
+in which form), `original_weights` and `settling` (where codes begin and end), `common_values`,
+`learnable_outputs` and `output_aims` (what is learnt), `sample_batches` (from what), `healing` (the
+loop), `companions` and `ranks` (several processes), and `heal`, the verb.
 """
 
 from __future__ import annotations

@@ -24,7 +24,8 @@ from graphopt.training.healing import LOOKS, Budget, Healing, Material, Point
 from graphopt.training.interpreter import inlined
 from graphopt.training.learnable_outputs import Learnable, learnable
 from graphopt.training.sample_batches import Batches, from_all_over
-from graphopt.training.stored_weights import StoredWeight, forms_of, stored_weights, write
+from graphopt.training.stored_weights import stored_weights, write
+from graphopt.training.weight_forms import StoredWeight, forms_of
 from graphopt.validation import OutputError, why_over, worst
 
 MINUTES_DEFAULT = 10.0

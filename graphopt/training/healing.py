@@ -37,7 +37,8 @@ from graphopt.training.sample_batches import (
     way_of,
 )
 from graphopt.training.settling import Settling
-from graphopt.training.stored_weights import StoredWeight, stored_weights
+from graphopt.training.stored_weights import stored_weights
+from graphopt.training.weight_forms import StoredWeight
 
 RATE = 0.01
 """Of Adam: by how much of its own size a weight changes in a step, about."""

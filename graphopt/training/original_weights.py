@@ -23,7 +23,7 @@ from torch import Tensor
 from graphopt.content import read_array, read_block
 from graphopt.rewriting import node_tensor
 from graphopt.training.interpreter import Interpreter
-from graphopt.training.stored_weights import StoredWeight
+from graphopt.training.weight_forms import StoredWeight
 
 NUMBERS_MINIMUM = 32
 """In a constant of fewer, likeness may be chance."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from graphopt.training.stored_weights import StoredWeight
+from graphopt.training.weight_forms import StoredWeight
 
 SETTLED_FROM, SETTLED_TO = 0.4, 0.9
 """Of the time: when the first layer rests, and after which all do. What comes behind a layer learns
