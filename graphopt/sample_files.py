@@ -6,6 +6,7 @@ import hashlib
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +22,31 @@ _UNREADABLE = (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, No
 """What numpy, zipfile and zlib raise on a file that is damaged or is something else."""
 
 
-def read_file(
-    path: Path, inputs: Sequence[Input], scratch: Path
-) -> list[tuple[str, Callable[[], Sample]]]:
-    """A name and a reader for each sample in the file."""
+@dataclass(frozen=True)
+class Source:
+    """Where a sample comes from.
+
+    Attributes:
+        where: what to call it in a message.
+        name: the stem of its file; with a number in brackets where the file has several.
+        load: reads it.
+    """
+
+    where: str
+    name: str
+    load: Callable[[], Sample]
+
+
+def _whole(path: Path, load: Callable[[], Sample]) -> Source:
+    return Source(str(path), path.stem, load)
+
+
+def _part(path: Path, index: int, load: Callable[[], Sample]) -> Source:
+    return Source(f"{path}, sample {index}", f"{path.stem}[{index}]", load)
+
+
+def read_file(path: Path, inputs: Sequence[Input], scratch: Path) -> list[Source]:
+    """The samples in the file."""
     if path.suffix == ".npy":
         return _read_npy_file(path, inputs)
     ranks = {i.name: len(i.shape) for i in inputs if i.shape is not None}
@@ -33,18 +55,18 @@ def read_file(
         name in ranks and len(shape) == ranks[name] + 1 for name, shape in shapes.items()
     )
     if not stacked:
-        return [(str(path), lambda: read_npz(path))]
+        return [_whole(path, lambda: read_npz(path))]
     counts = {shape[0] for shape in shapes.values()}
     if len(counts) != 1:
         raise SampleError(f"{path}: the arrays have different numbers of samples: {sorted(counts)}")
     files = {name: _unzip(path, name, scratch) for name in shapes}
     return [
-        (f"{path}, sample {i}", lambda i=i: {n: _row(f, i) for n, f in files.items()})  # type: ignore[misc]
+        _part(path, i, lambda i=i: {n: _row(f, i) for n, f in files.items()})  # type: ignore[misc]
         for i in range(counts.pop())
     ]
 
 
-def _read_npy_file(path: Path, inputs: Sequence[Input]) -> list[tuple[str, Callable[[], Sample]]]:
+def _read_npy_file(path: Path, inputs: Sequence[Input]) -> list[Source]:
     required = [i for i in inputs if i.required]
     if len(required) != 1:
         raise SampleError(
@@ -54,9 +76,9 @@ def _read_npy_file(path: Path, inputs: Sequence[Input]) -> list[tuple[str, Calla
     (only,) = required
     array = _load_npy(path)
     if only.shape is None or array.ndim != len(only.shape) + 1:
-        return [(str(path), lambda: {only.name: np.array(_load_npy(path))})]
+        return [_whole(path, lambda: {only.name: np.array(_load_npy(path))})]
     return [
-        (f"{path}, sample {i}", lambda i=i: {only.name: _row(path, i)})  # type: ignore[misc]
+        _part(path, i, lambda i=i: {only.name: _row(path, i)})  # type: ignore[misc]
         for i in range(len(array))
     ]
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,14 @@ import numpy as np
 
 from graphopt.contract import Sample
 from graphopt.errors import SampleError
-from graphopt.sample_files import REGISTERED_DTYPE, npz_shapes, read_file, read_npz, write_npz
+from graphopt.sample_files import (
+    REGISTERED_DTYPE,
+    Source,
+    npz_shapes,
+    read_file,
+    read_npz,
+    write_npz,
+)
 from graphopt.signature import Input, check_sample
 
 GATE_SHARE = 0.2
@@ -40,6 +48,9 @@ class Samples:
             every sample stands alone.
         random: the samples were drawn at random.
         keep: what must live as long as the samples (a folder of temporary files).
+        names: of each sample, by which a user knows it: the stem of its file (behind that of the
+            subfolder it is in; with a number in brackets where the file has several samples), or
+            its number in an iterable. Empty for samples that graphopt made.
     """
 
     loaders: tuple[Callable[[], Sample], ...]
@@ -47,6 +58,7 @@ class Samples:
     sequences: tuple[tuple[int, ...], ...]
     random: bool = False
     keep: Any = field(default=None, repr=False, compare=False)
+    names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.loaders)
@@ -72,6 +84,7 @@ class Samples:
             tuple(tuple(place[i] for i in sequence) for sequence in chosen),
             self.random,
             self.keep,
+            tuple(self.names[i] for i in order) if self.names else (),
         )
 
     def first(self, count: int) -> Samples:
@@ -81,7 +94,7 @@ class Samples:
             room = count - sum(map(len, kept))
             if room > 0:
                 kept.append(sequence[:room])
-        cut = Samples(self.loaders, self.digests, tuple(kept), self.random, self.keep)
+        cut = replace(self, sequences=tuple(kept))
         return cut.select(range(len(kept)))
 
     def split(self, gate_count: int | None = None) -> tuple[Samples, Samples]:
@@ -141,8 +154,12 @@ def read_samples(
         raise SampleError(f"there are no samples at {path}: no such file or folder")
     keep = tempfile.TemporaryDirectory(prefix="graphopt-")
     groups = [[path]] if path.is_file() else _folder(path, bool(state))
-    reads: list[list[tuple[str, Callable[[], Sample]]]] = [
-        [read for file in files for read in read_file(file, inputs, Path(keep.name))]
+    reads = [
+        [
+            _named(source, file, path)
+            for file in files
+            for source in read_file(file, inputs, Path(keep.name))
+        ]
         for files in groups
     ]
     return _checked((reads, keep), inputs, carried, str(path))
@@ -174,9 +191,16 @@ def _folder(path: Path, state: bool) -> list[list[Path]]:
     return [g for g in groups if g]
 
 
-def _spool(source: Iterable[Sample]) -> tuple[list[list[tuple[str, Callable[[], Sample]]]], Any]:
+def _named(source: Source, file: Path, path: Path) -> Source:
+    """The source with the subfolder in its name, where it is in one."""
+    if file.parent in (path, path.parent):
+        return source
+    return replace(source, name=f"{file.parent.name}/{source.name}")
+
+
+def _spool(source: Iterable[Sample]) -> tuple[list[list[Source]], Any]:
     keep = tempfile.TemporaryDirectory(prefix="graphopt-")
-    reads: list[tuple[str, Callable[[], Sample]]] = []
+    reads: list[Source] = []
     for index, sample in enumerate(source):
         if not isinstance(sample, Mapping):
             raise SampleError(
@@ -188,7 +212,8 @@ def _spool(source: Iterable[Sample]) -> tuple[list[list[tuple[str, Callable[[], 
             write_npz(path, arrays)
         except SampleError as error:
             raise SampleError(f"sample {index}: {error}") from None
-        reads.append((f"sample {index}", lambda path=path: read_npz(path)))  # type: ignore[misc]
+        load = partial(read_npz, path)
+        reads.append(Source(f"sample {index}", str(index), load))
     return [reads], keep
 
 
@@ -207,25 +232,31 @@ def _typed(load: Callable[[], Sample], inputs: Sequence[Input]) -> Callable[[], 
 
 
 def _checked(
-    opened: tuple[list[list[tuple[str, Callable[[], Sample]]]], Any],
+    opened: tuple[list[list[Source]], Any],
     inputs: Sequence[Input],
     carried: set[str],
     what: str,
 ) -> Samples:
     reads, keep = opened
-    flat = [(where, _typed(load, inputs)) for group in reads for where, load in group]
+    flat = [replace(s, load=_typed(s.load, inputs)) for group in reads for s in group]
     if not flat:
         raise SampleError(f"{what} are empty: no sample in them")
     digests = []
-    for where, load in flat:
-        sample = load()
-        check_sample(sample, inputs, where, carried)
+    for source in flat:
+        sample = source.load()
+        check_sample(sample, inputs, source.where, carried)
         digests.append(digest(sample))
     sequences: list[tuple[int, ...]] = [(i,) for i in range(len(flat))]
     if carried:
         starts = np.cumsum([0] + [len(g) for g in reads])
         sequences = [tuple(range(a, b)) for a, b in pairwise(starts)]
-    return Samples(tuple(load for _, load in flat), tuple(digests), tuple(sequences), keep=keep)
+    return Samples(
+        tuple(source.load for source in flat),
+        tuple(digests),
+        tuple(sequences),
+        keep=keep,
+        names=tuple(source.name for source in flat),
+    )
 
 
 def digest(sample: Sample) -> str:

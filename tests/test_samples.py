@@ -566,3 +566,37 @@ def test_read_npz_gives_back_what_was_written(tmp_path: Path) -> None:
     arrays = read_npz(tmp_path / "s.npz")
     assert arrays["a"].tolist() == [0, 1, 2]
     assert (arrays["b"].shape, float(arrays["b"])) == ((), 2)
+
+
+# ------------------------------------------------------------------ names
+
+
+def test_samples_are_called_by_their_files(tmp_path: Path) -> None:
+    folder = _write(tmp_path / "s", _rows(3), "clip{}.npz")
+    (folder / "labels.json").write_text("[0, 1, 2]")
+    samples = read_samples(folder, X)
+
+    assert samples.names == ("clip0", "clip1", "clip2")
+    assert samples.select([2, 0]).names == ("clip2", "clip0")
+    assert samples.first(2).names == ("clip0", "clip1")
+    assert read_samples(folder / "clip1.npz", X).names == ("clip1",)
+    assert read_samples(_rows(2), X).names == ("0", "1")
+
+
+def test_names_go_with_their_samples_when_these_are_split(tmp_path: Path) -> None:
+    samples = read_samples(_write(tmp_path / "s", _rows(20), "{}.npz"), X)
+
+    for part in samples.split():
+        assert [float(name) for name in part.names] == _marks(part)
+
+
+def test_samples_of_one_file_or_of_subfolders_are_told_apart(tmp_path: Path) -> None:
+    np.save(tmp_path / "all.npy", np.zeros((2, 1, 3), FLOAT))
+    assert read_samples(tmp_path / "all.npy", X).names == ("all[0]", "all[1]")
+    np.savez(tmp_path / "all.npz", x=np.zeros((2, 1, 3), FLOAT))
+    assert read_samples(tmp_path / "all.npz", X).names == ("all[0]", "all[1]")
+
+    (tmp_path / "runs").mkdir()
+    for folder in ("b", "a"):
+        _write(tmp_path / "runs" / folder, _rows(2), "{}.npz")
+    assert read_samples(tmp_path / "runs", X, [("y", "x")]).names == ("a/0", "a/1", "b/0", "b/1")
