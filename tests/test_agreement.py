@@ -105,6 +105,18 @@ def test_it_is_what_a_calibrated_original_loses_in_accuracy() -> None:
     assert scores.disagreement is not None and scores.disagreement > 2 * true_drop
 
 
+def test_what_matters_is_not_lost_in_a_mean_over_rows_where_nothing_is() -> None:
+    rows = np.tile([0.9, 0.1], (100, 1))
+    rows[:4] = [0.2, 0.8]
+    missed = """g (float[N, 2] x) => (float[N, 2] y) <float[1, 2] b = {0.7, 0}> {y = Add(x, b)}"""
+
+    losses, scores = _compare(IDENTITY, missed, [{"x": rows}, {"x": rows[2:]}])
+
+    # All of the 4 and of the 2 rows in which something was are missed, by 0.6 each; 3 is the mean.
+    assert losses == pytest.approx([4 * 0.6 / 3, 2 * 0.6 / 3], rel=1e-6)
+    assert scores.disagreement == pytest.approx(6 / 198)
+
+
 # ------------------------------------------------------------------ temperature
 
 
