@@ -10,7 +10,9 @@ between both, and near 1 where it was sure. Rows that are no probabilities becom
 where the original would be unsure of everything then, they are scores of another scale, which is
 mended by a temperature. A sample loses the mean over its rows. Where nearly all rows have the same
 answer (a detector's: nothing here), it loses the sum over its rows, in terms of how many rows of a
-sample have another answer, or all that matters would be lost in a mean over what does not.
+sample have another answer, or all that matters would be lost in a mean over what does not. Of other
+sequences of rows (a language model's) the probabilities themselves are used, too: they lose half of
+the relative entropy, where that is more, so that one point is two per cent of perplexity.
 
 Other outputs of floating point lose the share of their variance that is no longer explained
 (1 - R^2: the squared difference over the squared distance from their mean). Not the squared
@@ -21,6 +23,9 @@ look small. Integers and strings lose the share of them that differ. What cannot
 A sample loses what its worst output does. The largest of the means of the outputs would be less,
 and would be no mean over samples: nothing could be proven by it. The mean of the largest is, and
 bounds the mean of every output at once.
+
+Beside the loss there is the divergence (`graphopt.output_distance`), the mean over outputs and samples.
+Both grow with the square of a small change, but a loss only where an answer changes.
 """
 
 from __future__ import annotations
@@ -37,6 +42,7 @@ from scipy.special import softmax
 
 from graphopt.class_outputs import has_classes, is_score, rows_of, why_no_classes
 from graphopt.operators import is_onnx
+from graphopt.output_distance import PROBABILITY_MINIMUM, relative_entropy, square_share
 from graphopt.recording import Feed, Outputs, Recording, record
 from graphopt.runtime import Session
 from graphopt.sample_files import plain
@@ -79,19 +85,35 @@ class Scale:
         telling_rows: of classes, how many rows of a sample have another answer than that of nearly
             all, in the mean; None where there is no such answer.
         variation: of numbers, the sum of squared distances from their mean; the mean over samples.
+        in_logs: classes are probabilities, to which the temperature is given by their logarithms.
+        sampled: rows of classes follow one another, of which the probabilities count.
     """
 
     kind: Kind
     sharpness: float | None = None
     telling_rows: float | None = None
     variation: float = 0.0
+    in_logs: bool = False
+    sampled: bool = False
+
+    def rows(self, array: np.ndarray) -> np.ndarray:
+        """Classes as rows, [rows, classes], of which the sharpness makes probabilities."""
+        rows = rows_of(array)
+        return np.log(np.maximum(rows, PROBABILITY_MINIMUM)) if self.in_logs else rows
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """The metric that needs no labels."""
+    """The metric that needs no labels.
+
+    Attributes:
+        sureness: the mean of the largest probability that the original is taken to give, where it
+            is known how often it is right; None where it is not.
+    """
 
     name: ClassVar[str] = "agreement"
+
+    sureness: float | None = None
 
     def judges(
         self, original: ir.Model, session: Session, feed: Feed, parts: Sequence[Feed]
@@ -101,7 +123,7 @@ class Agreement:
         if not parts:
             return ()
         carried = {name for name, _ in feed.state}
-        scales = learn_scales(original, recordings[0], carried)
+        scales = learn_scales(original, recordings[0], carried, self.sureness)
         return tuple(
             _Judge(part, recording, scales)
             for part, recording in zip(parts, recordings, strict=True)
@@ -117,9 +139,10 @@ class _Judge:
     scales: Mapping[str, Scale]
 
     def __call__(self, session: Session) -> Scores:
-        losses, changed = [], _Changed()
+        losses, divergences, changed = [], [], _Changed()
         for old, new in zip(self.recording, self.part.run(session), strict=True):
             losses.append(self._loss(old, new, changed))
+            divergences.append(self._divergence(old, new))
         per_item = 100 * (1 - mean_by_item(losses, self.part))
         return Scores(
             value=float(per_item.mean()),
@@ -129,7 +152,18 @@ class _Judge:
             unit="%",
             below_original=True,
             disagreement=changed.share(),
+            divergence=float(np.mean(divergences)),
         )
+
+    def _divergence(self, old: Outputs, new: Outputs) -> float:
+        found = [
+            _divergence(scale, old[name], plain(new[name]))
+            if name in new and new[name].shape == old[name].shape
+            else math.inf
+            for name, scale in self.scales.items()
+            if name in old
+        ]
+        return float(np.mean(found)) if found else 0.0
 
     def _loss(self, old: Outputs, new: Outputs, changed: _Changed) -> float:
         losses = [0.0]
@@ -178,10 +212,25 @@ def _loss(scale: Scale, old: np.ndarray, new: np.ndarray, name: str, changed: _C
         return 1.0
     if scale.kind == "numbers":
         return _unexplained(first, second, scale.variation)
-    rows, others = rows_of(first), rows_of(second)
+    rows, others = scale.rows(first), scale.rows(second)
     lost, count = _regret(rows, others, scale.sharpness)
     changed.add(name, len(rows), count)
-    return min(1.0, lost / (scale.telling_rows or len(rows)))
+    share = lost / (scale.telling_rows or len(rows))
+    if scale.sampled and np.isfinite(rows).all():
+        share = max(share, relative_entropy(rows, others, scale.sharpness) / 2)
+    return min(1.0, share)
+
+
+def _divergence(scale: Scale, old: np.ndarray, new: np.ndarray) -> float:
+    """From 0 to infinity, of arrays of the same shape."""
+    if not old.size:
+        return 0.0
+    if scale.kind == "symbols" or new.dtype.kind in "OUS":
+        return float((old != new).mean())
+    first, second = old.astype(np.float64), new.astype(np.float64)
+    if scale.kind == "classes" and np.isfinite(first).all():
+        return relative_entropy(scale.rows(first), scale.rows(second), scale.sharpness)
+    return square_share(first, second, scale.variation)
 
 
 def _unexplained(old: np.ndarray, new: np.ndarray, variation: float) -> float:
@@ -234,7 +283,10 @@ def probabilities(rows: np.ndarray, sharpness: float | None) -> np.ndarray:
 
 
 def learn_scales(
-    original: ir.Model, outputs: Iterable[Outputs], carried: Collection[str] = ()
+    original: ir.Model,
+    outputs: Iterable[Outputs],
+    carried: Collection[str] = (),
+    sureness: float | None = None,
 ) -> dict[str, Scale]:
     """How the losses of each output are measured.
 
@@ -243,6 +295,7 @@ def learn_scales(
         outputs: of the original, sample by sample; gone through once, in memory that does not grow
             with their number.
         carried: outputs that are state, left out where there are others.
+        sureness: see `Agreement`.
     """
     inferred = original.clone()
     infer_shapes(inferred)
@@ -253,7 +306,7 @@ def learn_scales(
             seen.setdefault(name, _Seen(values.get(name))).add(array)
     judged = [name for name in seen if name not in carried] or list(seen)
     chances = {seen[name].leading for name in judged if seen[name].are_chances()}
-    return {name: seen[name].scale(chances) for name in judged}
+    return {name: seen[name].scale(chances, sureness) for name in judged}
 
 
 class _Seen:
@@ -311,22 +364,33 @@ class _Seen:
         many = math.prod(self.leading) > 1
         return self.numbers and many and (self.scores or (self.classes and self.probabilities))
 
-    def scale(self, chances: Container[tuple[int, ...]]) -> Scale:
+    def scale(self, chances: Container[tuple[int, ...]], sureness: float | None) -> Scale:
         """How losses are measured.
 
         Args:
             chances: in which rows there are scores or probabilities. What another output says of
                 the same rows, no probabilities, are quantities: where things are, and how large.
+            sureness: see `Agreement`.
         """
         if not self.numbers:
             return Scale("symbols")
-        if self.classes and self.probabilities:
-            return Scale("classes", None, self._telling_rows())
-        if self.classes and self.leading not in chances:
-            return Scale("classes", sharpness_of(self.kept), self._telling_rows())
+        if self.classes and (self.probabilities or self.leading not in chances):
+            return self._of_classes(sureness)
         variation = self.square_sum - self.sum**2 / max(self.count, 1)
         variation = max(variation, CONSTANT_SHARE * self.square_sum)
         return Scale("numbers", variation=variation / max(self.steps, 1))
+
+    def _of_classes(self, sureness: float | None) -> Scale:
+        telling_rows = self._telling_rows()
+        sampled = telling_rows is None and math.prod(self.leading[1:]) > 1
+        if self.probabilities and sureness is None:
+            return Scale("classes", None, telling_rows, sampled=sampled)
+        kept = self.kept
+        if self.probabilities:
+            kept = [np.log(np.maximum(rows, PROBABILITY_MINIMUM)) for rows in kept]
+        sharpness = sharpness_of(kept, sureness)
+        in_logs = self.probabilities
+        return Scale("classes", sharpness, telling_rows, in_logs=in_logs, sampled=sampled)
 
     def _telling_rows(self) -> float | None:
         others = self.rows - max(self.answers.values(), default=0)
@@ -347,13 +411,15 @@ def _is_code(value: ir.Value) -> bool:
     return node is not None and is_onnx(node, "QuantizeLinear")
 
 
-def sharpness_of(kept: Sequence[np.ndarray]) -> float:
-    """One over the temperature at which the mean of the largest probability is `SURE_MINIMUM`.
+def sharpness_of(kept: Sequence[np.ndarray], wanted: float | None = None) -> float:
+    """One over the temperature at which the mean of the largest probability is as wanted.
 
-    1 where it is that without a temperature, or more.
+    Where it is not known what that should be, it is to be `SURE_MINIMUM` or more: 1 where it is
+    that without a temperature.
 
     Args:
         kept: rows of classes that are no probabilities, [rows, classes] each.
+        wanted: from 0 to 1, or None.
     """
     lengths = {rows.shape[-1] for rows in kept}
     groups = [np.concatenate([r for r in kept if r.shape[-1] == n]) for n in sorted(lengths)]
@@ -364,9 +430,13 @@ def sharpness_of(kept: Sequence[np.ndarray]) -> float:
         return float(sum(largest)) / count if count else 1.0
 
     low, high = 1.0, SHARPNESS_MAXIMUM
-    if sureness(low) >= SURE_MINIMUM:
-        return 1.0
+    if wanted is None:
+        wanted = SURE_MINIMUM
+        if sureness(low) >= wanted:
+            return 1.0
+    else:
+        low = 1 / SHARPNESS_MAXIMUM
     for _ in range(_BISECTIONS):
         middle = float(np.sqrt(low * high))
-        low, high = (low, middle) if sureness(middle) >= SURE_MINIMUM else (middle, high)
+        low, high = (low, middle) if sureness(middle) >= wanted else (middle, high)
     return high

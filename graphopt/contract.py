@@ -43,6 +43,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.errors import SampleError
+from graphopt.memo import Memo
 from graphopt.operators import NodeIndex
 from graphopt.rewriting import add_initializer, tensor_of
 from graphopt.scratch import Scratch
@@ -128,6 +129,7 @@ class Context:
         scratch: where `tensor` puts what is large; None leaves it in memory.
         index: of the nodes of the model that a pass is given; see `index_of`.
         observer: runs models on the samples; see `observe`.
+        memo: of what is dear to compute, where many models are built from one; None keeps nothing.
     """
 
     read_original: Callable[[], ir.Model]
@@ -137,6 +139,7 @@ class Context:
     scratch: Scratch | None = None
     index: NodeIndex | None = None
     observer: Observer | None = None
+    memo: Memo | None = None
 
     @cached_property
     def original(self) -> ir.Model:

@@ -105,11 +105,13 @@ class Observer:
         feed: the samples, and how state is carried from one to the next.
         provider: "cpu" or "cuda".
         wave_bytes: values of one sample that are looked at together may take so much.
+        threads: intra-op threads; None leaves onnxruntime's default.
     """
 
     feed: Feed
     provider: str = "cpu"
     wave_bytes: int = WAVE_BYTES
+    threads: int | None = None
     _known: dict[str, dict[Question, Statistics]] = field(default_factory=dict)
     _recordings: dict[str, Recording] = field(default_factory=dict)
     _apart: tuple[Observer, Observer] | None = None
@@ -138,6 +140,13 @@ class Observer:
             known.update(self._observe(model, wave, resumes))
         return {q: known[q] for q in asked}
 
+    def key_of(self, model: ir.Model) -> str:
+        """A hash of all that answers on a model depend on."""
+        state = hashlib.sha256(content_key(model).encode())
+        for part in (self.provider, repr(self.feed.state), *self.feed.samples.digests):
+            state.update(part.encode())
+        return state.hexdigest()
+
     def apart(self) -> tuple[Observer, Observer]:
         """Observers of two thirds of the samples and of the others: to fit by, and to judge by.
 
@@ -157,7 +166,14 @@ class Observer:
         return None if samples is None else self._of(replace(self.feed, samples=samples))
 
     def _of(self, feed: Feed) -> Observer:
-        return Observer(feed, self.provider, self.wave_bytes)
+        return replace(
+            self,
+            feed=feed,
+            _known={},
+            _recordings={},
+            _apart=None,
+            _frontier=Frontier(),
+        )
 
     def compare(
         self, first: ir.Model, second: ir.Model, samples_maximum: int
@@ -181,14 +197,19 @@ class Observer:
         few = replace(self.feed, samples=self.feed.samples.first(samples_maximum))
         key = f"{content_key(first)} {samples_maximum}"
         if key not in self._recordings:
-            self._recordings[key] = record(few.run(Session(first, provider=self.provider)))
+            self._recordings[key] = record(few.run(self._session(first)))
 
         def compare_with(second: ir.Model) -> tuple[OutputError, ...]:
-            steps = few.run(Session(second, provider=self.provider))
+            steps = few.run(self._session(second))
             (found,) = compare(steps, [self._recordings[key]])
             return found
 
         return compare_with
+
+    def _session(self, model: ir.Model, shapes_first: bool = False) -> Session:
+        return Session(
+            model, provider=self.provider, threads=self.threads, shapes_first=shapes_first
+        )
 
     def _observe(
         self, model: ir.Model, questions: Sequence[Question], resumes: bool
@@ -252,7 +273,7 @@ class Observer:
         probed, probes = _with_probes(model, names, op_type, {o for o, _ in feed.state})
         cut = self._frontier.cut(probed, keeps) if resumes else None
         _keep_what_leads_to_outputs(probed.graph)
-        session = Session(probed, provider=self.provider, shapes_first=op_type == "Shape")
+        session = self._session(probed, shapes_first=op_type == "Shape")
         further = None if cut is None else self._frontier.read(cut, len(feed.samples))
         steps = feed.run(session, further)
         if cut is not None and keeps:

@@ -27,6 +27,8 @@ class Scores:
         below_original: scores say how near a model comes to the original, which itself has `high`.
         disagreement: share of rows of which the arg-max is another than the original's, in the
             output where that is most; None where the metric does not count them.
+        divergence: how far outputs are from the original's, where small changes count too that
+            leave every answer as it is; see `graphopt.output_distance`. None where it is not measured.
     """
 
     value: float
@@ -36,6 +38,7 @@ class Scores:
     unit: str
     below_original: bool = False
     disagreement: float | None = None
+    divergence: float | None = None
 
 
 Judge = Callable[[Session], Scores]

@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from graphopt_passes.quantize.allocation import Choice, closest_within, smallest_within
+from graphopt.allocation import Choice, closest_within, smallest_within
 
 
 def random_choices(seed: int) -> list[list[Choice]]:

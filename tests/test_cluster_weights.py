@@ -407,8 +407,8 @@ def test_a_size_that_nothing_fits_is_told() -> None:
     ("options", "words"),
     [
         ({"clusters": 1}, "2 clusters or more"),
-        ({"clusters": 16, "bits": 2.0}, "one of clusters, bits and size"),
-        ({"bits": 4.0, "size": 0.2}, "one of clusters, bits and size"),
+        ({"clusters": 16, "bits": 2.0}, "one of clusters, bits, size and each"),
+        ({"bits": 4.0, "size": 0.2}, "one of clusters, bits, size and each"),
     ],
 )
 def test_contradictions_are_refused(options: dict[str, float], words: str) -> None:

@@ -40,18 +40,18 @@ TRANSFORMERS = Recipe(
 )
 
 # Before codes, which another order of summation would change.
-_READY = "widen-halves,pool-means,flatten-convs,merge-reshapes,fuse-transpose,pad-channels"
+READY = "widen-halves,pool-means,flatten-convs,merge-reshapes,fuse-transpose,pad-channels"
 # Reshapes around folded columns; zero points that are the same in many layers.
-_TIDY = "merge-transposes,merge-reshapes,merge-duplicates"
+TIDY = "merge-transposes,merge-reshapes,merge-duplicates"
 
 INT8 = Recipe(
     summary="basic, then 8-bit integers wherever they are faster and the samples allow it",
     passes=",".join(
         (
             BASIC.passes,
-            _READY,
+            READY,
             "quantize-static,quantize-dynamic,quantize-weights{min-elements=512}",
-            _TIDY,
+            TIDY,
         )
     ),
     repeat=True,
@@ -65,9 +65,9 @@ INT8_CODEBOOK = Recipe(
     passes=",".join(
         (
             BASIC.passes,
-            _READY,
+            READY,
             "quantize-static,quantize-dynamic",
-            _TIDY,
+            TIDY,
             "drop-metadata,shorten-names,pack-constants{weights=false}",
             "cluster-weights{size=0.165,min-elements=512}",
             # What clusters do not reach, or where they cost too much, takes a quarter.

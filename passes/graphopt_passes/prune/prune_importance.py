@@ -12,6 +12,7 @@ from graphopt.errors import SpecError
 from graphopt_passes.prune.masks import pattern_of
 from graphopt_passes.prune.pruning import Pruning, fewer_zeros
 from graphopt_passes.prune.storing import TYPES, Form, Numbers, store, why_not_stored
+from graphopt_passes.quantize.each import parse_each, skip_others
 from graphopt_passes.quantize.granularity import WEIGHTS
 from graphopt_passes.share.zeros import unpacked_zeros
 
@@ -43,10 +44,11 @@ class PruneImportance(Pass):
         min_elements: smaller weights stay.
         numbers: the entries that stay become numbers of this type.
         form: "packed" stores zeros in a bit or less, "dense" like other numbers.
+        each: shares of zeros of single weights, `NAME:SHARE`; all others stay.
 
     Raises:
         SpecError: there is no such pattern, or an error is asked for of one that says how many
-            entries stay, or for uniform layers.
+            entries stay, or for uniform layers; or a share of `each` is no share.
     """
 
     name: ClassVar[str] = "prune-importance"
@@ -64,13 +66,22 @@ class PruneImportance(Pass):
     min_elements: Annotated[int, Bounds(1)] = 256
     numbers: Numbers = "float32"
     form: Form = "packed"
+    each: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not all(0 <= share < 1 for share in self._each.values()):
+            raise SpecError(
+                "'prune-importance' gives each weight a share of zeros from 0 to below 1"
+            )
         if pattern_of(self.pattern).fixed_density is not None and self.error:
             raise SpecError(f"pattern {self.pattern} says how many entries stay; leave error away")
         if self.layers == "uniform" and self.error:
             raise SpecError("an error is spread over layers by loss; leave error or layers away")
+
+    @property
+    def _each(self) -> dict[str, float]:
+        return parse_each(self.name, self.each, float, "the share of its zeros, 0.5 say")
 
     def refuse(self, model: ir.Model, context: Context) -> str | None:
         """Refuse opsets before that of the nodes that are written."""
@@ -89,12 +100,33 @@ class PruneImportance(Pass):
                 self.min_elements,
                 numbers=TYPES[self.numbers],
             )
-            pruning.apply(self.sparsity, self.error, self.layers)
+            if self.each:
+                self._prune_each(pruning)
+            else:
+                pruning.apply(self.sparsity, self.error, self.layers)
         store(model, self.form, context, change)
         return change
 
+    def _prune_each(self, pruning: Pruning) -> None:
+        """Prune the weights that are named, each as it is said."""
+        each, names = self._each, [target.name for target in pruning.targets]
+        skip_others(each, names, pruning.change)
+        pruning.targets = [t for t in pruning.targets if t.name in each]
+        if len(pruning.targets) == 1:
+            # Nothing is made good for by later layers, which the tuning is about.
+            pruning.gains = "none"
+        if pruning.targets:
+            pruning.run([round(t.size * (1 - each[t.name])) for t in pruning.targets])
+
     def narrow(self) -> PruneImportance | None:
         """Half the error, or fewer zeros."""
+        if self.each:
+            milder_each = tuple(
+                f"{name}:{milder}"
+                for name, share in self._each.items()
+                if (milder := fewer_zeros(share)) is not None
+            )
+            return replace(self, each=milder_each) if milder_each else None
         if self.error:
             return replace(self, error=self.error / 2) if self.error >= 0.01 else None
         fixed = pattern_of(self.pattern).fixed_density is not None

@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.allocation import Choice, closest_within, smallest_within
 from graphopt.contract import Change, Context
 from graphopt.encoding import NODES_BYTES
 from graphopt.rewriting import Names
@@ -42,7 +43,6 @@ from graphopt_passes.prune.sparsities import (
     moments_of,
 )
 from graphopt_passes.prune.weights import prunable_weights, taps_of
-from graphopt_passes.quantize.allocation import Choice, closest_within, smallest_within
 from graphopt_passes.quantize.layers import Layer
 from graphopt_passes.quantize.narrow_weights import Target
 from graphopt_passes.quantize.narrowing import COMPARED_SAMPLES, Narrowing, problem_of

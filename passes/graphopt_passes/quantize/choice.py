@@ -47,6 +47,9 @@ At this price a tenth of the squared error of the fastest choice is worth a fift
 Without one, two classifiers of images and a detector left the limits of their metrics.
 """
 
+PRICE_MINIMUM = 1e-4
+"""At which hardly a nanosecond is given for exactness."""
+
 LOW_PRICES = (0.03, 0.065, 0.14)
 """What it is worth where the model decides between classes, and few decisions change."""
 
@@ -109,11 +112,14 @@ class Choice:
 
     # -------------------------------------------------------------- choosing
 
-    def within(self, error: float) -> tuple[list[Unit], dict[Unit, str]]:
+    def within(
+        self, error: float, least_price: float = PRICE
+    ) -> tuple[list[Unit], dict[Unit, str]]:
         """The units to work on codes, and why the products among the others do not.
 
         Args:
             error: relative L2 error of the worst output that is allowed.
+            least_price: what all squared error is worth even within it, in times of the model.
         """
         fastest = self._cut({})
         others = [u for u in self.units if u.kind == "product" and u not in fastest]
@@ -121,7 +127,8 @@ class Choice:
         if not any(unit.kind == "product" for unit in fastest):
             return [], slower
         squares = self._squares(fastest)
-        chosen = self._with_few_changes(error, squares) or self._cheapest_within(error, squares)
+        chosen = self._with_few_changes(error, squares) if least_price else []
+        chosen = chosen or self._cheapest_within(error, squares, least_price)
         coarse = {
             unit: TOO_COARSE.format(max(squares.get(v, 0.0) for v in _values(unit)) ** 0.5)
             for unit in fastest
@@ -157,9 +164,12 @@ class Choice:
                 return chosen
         return []
 
-    def _cheapest_within(self, error: float, squares: Mapping[ir.Value, float]) -> list[Unit]:
-        """The choice at the lowest price, from `PRICE` on, that keeps the outputs close."""
-        price, low, high, best = PRICE, PRICE, PRICE * 2**PRICES, list[Unit]()
+    def _cheapest_within(
+        self, error: float, squares: Mapping[ir.Value, float], least_price: float
+    ) -> list[Unit]:
+        """The choice at the lowest price, from the least on, that keeps the outputs close."""
+        least = max(least_price, PRICE_MINIMUM)
+        price, low, high, best = least, least, PRICE * 2**PRICES, list[Unit]()
         for _ in range(PRICES):
             chosen = self._priced_cut(price, squares)
             has_product = any(unit.kind == "product" for unit in chosen)

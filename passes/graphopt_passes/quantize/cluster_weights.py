@@ -16,6 +16,7 @@ from graphopt.errors import SpecError
 from graphopt.folded_nodes import CUT_BYTES
 from graphopt.saving import stored_bytes
 from graphopt_passes.quantize.codebooks import Rounded, fit, refit_scales, stored_scales
+from graphopt_passes.quantize.each import parse_each, skip_others
 from graphopt_passes.quantize.granularity import WEIGHTS
 from graphopt_passes.quantize.kmeans import level_curve, nearest_levels, optimal_levels
 from graphopt_passes.quantize.narrow_weights import (
@@ -69,9 +70,10 @@ class ClusterWeights(Pass):
             calibration samples. Without samples, of the weights.
         min_elements: smaller weights stay.
         keep_zeros: what is exactly zero stays so, as after pruning.
+        each: clusters of single weights, `NAME:COUNT`; all others stay.
 
     Raises:
-        SpecError: one cluster is asked for, or more than one of clusters, bits and size.
+        SpecError: one cluster is asked for, or more than one of clusters, bits, size and each.
     """
 
     name: ClassVar[str] = "cluster-weights"
@@ -86,13 +88,20 @@ class ClusterWeights(Pass):
     error: Annotated[float, Bounds(0.0, None)] = 0.1
     min_elements: Annotated[int, Bounds(1)] = 1024
     keep_zeros: bool = False
+    each: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.clusters == 1:
             raise SpecError("'cluster-weights' takes 2 clusters or more; 0 lets it choose")
-        if sum(map(bool, (self.clusters, self.bits, self.size))) > 1:
-            raise SpecError("'cluster-weights' takes one of clusters, bits and size")
+        if sum(map(bool, (self.clusters, self.bits, self.size, self.each))) > 1:
+            raise SpecError("'cluster-weights' takes one of clusters, bits, size and each")
+        if not all(2 <= count <= CLUSTERS[-1] for count in self._each.values()):
+            raise SpecError(f"'cluster-weights' gives each weight 2 to {CLUSTERS[-1]} clusters")
+
+    @property
+    def _each(self) -> dict[str, int]:
+        return parse_each(self.name, self.each, int, f"of clusters, 2 to {CLUSTERS[-1]}")
 
     def refuse(self, model: ir.Model, context: Context) -> str | None:
         """Refuse opsets before that of the nodes that are written."""
@@ -107,13 +116,24 @@ class ClusterWeights(Pass):
         change = Change()
         counts = (self.clusters,) if self.clusters else CLUSTERS
         forms = [Clusters(count, self.keep_zeros) for count in counts]
-        targets = targets_of(model, self.min_elements, change)
+        targets = targets_of(model, 1 if self.each else self.min_elements, change)
         probe = Clusters(PROBED_CLUSTERS, self.keep_zeros)
-        if targets:
-            compare = estimates_of_clusters
-            narrowing = Narrowing(model, context, forms, probe, compare, change, targets)
+        if not targets:
+            return change
+        compare = estimates_of_clusters
+        narrowing = Narrowing(model, context, forms, probe, compare, change, targets)
+        if self.each:
+            self._rewrite_each(narrowing)
+        else:
             narrowing.run(self._budget(context))
         return change
+
+    def _rewrite_each(self, narrowing: Narrowing) -> None:
+        """Cluster the weights that are named, each as it is said."""
+        each, names = self._each, [target.name for target in narrowing.targets]
+        skip_others(each, names, narrowing.change)
+        narrowing.targets = [t for t in narrowing.targets if t.name in each]
+        narrowing.rewrite([Clusters(each[t.name], self.keep_zeros) for t in narrowing.targets])
 
     def _budget(self, context: Context) -> Budget:
         file_bytes = self.size * stored_bytes(context.original) if self.size else None
@@ -121,6 +141,9 @@ class ClusterWeights(Pass):
 
     def narrow(self) -> ClusterWeights | None:
         """Twice the clusters, a bit more, a larger file, or half the error."""
+        if self.each:
+            wider = tuple(f"{n}:{min(2 * c, CLUSTERS[-1])}" for n, c in self._each.items())
+            return replace(self, each=wider) if wider != self.each else None
         if self.clusters:
             more = replace(self, clusters=min(2 * self.clusters, 256))
             return more if more.clusters > self.clusters else None

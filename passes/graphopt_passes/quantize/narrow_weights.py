@@ -238,6 +238,28 @@ class Solution:
 Writer = Callable[[Target, Solution, Encoding, Context], None]
 
 
+def arrays_of(solution: Solution) -> dict[str, np.ndarray]:
+    """All that a solution without a writer holds, by name, for `graphopt.memo.Memo`."""
+    arrays = {"as_trained": np.array(solution.as_trained)}
+    if solution.shift is not None:
+        arrays["shift"] = solution.shift
+    for number, part in enumerate(solution.parts):
+        arrays[f"codes{number}"] = part.codes
+        arrays[f"levels{number}"] = part.levels
+        arrays[f"scales{number}"] = part.scales
+    return arrays
+
+
+def solution_of(arrays: Mapping[str, np.ndarray]) -> Solution:
+    """The solution of which these are the arrays."""
+    count = sum(name.startswith("codes") for name in arrays)
+    parts = [
+        Rounded(arrays[f"codes{n}"], arrays[f"levels{n}"], arrays[f"scales{n}"])
+        for n in range(count)
+    ]
+    return Solution(tuple(parts), arrays.get("shift"), as_trained=bool(arrays["as_trained"]))
+
+
 # ------------------------------------------------------------------ what is found
 
 

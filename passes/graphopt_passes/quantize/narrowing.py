@@ -16,16 +16,23 @@ from typing import Protocol, TypeGuard
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.allocation import Choice, closest_within, smallest_within
 from graphopt.contract import Change, Context
 from graphopt.encoding import NODES_BYTES, SCALES_BYTES
-from graphopt.observe import Answers
+from graphopt.observe import Answers, content_key
 from graphopt.operators import all_graphs
 from graphopt.saving import stored_bytes
 from graphopt.statistics import Gram
 from graphopt.validation import OutputError, worst
-from graphopt_passes.quantize.allocation import Choice, closest_within, smallest_within
 from graphopt_passes.quantize.codebooks import best_damping, squared_error, with_diagonal
-from graphopt_passes.quantize.narrow_weights import Solution, Target, graph_of, write
+from graphopt_passes.quantize.narrow_weights import (
+    Solution,
+    Target,
+    arrays_of,
+    graph_of,
+    solution_of,
+    write,
+)
 from graphopt_passes.quantize.refitting import refit_layers
 
 COMPARED_SAMPLES, ALONE_SAMPLES = 32, 8
@@ -171,11 +178,15 @@ class Narrowing:
         """Rewrite the model, within the budget; without one, all weights in the first form."""
         measuring = self._apart() if self.foretells else self
         if budget is None or (len(self.forms) == 1 and not self.foretells):
-            chosen: list[Form | None] = [self.forms[0]] * len(self.targets)
+            chosen: Sequence[Form | None] = [self.forms[0]] * len(self.targets)
         else:
             chosen = measuring._chosen(budget)
         if measuring is not self:
             measuring._foretell(chosen)
+        self.rewrite(chosen)
+
+    def rewrite(self, chosen: Sequence[Form | None]) -> None:
+        """Rewrite the model: each weight in its form, or as it is."""
         refits = self.refits and self.has_samples and self._changes(chosen)
         before = self.model.clone() if refits else self.model
         self._write(self.model, self.targets, chosen, self.context)
@@ -244,9 +255,32 @@ class Narrowing:
     def _solution(self, index: int, form: Form) -> Solution:
         key = index, form.label
         if key not in self._solutions:
-            problem = self._problem(index)
-            self._solutions[key] = problem.with_shift(form.solve(problem))
+            self._solutions[key] = self._remembered(index, form)
         return self._solutions[key]
+
+    def _remembered(self, index: int, form: Form) -> Solution:
+        """The solution that a search has found before, or a new one."""
+        memo = self.context.memo
+        if memo is None:
+            return self._solve(index, form)
+        key = f"{self._key} {self.targets[index].name} {form} {self._dampings.get(index)}"
+        arrays = memo.get(key)
+        if arrays is not None:
+            return solution_of(arrays)
+        solution = self._solve(index, form)
+        if solution.writer is None:
+            memo.put(key, arrays_of(solution))
+        return solution
+
+    def _solve(self, index: int, form: Form) -> Solution:
+        problem = self._problem(index)
+        return problem.with_shift(form.solve(problem))
+
+    @cached_property
+    def _key(self) -> str:
+        """What solutions depend on beside the weight and its form; asked before any is written."""
+        observer = self.context.observer
+        return content_key(self.model) if observer is None else observer.key_of(self.model)
 
     def _solved(self, chosen: Sequence[Form | None]) -> dict[int, Solution]:
         found = {}

@@ -35,6 +35,7 @@ from graphopt_passes.quantize.dynamic_layers import (
     candidate_of,
 )
 from graphopt_passes.quantize.dynamic_writing import DOMAIN, VERSION, DynamicWriting
+from graphopt_passes.quantize.each import skip_others
 from graphopt_passes.share.zeros import unpacked_zeros
 
 FIRST_OPSET = 11
@@ -66,6 +67,7 @@ class QuantizeDynamic(Pass):
         rows: how many rows a MatMul or Gemm has where neither shapes nor samples say it; the known
             dimensions alone may make more.
         reduce_range: weights of 7 bits, for CPUs with AVX2 and no VNNI, whose kernels saturate.
+        only: names of weights (of an LSTM, that of its input) whose layers alone are looked at.
     """
 
     name: ClassVar[str] = "quantize-dynamic"
@@ -79,6 +81,7 @@ class QuantizeDynamic(Pass):
     recurrent: bool = True
     rows: Annotated[int, Bounds(1, None)] = 16
     reduce_range: bool = False
+    only: tuple[str, ...] = ()
 
     def refuse(self, model: ir.Model, context: Context) -> str | None:
         """Where the operators are missing, or their kernels."""
@@ -96,6 +99,10 @@ class QuantizeDynamic(Pass):
     def _applied(self, model: ir.Model, context: Context) -> Change:
         change = Change()
         layers = self._candidates(model, context, change)
+        if self.only:
+            names = [weight_name(layer) for layer in layers]
+            skip_others(dict.fromkeys(self.only), names, change)
+            layers = [layer for layer in layers if weight_name(layer) in self.only]
         if not layers:
             return change
         activations = observe_activations(model, (layer.source for layer in layers), context)
@@ -195,6 +202,12 @@ class QuantizeDynamic(Pass):
                 change.skip(layer.node, _why_inexact(error, self.layer_error, rows))
             else:
                 yield layer
+
+
+def weight_name(layer: Candidate) -> str:
+    """The name of the weight of a layer; of an LSTM, of that of its input."""
+    weight = layer.node.inputs[1]
+    return "" if weight is None or weight.name is None else weight.name
 
 
 def _finite(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 import onnx_ir as ir
 
 from graphopt.contract import Bounds, Change, Context, Effect, Pass
 from graphopt.operators import opset_of
-from graphopt_passes.quantize.choice import Choice
-from graphopt_passes.quantize.units import units_of
+from graphopt.rewriting import input_of
+from graphopt_passes.quantize.choice import PRICE, Choice
+from graphopt_passes.quantize.each import skip_others
+from graphopt_passes.quantize.units import Unit, units_of
 from graphopt_passes.share.zeros import unpacked_zeros
 
 FIRST_OPSET = 13
@@ -32,9 +35,17 @@ class QuantizeStatic(Pass):
 
     Attributes:
         error: relative L2 error of the worst output, on the calibration samples, to keep within.
+        price: what all squared error together is worth, in times of the whole model: what costs
+            more error than it saves time stays float. 0 is the fastest within `error`.
+        keep: names of weights whose products stay float.
+        only: names of weights whose products alone work on codes, whatever they cost in time or in
+            error.
     """
 
     error: Annotated[float, Bounds(ERROR_MINIMUM, 1.0)] = 0.1
+    price: Annotated[float, Bounds(0.0, 100.0)] = PRICE
+    keep: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
 
     name: ClassVar[str] = "quantize-static"
     effect: ClassVar[Effect] = Effect.LOSSY
@@ -53,7 +64,7 @@ class QuantizeStatic(Pass):
     def narrow(self) -> QuantizeStatic | None:
         """Aim at half the error, so that more layers stay float."""
         halved = self.error / 2
-        return QuantizeStatic(halved) if halved >= ERROR_MINIMUM else None
+        return replace(self, error=halved) if halved >= ERROR_MINIMUM else None
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Choose layers, ranges and roundings, then rewrite the main graph."""
@@ -63,14 +74,29 @@ class QuantizeStatic(Pass):
     def _applied(self, model: ir.Model, context: Context) -> Change:
         change = Change()
         units = list(units_of(model.graph, change.skip).values())
-        if not any(unit.kind == "product" for unit in units):
+        weights = {name: unit for unit in units if (name := weight_name(unit)) is not None}
+        if not weights:
             return change
+        skip_others(dict.fromkeys((*self.keep, *self.only)), list(weights), change)
+        if self.only:
+            alone = [unit for name, unit in weights.items() if name in self.only]
+            return self._on_codes(alone, Choice(model, context, alone), change)
+        units = [unit for unit in units if weight_name(unit) not in self.keep]
         choice = Choice(model, context, units)
-        chosen, reasons = choice.within(self.error)
+        chosen, reasons = choice.within(self.error, self.price)
         for unit, reason in reasons.items():
             change.skip(unit.node, reason)
+        return self._on_codes(chosen, choice, change)
+
+    def _on_codes(self, chosen: Sequence[Unit], choice: Choice, change: Change) -> Change:
         for unit in chosen:
             what = unit.node.op_type if unit.map is None else "trained rounding"
             change.count(f"{what} on 8-bit integers")
-        choice.write(model, chosen)
+        choice.write(choice.model, chosen)
         return change
+
+
+def weight_name(unit: Unit) -> str | None:
+    """The name of the weight of a product; None for other units."""
+    weight = input_of(unit.node, 1)
+    return None if unit.kind != "product" or weight is None else weight.name

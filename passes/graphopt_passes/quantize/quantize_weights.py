@@ -16,6 +16,7 @@ import onnx_ir as ir
 from graphopt import encoding
 from graphopt.content import read_array
 from graphopt.contract import Bounds, Change, Context, Effect, Pass
+from graphopt.errors import SpecError
 from graphopt.observe import Answers
 from graphopt.operators import all_graphs, is_onnx, opset_of
 from graphopt.packing import FOLDED_BYTES_MAXIMUM, is_packed, repeats_rows
@@ -25,6 +26,7 @@ from graphopt.statistics import Gram
 from graphopt.validation import worst
 from graphopt_passes.fuse.misfit import Misfit
 from graphopt_passes.quantize.balanced_rounding import Coded, largest, round_to_codes, scale_type
+from graphopt_passes.quantize.each import parse_each, skip_others
 from graphopt_passes.quantize.granularity import WEIGHTS, Axes, Role, role_of
 from graphopt_passes.quantize.integer_weights import Integers, Method, estimates_of_integers
 from graphopt_passes.quantize.kernel_weights import BLOCK_MINIMUM, FIRST_OPSETS, KernelIntegers
@@ -120,6 +122,11 @@ class QuantizeWeights(Pass):
             without the clock keeps that. An index out of bounds gives zeros, and is no error. A
             table that is the head of a language model too is stored once, and multiplied with as it
             is.
+        each: bits of single weights, `NAME:BITS`, in the form and by the method of the other
+            options; all others stay.
+
+    Raises:
+        SpecError: `each` states bits that are not chosen from.
     """
 
     name: ClassVar[str] = "quantize-weights"
@@ -138,6 +145,24 @@ class QuantizeWeights(Pass):
     scales: Literal["float16", "float8"] = "float16"
     form: Literal["load", "kernel"] = "load"
     accuracy_level: Literal[0, 1, 4] = 0
+    each: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        wrong = [bits for bits in self._each.values() if bits not in self._bits_there_are]
+        if wrong:
+            raise SpecError(
+                f"'quantize-weights' gives each weight one of {self._bits_there_are} bits in "
+                f"form={self.form}; not {wrong[0]}"
+            )
+
+    @property
+    def _each(self) -> dict[str, int]:
+        return parse_each(self.name, self.each, int, "of bits")
+
+    @property
+    def _bits_there_are(self) -> tuple[Bits, ...]:
+        return KERNEL_BITS if self.form == "kernel" else CHOSEN_BITS
 
     def refuse(self, model: ir.Model, context: Context) -> str | None:
         """Refuse opsets before those of the nodes that are written, and what no kernel takes."""
@@ -153,17 +178,18 @@ class QuantizeWeights(Pass):
             return f"the kernel takes blocks of 16, 32, 64, 128 inputs, not of {self.block}"
         if self.accuracy_level:
             return why_refused(model, encoding.FIRST_OPSET)
-        first = FIRST_OPSETS[self.bits or max(KERNEL_BITS)]
+        fewest = min(self._each.values(), default=self.bits or max(KERNEL_BITS))
+        first = FIRST_OPSETS[fewest]
         if opset_of(model) < first:
-            return (
-                f"{self.bits or 4} bits in blocks need opset {first}: raise-opset{{opset={first}}}"
-            )
+            bits = fewest if self.bits or self.each else 4
+            return f"{bits} bits in blocks need opset {first}: raise-opset{{opset={first}}}"
         return why_refused(model, first)
 
     @property
     def _is_plain(self) -> bool:
         """8 bits, a scale for each output channel, by Cast and Mul."""
-        return (self.bits, self.block, self.method, self.form) == (8, 0, "auto", "load")
+        chosen = self.bits, self.block, self.method, self.form
+        return chosen == (8, 0, "auto", "load") and not self.each
 
     def apply(self, model: ir.Model, context: Context) -> Change:
         """Pack one weight after the other; with samples, as many as keep the outputs close."""
@@ -204,8 +230,19 @@ class QuantizeWeights(Pass):
                 change.note(f"{count} of {len(targets)} weights are widened at load: {reason}")
         budget = None if self.bits else Budget(self.average_bits or None, self.error)
         estimates = estimates_of_integers
-        Narrowing(model, context, forms, probe, estimates, change, targets).run(budget)
+        narrowing = Narrowing(model, context, forms, probe, estimates, change, targets)
+        if self.each:
+            self._rewrite_each(narrowing)
+        else:
+            narrowing.run(budget)
         return change
+
+    def _rewrite_each(self, narrowing: Narrowing) -> None:
+        """Round the weights that are named, each as it is said."""
+        each, looks_up = self._each, narrowing.context.provider == "cpu"
+        skip_others(each, [t.name for t in narrowing.targets], narrowing.change)
+        narrowing.targets = [t for t in narrowing.targets if t.name in each]
+        narrowing.rewrite([self._form(each[t.name], looks_up) for t in narrowing.targets])
 
     def _choices(self, opset: int) -> tuple[int, ...]:
         if self.bits:
@@ -294,6 +331,8 @@ class QuantizeWeights(Pass):
 
         Then small weights: one adds as much to the error as a large one, and saves little.
         """
+        if self.each:
+            return self._with_more_bits_each()
         if not self.bits and self.average_bits:
             average = min(self.average_bits + 1, 8.0)
             return replace(self, average_bits=average) if average > self.average_bits else None
@@ -306,6 +345,14 @@ class QuantizeWeights(Pass):
             return replace(self, min_channels=FEW_CHANNELS)
         more = next((n for n in MORE_ELEMENTS if n > self.min_elements), None)
         return None if more is None else replace(self, min_elements=more)
+
+    def _with_more_bits_each(self) -> QuantizeWeights | None:
+        choices = self._bits_there_are
+        more = {
+            name: next((b for b in choices if b > bits), bits) for name, bits in self._each.items()
+        }
+        texts = tuple(f"{name}:{bits}" for name, bits in more.items())
+        return replace(self, each=texts) if texts != self.each else None
 
     def _saved_bytes(self, model: ir.Model) -> dict[str, int]:
         """What packing takes from the file, by the names of the weights that can be packed."""

@@ -31,6 +31,24 @@ class Choice:
     square: float
 
 
+def front(choices: Sequence[Sequence[Choice]], prices: int = 400) -> list[list[int]]:
+    """The choices on the lower convex hull, from that of the least error to that of fewest bytes.
+
+    Args:
+        choices: for each weight its forms.
+        prices: of a squared error that are tried, evenly on a logarithmic scale.
+
+    Returns:
+        The index of a form for each weight, for each point of the hull that was met.
+    """
+    found: list[list[int]] = []
+    for price in np.geomspace(_PRICE_MAXIMUM, 1.0 / _PRICE_MAXIMUM, prices):
+        chosen = _at(choices, float(price))
+        if not found or chosen != found[-1]:
+            found.append(chosen)
+    return found
+
+
 def smallest_within(choices: Sequence[Sequence[Choice]], square: float) -> list[int]:
     """The forms of the fewest bytes whose squared errors add up to a limit at most.
 

@@ -1,0 +1,192 @@
+"""What the layers of a model can have together, by what each was seen to do alone.
+
+Divergences of layers that are changed a little add up, as squared errors of independent roundings
+do, so that the best choice within a divergence is a knapsack; a price on divergence gives its lower
+convex hull (`graphopt.allocation`). And the drop of the metric is in proportion to the divergence,
+as both grow with the square of a small change; by how much, what was built says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from graphopt.allocation import Choice, smallest_within
+from graphopt.probing import Probe
+from graphopt.treatments import Layer, treatment
+
+FIRST_STEP, STEP = 0.6, 0.4
+"""From one divergence to the next that is tried, where only one side of the limit was seen."""
+
+NARROW = 0.03
+"""So small a share of the bytes is not worth another look."""
+
+DIVERGENCE_MINIMUM = 1e-9
+"""Less of it is none: what costs nothing can be had without end."""
+
+
+@dataclass
+class Growth:
+    """What the layers of a trunk can have, and what that is expected to do.
+
+    Attributes:
+        trunk_bytes: what the trunk takes on disk.
+        layers: of it, by name.
+        probes: of each option of each layer.
+        limit: the drop that layers may add.
+    """
+
+    trunk_bytes: int
+    layers: Mapping[str, Layer]
+    probes: Sequence[Probe]
+    limit: float
+    _blamed: dict[tuple[str, str], float] = field(default_factory=dict)
+    _drops: list[tuple[float, float]] = field(default_factory=list)
+
+    @property
+    def _usable(self) -> dict[str, list[Probe]]:
+        found: dict[str, list[Probe]] = {}
+        for one in self.probes:
+            if one.reason is None and one.saved_bytes > 0 and math.isfinite(one.divergence):
+                found.setdefault(one.layer, []).append(one)
+        return found
+
+    @property
+    def choices(self) -> list[list[Choice]]:
+        """For each layer as it is, then each option that saves something: bytes and divergence."""
+        return [
+            [Choice(0, 0.0), *(Choice(-one.saved_bytes, self._square(one)) for one in options)]
+            for options in self._usable.values()
+        ]
+
+    def _square(self, one: Probe) -> float:
+        return self._blamed.get((one.layer, _named(one)), one.divergence)
+
+    def smallest(self, divergence: float) -> list[int]:
+        """The choice of the fewest bytes that is expected to add so much divergence at most."""
+        return smallest_within(self.choices, divergence)
+
+    def divergence(self, at: Sequence[int]) -> float:
+        """The sum of what options add, each alone."""
+        return math.fsum(of[i].square for of, i in zip(self.choices, at, strict=True))
+
+    def stored_bytes(self, at: Sequence[int]) -> int:
+        """What the model is expected to take on disk."""
+        saved = sum(of[i].stored_bytes for of, i in zip(self.choices, at, strict=True))
+        return self.trunk_bytes + saved
+
+    def bytes_per_element(self, divergence: float) -> float:
+        """Of weights, if layers together may diverge by so much."""
+        at = self.smallest(divergence)
+        saved = self.trunk_bytes - self.stored_bytes(at)
+        of_layers = [self.layers[name] for name in self._usable]
+        now = sum(one.stored_bytes for one in of_layers)
+        return max(now - saved, 0) / max(sum(one.elements for one in of_layers), 1)
+
+    def aims(self, room: float) -> tuple[float, ...]:
+        """Divergences to build points at: where the limit is expected, then between what was seen.
+
+        Args:
+            room: the drop that layers may add.
+        """
+        if not self._drops:
+            aim = room / self.per_divergence
+            return aim, FIRST_STEP * aim
+        low, high = self._bracket
+        if low and high:
+            return (low**2 * high) ** (1 / 3), (low * high**2) ** (1 / 3)
+        if high:
+            return high * STEP, high * STEP**2
+        return low / STEP, low / STEP**2
+
+    @property
+    def _bracket(self) -> tuple[float, float]:
+        """The most divergence that was within the limit, and the least that was not; 0 for none."""
+        within = [at for at, drop in self._drops if drop <= self.limit]
+        high = min((at for at, drop in self._drops if drop > self.limit), default=0.0)
+        return max((at for at in within if not high or at < high), default=0.0), high
+
+    @property
+    def is_narrow(self) -> bool:
+        """Between what was within the limit and what was not there are few bytes."""
+        low, high = self._bracket
+        if not low or not high:
+            return False
+        larger, smaller = (self.stored_bytes(self.smallest(at)) for at in (low, high))
+        return larger - smaller <= NARROW * larger
+
+    def options(self, at: Sequence[int]) -> dict[str, str]:
+        """What layers get, "treatment option" by their names."""
+        return {
+            layer: _named(options[index - 1])
+            for (layer, options), index in zip(self._usable.items(), at, strict=True)
+            if index
+        }
+
+    def passes(self, at: Sequence[int]) -> str:
+        """The passes, in text form, that give it to them."""
+        return self.passes_of(self.options(at))
+
+    def passes_of(self, chosen: dict[str, str]) -> str:
+        """The same of what layers get by name."""
+        texts = []
+        for name in dict.fromkeys(one.treatment for one in self.probes):
+            of_this = {
+                layer: option.removeprefix(f"{name} ")
+                for layer, option in chosen.items()
+                if option.startswith(f"{name} ")
+            }
+            if of_this:
+                texts.append(treatment(name).passes(of_this))
+        return ",".join(texts)
+
+    @property
+    def per_divergence(self) -> float:
+        """Points of drop for each unit of divergence that is expected of the sum.
+
+        By the probes at first, then by what was built, the nearest to the limit counting most.
+        """
+        if self._drops:
+            weights = [(1 / (abs(drop - self.limit) + 0.1 * self.limit)) for _, drop in self._drops]
+            drops = math.fsum(
+                w * max(d, 0.0) for w, (_, d) in zip(weights, self._drops, strict=True)
+            )
+            sums = math.fsum(w * e for w, (e, _) in zip(weights, self._drops, strict=True))
+            return max(drops / max(sums, DIVERGENCE_MINIMUM), DIVERGENCE_MINIMUM)
+        measured = [one for one in self.probes if one.loss is not None and one.reason is None]
+        losses = math.fsum(max(one.loss or 0.0, 0.0) for one in measured)
+        divergences = math.fsum(one.divergence for one in measured)
+        return max(losses / max(divergences, DIVERGENCE_MINIMUM), DIVERGENCE_MINIMUM)
+
+    def learn(self, expected: float, drop: float) -> None:
+        """Take in by how much a point was found to be worse than the trunk.
+
+        Args:
+            expected: the divergence that it was expected to add.
+            drop: that was found, in points.
+        """
+        self._drops.append((expected, drop))
+
+    def suspects(self, chosen: dict[str, str], count: int) -> list[str]:
+        """The layers that are expected to diverge most."""
+        squares = {
+            one.layer: self._square(one)
+            for one in self.probes
+            if chosen.get(one.layer) == _named(one)
+        }
+        return sorted(squares, key=lambda layer: -squares[layer])[:count]
+
+    def blame(self, layer: str, option: str, divergence: float) -> None:
+        """Expect of an option of a layer, and of all coarser ones, what it was seen to do."""
+        own = [one for one in self.probes if one.layer == layer]
+        (seen,) = (one for one in own if _named(one) == option)
+        growth = divergence / max(self._square(seen), DIVERGENCE_MINIMUM)
+        if growth <= 1:
+            return
+        for one in own:
+            self._blamed[layer, _named(one)] = growth * self._square(one)
+
+
+def _named(one: Probe) -> str:
+    return f"{one.treatment} {one.option}"

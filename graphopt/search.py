@@ -1,0 +1,384 @@
+"""The search for the best model within a drop: trunks first, then layers, by what was probed.
+
+What is done to all of a model (trunks) is built and judged. Of those within the drop, the best is
+gone on with: its layers are probed, each alone with each option, which gives the whole front of
+what they can have together (`graphopt.growth`). Few points of it are built, and what is seen of
+them says where the limit is. Layers that do more together than alone are found by leaving each out.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import onnx_ir as ir
+
+from graphopt import loading
+from graphopt.allocation import front
+from graphopt.building import Build, Built, build
+from graphopt.errors import GraphoptError
+from graphopt.executors import Workers
+from graphopt.gauge import Gauge, Gauged
+from graphopt.growth import Growth
+from graphopt.parting import Parts
+from graphopt.probe_cache import ProbeCache
+from graphopt.probing import Probe, probe
+from graphopt.scenarios import Scenario, Trunk
+from graphopt.subject import Subject
+from graphopt.treatments import Layer, treatment
+from graphopt.trial import write_trial
+
+MARGIN = 0.9
+"""Of the drop that is allowed: what is aimed at."""
+
+ENOUGH = 0.75
+"""A candidate that takes so much of the drop allowed is near enough to the limit."""
+
+ROUNDS = 4
+"""How often points of the front are built, and the next ones chosen by what was seen."""
+
+TRUNKS_SHARE, ROUNDS_SHARE = 0.4, 0.75
+"""Of the time: after it no further trunk, and no further round, is begun."""
+
+SURPRISE = 1.25
+"""Layers together that diverge by so many times the sum of each alone have offenders among them."""
+
+OFFENDERS = 4
+"""So many are looked for among those that are expected to diverge most."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that was built, and what was found of it.
+
+    Attributes:
+        trunk: the name of the trunk.
+        built: the model, made of the base of a trial.
+        gauged: what it has lost.
+        chosen: what layers got, "treatment option" by their names.
+        trunk_passes: what was done to all of the model before.
+        latency_ratio: to the original's; None where it was not measured.
+    """
+
+    trunk: str
+    built: Built
+    gauged: Gauged
+    chosen: dict[str, str]
+    trunk_passes: str
+    latency_ratio: float | None = None
+
+    @property
+    def passes(self) -> str:
+        """All that was done after the recipe basic, in text form."""
+        return ",".join(filter(None, (self.trunk_passes, self.built.passes)))
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """A point of the front that was not built.
+
+    Attributes:
+        trunk: the name of the trunk.
+        stored_bytes: expected on disk.
+        drop: expected.
+    """
+
+    trunk: str
+    stored_bytes: int
+    drop: float
+
+
+@dataclass
+class Search:
+    """A search for one model.
+
+    Attributes:
+        subject: the model as it was given.
+        base: what lossless passes made of it.
+        scenario: what is tried, and what is made least.
+        limit: the drop that is allowed, in the unit of the metric.
+        parts: of the samples.
+        gauge: estimates drops.
+        folder: for what is built.
+        workers: that build and probe.
+        cache: of what was found before.
+        latency: of the model in a file, over that of the original.
+        seconds: that the search may take.
+        progress: called with a few words.
+        sureness: how sure the original is taken to be; see `graphopt.agreement`.
+        candidates: all that were built.
+        predicted: points of the front that were not.
+        probes: of the trunk that was gone on with.
+        notes: what a user should know.
+    """
+
+    subject: Subject
+    base: ir.Model
+    scenario: Scenario
+    limit: float
+    parts: Parts
+    gauge: Gauge
+    folder: Path
+    workers: Workers
+    cache: ProbeCache
+    latency: Callable[[Path], float]
+    seconds: float
+    progress: Callable[[str], None]
+    sureness: float | None = None
+    started_s: float = field(default_factory=time.monotonic)
+    candidates: list[Candidate] = field(default_factory=list)
+    predicted: list[Predicted] = field(default_factory=list)
+    probes: list[Probe] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    _trials: dict[tuple[str, bool], Path] = field(default_factory=dict)
+
+    def run(self) -> list[Candidate]:
+        """All candidates within the drop, the best last; none where even the base is not.
+
+        Raises:
+            GraphoptError: a worker was lost, or a model does not run.
+        """
+        trunks = self._trunks()
+        within = [one for one in trunks if one.gauged.drop <= self.limit]
+        if not within:
+            return []
+        self._grow(self._best_trunk(within))
+        fit = [one for one in self.candidates if one.gauged.drop <= self.limit]
+        return sorted(fit, key=self._cost, reverse=True)
+
+    # -------------------------------------------------------------- trunks
+
+    def _trunks(self) -> list[Candidate]:
+        """The trunks that were built; a bolder one only where the milder is within the drop."""
+        done: dict[str, Candidate | None] = {}
+        running: dict[str, Build] = {}
+        folder = self.trial(self.base, "base")
+        while True:
+            for one in self._ready(done, running):
+                running[one.name] = build(folder, one.passes, self.models, self.workers, self.cache)
+            if not running:
+                break
+            if self._is_late(TRUNKS_SHARE) and any(done.values()):
+                self.notes.append(f"no time for {', '.join(running)}: more --budget-minutes help")
+                break
+            for name in [name for name, one in running.items() if one.is_done()]:
+                done[name] = self._judged_trunk(name, running.pop(name))
+            time.sleep(0.02)
+        return [done[one.name] for one in self.scenario.trunks if done.get(one.name)]  # type: ignore[misc]
+
+    def _ready(self, done: dict[str, Candidate | None], running: dict[str, Build]) -> list[Trunk]:
+        found = []
+        for one in self.scenario.trunks:
+            if one.name in done or one.name in running or self._is_late(TRUNKS_SHARE):
+                continue
+            before = done.get(one.after) if one.after else None
+            if one.after is None or (before and before.gauged.drop <= self.limit):
+                found.append(one)
+        return found
+
+    def _judged_trunk(self, name: str, running: Build) -> Candidate | None:
+        (trunk,) = (one for one in self.scenario.trunks if one.name == name)
+        try:
+            built = running.wait()
+        except GraphoptError as error:
+            self.notes.append(f"{name} cannot be built: {error}")
+            return None
+        found = Candidate(name, replace(built, passes=""), self.gauge(built), {}, trunk.passes)
+        self.progress(f"{name}: {built.stored_bytes:,} bytes, drop {found.gauged.drop:.3g}")
+        self.candidates.append(found)
+        return found
+
+    def _best_trunk(self, within: Sequence[Candidate]) -> Candidate:
+        """The one that promises most: by the clock, or by what its layers would still save."""
+        if self.scenario.objective == "latency":
+            timed = [replace(c, latency_ratio=self.latency(c.built.path)) for c in within]
+            for old, new in zip(within, timed, strict=True):
+                self.candidates[self.candidates.index(old)] = new
+            return min(timed, key=lambda c: (c.latency_ratio, c.built.stored_bytes))
+        if not self.scenario.treatments:
+            return min(within, key=lambda c: c.built.stored_bytes)
+        reference, others = within[0], within[1:]
+        growth = self._growth(reference)
+        if not growth.choices or not others:
+            return reference
+
+        def promised(candidate: Candidate) -> float:
+            # What layers of the first trunk bear, those of another bear alike.
+            room = (MARGIN * self.limit - candidate.gauged.drop) / growth.per_divergence
+            treated = self._layers(loading.load(candidate.built.path))
+            layers = {one.name: one for found in treated.values() for one in found}
+            now_bytes = sum(one.stored_bytes for one in layers.values())
+            elements = sum(one.elements for one in layers.values())
+            then_bytes = growth.bytes_per_element(max(room, 0.0)) * elements
+            return candidate.built.stored_bytes - max(now_bytes - then_bytes, 0.0)
+
+        return min(within, key=promised)
+
+    # -------------------------------------------------------------- layers
+
+    def _growth(self, trunk: Candidate) -> Growth:
+        """What the layers of a trunk can have."""
+        model = loading.load(trunk.built.path)
+        folder = self.trial(model, trunk.trunk)
+        layers = self._layers(model)
+        self.probes = probe(folder, layers, self.workers, self.cache, self.progress)
+        sizes = {one.name: one for found in layers.values() for one in found}
+        return Growth(trunk.built.stored_bytes, sizes, self.probes, self.limit - trunk.gauged.drop)
+
+    def _layers(self, model: ir.Model) -> dict[str, list[Layer]]:
+        found = {name: treatment(name).layers(model) for name in self.scenario.treatments}
+        return {name: layers for name, layers in found.items() if layers}
+
+    def _grow(self, trunk: Candidate) -> None:
+        """Build points of the front of a trunk's layers, nearer and nearer to the limit."""
+        if not self.scenario.treatments:
+            return
+        growth = self._growth(trunk)
+        if not growth.choices:
+            return
+        for number in range(ROUNDS):
+            if number and self._is_late(ROUNDS_SHARE):
+                self.notes.append("no time for another round of points: more --budget-minutes help")
+                break
+            room = MARGIN * self.limit - trunk.gauged.drop
+            found = self._built_points(trunk, growth, growth.aims(room))
+            for candidate, expected in found:
+                growth.learn(expected, candidate.gauged.drop - trunk.gauged.drop)
+            self._find_offenders(trunk, growth, found)
+            if not found or self._is_near(growth):
+                break
+        for at in front(growth.choices):
+            drop = trunk.gauged.drop + growth.per_divergence * growth.divergence(at)
+            self.predicted.append(Predicted(trunk.trunk, growth.stored_bytes(at), drop))
+
+    def _is_near(self, growth: Growth) -> bool:
+        """The best candidate takes most of the drop, or there is little between it and the next."""
+        within = [c for c in self.candidates if c.chosen and c.gauged.drop <= self.limit]
+        best = min(within, key=self._cost, default=None)
+        if best is None:
+            return False
+        return best.gauged.drop >= ENOUGH * self.limit or growth.is_narrow
+
+    def _built_points(
+        self, trunk: Candidate, growth: Growth, aims: Sequence[float]
+    ) -> list[tuple[Candidate, float]]:
+        """Points that were not built before, each with the divergence it was expected to add."""
+        folder, wanted = self.trial_of(trunk), {}
+        known = {c.built.passes for c in self.candidates}
+        for aim in aims:
+            at = growth.smallest(aim)
+            passes = growth.passes(at)
+            if passes and passes not in known:
+                wanted[passes] = at
+        running = {
+            passes: build(folder, passes, self.models, self.workers, self.cache)
+            for passes in wanted
+        }
+        found = []
+        for passes, at in wanted.items():
+            built = running[passes].wait()
+            candidate = Candidate(
+                trunk.trunk,
+                built,
+                self.gauge(built),
+                growth.options(at),
+                trunk.trunk_passes,
+                trunk.latency_ratio,
+            )
+            self.progress(
+                f"{trunk.trunk}: {built.stored_bytes:,} bytes, drop {candidate.gauged.drop:.3g}"
+            )
+            self.candidates.append(candidate)
+            found.append((candidate, growth.divergence(at)))
+        return found
+
+    def _find_offenders(
+        self, trunk: Candidate, growth: Growth, found: Sequence[tuple[Candidate, float]]
+    ) -> None:
+        """Where layers diverge by more together than alone, see by how much each one does."""
+        for candidate, expected in found:
+            added = candidate.built.divergence - trunk.built.divergence
+            if added <= SURPRISE * expected:
+                continue
+            suspects = growth.suspects(candidate.chosen, OFFENDERS)
+            running = {}
+            for layer in suspects:
+                rest = {k: v for k, v in candidate.chosen.items() if k != layer}
+                if rest:
+                    running[layer] = build(
+                        self.trial_of(trunk),
+                        growth.passes_of(rest),
+                        self.models,
+                        self.workers,
+                        self.cache,
+                    )
+            for layer, one in running.items():
+                without = one.wait()
+                growth.blame(
+                    layer, candidate.chosen[layer], candidate.built.divergence - without.divergence
+                )
+            return
+
+    # -------------------------------------------------------------- what they share
+
+    @property
+    def models(self) -> Path:
+        """Where models are kept until the search ends."""
+        path = self.folder / "models"
+        path.mkdir(exist_ok=True)
+        return path
+
+    def trial(self, model: ir.Model, name: str, refit: bool = False) -> Path:
+        """The folder of a trial on a model.
+
+        Args:
+            model: its base.
+            name: under which it is known.
+            refit: fitted on all samples of the search.
+        """
+        if (name, refit) not in self._trials:
+            folder = self.folder / f"trial{len(self._trials)}"
+            folder.mkdir()
+            self._trials[name, refit] = write_trial(
+                folder,
+                self.subject.source.model,
+                self.subject.given,
+                model,
+                self.parts.searched if refit else self.parts.fitted,
+                self.parts.judged,
+                self.subject.provider,
+                self.subject.source.external_data(),
+                self.sureness,
+            )
+        return self._trials[name, refit]
+
+    def trial_of(self, trunk: Candidate, refit: bool = False) -> Path:
+        """The folder of the trial on a trunk."""
+        if (trunk.trunk, refit) in self._trials:
+            return self._trials[trunk.trunk, refit]
+        model = loading.load(self.trunk_of(trunk).built.path)
+        return self.trial(model, trunk.trunk, refit)
+
+    def trunk_of(self, candidate: Candidate) -> Candidate:
+        """The trunk of a candidate, with its layers as they are."""
+        (found,) = (c for c in self.candidates if c.trunk == candidate.trunk and not c.chosen)
+        return found
+
+    def refitted(self, candidate: Candidate) -> Built:
+        """The same, fitted on all samples of the search; its trunk stays as it is."""
+        if not candidate.chosen:
+            return candidate.built
+        folder = self.trial_of(candidate, refit=True)
+        return build(folder, candidate.built.passes, self.models, self.workers, self.cache).wait()
+
+    def _cost(self, candidate: Candidate) -> tuple[float, float]:
+        if self.scenario.objective == "latency":
+            ratio = candidate.latency_ratio
+            return (math.inf if ratio is None else ratio, candidate.built.stored_bytes)
+        return (candidate.built.stored_bytes, candidate.gauged.drop)
+
+    def _is_late(self, share: float) -> bool:
+        return time.monotonic() - self.started_s > share * self.seconds

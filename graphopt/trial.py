@@ -1,0 +1,263 @@
+"""A model on which passes are tried: with samples to fit by, and others to judge by.
+
+A trial lies in a folder: the model as it was given, the model to begin with, and the samples. So
+another process, or another machine, can open the same one and comes to the same results.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+
+import onnx_ir as ir
+
+from graphopt import loading, saving
+from graphopt.agreement import Agreement
+from graphopt.contract import Context
+from graphopt.gate import Gate, interface_of
+from graphopt.ledger import Step, size_of
+from graphopt.memo import Memo
+from graphopt.observe import Observer, content_key
+from graphopt.pipeline import Pipeline
+from graphopt.recipes import plan
+from graphopt.recording import Feed
+from graphopt.runtime import Session
+from graphopt.sample_files import write_npz
+from graphopt.samples import Samples, read_samples
+from graphopt.scores import Judge, Scores
+from graphopt.signature import signature
+
+ORIGINAL, BASE, SETUP, FITTED, JUDGED, MEMO = (
+    "original.onnx",
+    "base.onnx",
+    "setup.json",
+    "fitted",
+    "judged",
+    "memo",
+)
+"""Names in the folder of a trial."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What else a trial is made of.
+
+    Attributes:
+        original: where the model as it was given lies; None for in the folder.
+        provider: "cpu" or "cuda".
+        state: pairs of output and input that carry state.
+        external_data: see `graphopt.saving.save`.
+        sureness: how sure the original is taken to be; see `graphopt.agreement`.
+        key: a hash of all that results depend on.
+    """
+
+    original: str | None
+    provider: str
+    state: tuple[tuple[str, str], ...]
+    external_data: bool | None
+    sureness: float | None
+    key: str
+
+
+@dataclass
+class Trial:
+    """A model on which passes are tried.
+
+    Attributes:
+        setup: what it is made of.
+        base: the model to begin with; not modified.
+        context: for the passes: the original, and the samples to fit by.
+        judge: gives the agreement of a model with the original on other samples.
+    """
+
+    setup: Setup
+    base: ir.Model
+    context: Context
+    judge: Judge
+    _known: dict[str, Scores] = field(default_factory=dict)
+
+    def rewritten(self, passes: str, loads: bool = False) -> tuple[ir.Model, tuple[Step, ...]]:
+        """What passes make of the base, and the ledger.
+
+        They are judged on structure alone: what comes out is what they did, however bad.
+
+        Args:
+            passes: in text form.
+            loads: each step is loaded into onnxruntime, and rolled back where that fails.
+        """
+        model = self.base.clone()
+        pipeline = Pipeline(
+            model,
+            size_of(model, self.setup.external_data),
+            self.setup.external_data,
+            Gate(interface_of(model), model, None, loads, provider=self.setup.provider),
+            self.context,
+            self.base.clone,
+        )
+        pipeline.run(plan(None, passes, None))
+        return pipeline.model, tuple(pipeline.steps)
+
+    def scores(self, model: ir.Model) -> Scores:
+        """The agreement of a model with the original.
+
+        Raises:
+            GraphoptError: onnxruntime does not run it.
+        """
+        return self.judge(Session(model, provider=self.setup.provider, threads=1))
+
+    @property
+    def base_scores(self) -> Scores:
+        """The agreement of the base."""
+        if "base" not in self._known:
+            self._known["base"] = self.scores(self.base)
+        return self._known["base"]
+
+    def stored_bytes(self, model: ir.Model) -> int:
+        """What a model takes on disk."""
+        return saving.stored_bytes(model, self.setup.external_data)
+
+
+def write_trial(
+    folder: Path,
+    original: ir.Model,
+    given: ir.Model | Path,
+    base: ir.Model,
+    fitted: Feed,
+    judged: Feed,
+    provider: str,
+    external_data: bool | None,
+    sureness: float | None = None,
+) -> Path:
+    """Lay a trial down in a folder.
+
+    Args:
+        folder: there, and empty.
+        original: the model as it was given.
+        given: its file, where there is one, to which the trial then refers.
+        base: the model to begin with.
+        fitted: samples for the passes.
+        judged: samples to judge by.
+        provider: "cpu" or "cuda".
+        external_data: see `graphopt.saving.save`.
+        sureness: how sure the original is taken to be; see `graphopt.agreement`.
+
+    Returns:
+        The folder.
+    """
+    path = given.absolute() if isinstance(given, Path) else None
+    if path is None:
+        saving.save(original, folder / ORIGINAL, external_data=external_data)
+    saving.save(base, folder / BASE, external_data=external_data)
+    for feed, name in ((fitted, FITTED), (judged, JUDGED)):
+        _write_samples(feed, folder / name)
+    parts = (
+        version("graphopt"),
+        version("onnxruntime") if provider == "cpu" else provider,
+        content_key(original),
+        content_key(base),
+        *(digest for feed in (fitted, judged) for digest in ("|", *feed.samples.digests)),
+        repr((fitted.state, sureness)),
+    )
+    key = sha256("\0".join(parts).encode()).hexdigest()
+    setup = {
+        "original": None if path is None else str(path),
+        "provider": provider,
+        "state": fitted.state,
+        "external_data": external_data,
+        "sureness": sureness,
+        "key": key,
+    }
+    (folder / SETUP).write_text(json.dumps(setup))
+    return folder
+
+
+def _write_samples(feed: Feed, folder: Path) -> None:
+    """One file for each sample; where state is carried, one folder for each sequence."""
+    folder.mkdir()
+    samples = feed.samples
+    width = len(str(len(samples)))
+    for number, sequence in enumerate(samples.sequences):
+        into = folder / f"{number:0{width}d}" if feed.state else folder
+        into.mkdir(exist_ok=True)
+        for index in sequence:
+            write_npz(into / f"{index:0{width}d}.npz", samples.loaders[index]())
+
+
+def read_setup(folder: Path) -> Setup:
+    """What a trial in a folder is made of."""
+    content = json.loads((folder / SETUP).read_text())
+    content["state"] = tuple((a, b) for a, b in content["state"])
+    return Setup(**content)
+
+
+def open_trial(folder: Path, progress: Callable[[str], None] = lambda _: None) -> Trial:
+    """The trial that lies in a folder.
+
+    Raises:
+        GraphoptError: onnxruntime does not run the original on the samples.
+    """
+    setup = read_setup(folder)
+    original_path = Path(setup.original) if setup.original else folder / ORIGINAL
+    original = loading.load(original_path, drop_training_info=True)
+    base = loading.load(folder / BASE)
+    inputs = signature(original)
+
+    def feed(name: str) -> Feed:
+        read = read_samples(folder / name, inputs, setup.state)
+        return Feed(_in_order(read), inputs, setup.state)
+
+    fitted, judged = feed(FITTED), feed(JUDGED)
+    session = Session(original_path, provider=setup.provider, threads=1)
+    (judge,) = Agreement(setup.sureness).judges(original, session, judged, [judged])
+    context = Context(
+        read_original=lambda: original,
+        samples=fitted.samples,
+        provider=setup.provider,
+        progress=progress,
+        observer=Observer(fitted, setup.provider, threads=1),
+        memo=Memo(folder / MEMO),
+    )
+    return Trial(setup, base, context, judge)
+
+
+def _in_order(samples: Samples) -> Samples:
+    """Without the empty sequence that the folder of sequences itself is."""
+    return samples.select([n for n, sequence in enumerate(samples.sequences) if sequence])
+
+
+def packed(folder: Path) -> bytes:
+    """All of a trial as one file, for a machine that does not share this one's disk."""
+    setup, stream = read_setup(folder), io.BytesIO()
+    with (
+        zipfile.ZipFile(stream, "w") as archive,
+        tempfile.TemporaryDirectory(prefix="graphopt-") as scratch,
+    ):
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and path.name != SETUP and path.parent.name != MEMO:
+                archive.write(path, path.relative_to(folder))
+        if setup.original is not None:
+            saving.save(loading.load(setup.original), Path(scratch) / ORIGINAL)
+            for path in sorted(Path(scratch).iterdir()):
+                archive.write(path, path.name)
+        content = json.loads((folder / SETUP).read_text())
+        archive.writestr(SETUP, json.dumps({**content, "original": None}))
+    return stream.getvalue()
+
+
+def unpacked(content: bytes, folder: Path) -> Path:
+    """Lay a trial down that was packed."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def tried_on(samples: Samples, sequences: Sequence[int], feed: Feed) -> Feed:
+    """A feed of some sequences of samples."""
+    return Feed(samples.select(sequences), feed.inputs, feed.state)

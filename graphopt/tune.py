@@ -1,0 +1,317 @@
+"""tune: the best model within a drop of the metric, searched for, and verified on other samples."""
+
+from __future__ import annotations
+
+import math
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from graphopt import loading
+from graphopt.accuracy import Accuracy
+from graphopt.agreement import Agreement
+from graphopt.benchmark import latency_ratio
+from graphopt.errors import SampleError, SpecError
+from graphopt.executors import open_workers
+from graphopt.gate import Gate, interface_of
+from graphopt.gauge import Gauge
+from graphopt.ledger import Run, Step, size_as_given, size_of, stamp
+from graphopt.loading import ModelLike
+from graphopt.metric import parse_metric
+from graphopt.parting import Parts, items_to_prove, part
+from graphopt.preparing import lossless
+from graphopt.probe_cache import ProbeCache, cache_key, default_folder
+from graphopt.probing import Probe
+from graphopt.recipes import plan, recipe
+from graphopt.recording import Feed
+from graphopt.runtime import Session
+from graphopt.scenarios import Scenario, scenario, scenario_for
+from graphopt.scores import Scores
+from graphopt.search import Search
+from graphopt.subject import Progress, SamplesLike, State, Subject, open_subject
+from graphopt.verifying import Certificate, Taken, Verifier, range_of_drops
+
+GATE_SAMPLES = 16
+"""On so many of the samples to verify by, at most, outputs are compared number by number."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model that was built in the search, or that is expected to be on the front.
+
+    Attributes:
+        name: of its trunk.
+        passes: all that was done after the recipe basic, in text form; empty where not built.
+        size_ratio: bytes on disk over those of the original.
+        latency_ratio: to the original's, or None where not measured.
+        drop: estimated, in the unit of the metric.
+        built: it was built and judged; else it is expected.
+        chosen: it is the one that was taken.
+    """
+
+    name: str
+    passes: str
+    size_ratio: float
+    latency_ratio: float | None
+    drop: float
+    built: bool
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The result of `graphopt.tune`.
+
+    Attributes:
+        run: the model and its evidence, as of `graphopt.optimize`; `run.save(path)` writes it.
+        scenario: its name, or the objective.
+        objective: what was made least.
+        metric: its name.
+        unit: of the metric, "%" or empty.
+        certificate: what samples that the search never saw say of it.
+        points: what was built, and the front that was expected.
+        probes: what each option does to each layer alone.
+        parts: how many samples were fitted, searched and verified by.
+        evaluations: how often a model was run on one of the latter two.
+        minutes: that it took.
+        notes: what else a user should know.
+    """
+
+    run: Run
+    scenario: str
+    objective: str
+    metric: str
+    unit: str
+    certificate: Certificate
+    points: tuple[Point, ...]
+    probes: tuple[Probe, ...]
+    parts: tuple[int, int, int]
+    evaluations: int
+    minutes: float
+    notes: tuple[str, ...]
+
+    def save(self, path: str | Path) -> Tuning:
+        """Write the model; see `Run.save`."""
+        return replace(self, run=self.run.save(path))
+
+
+def tune(
+    model: ModelLike,
+    *,
+    samples: SamplesLike,
+    max_drop: float | str,
+    metric: str | None = None,
+    labels: str | Path | None = None,
+    scenario: str | None = None,
+    objective: str | None = None,
+    provider: str | None = None,
+    confidence: float = 0.95,
+    certify: bool = False,
+    budget_minutes: float = 10.0,
+    threads: int = 1,
+    seed: int = 0,
+    state: State = (),
+    cache: str | Path | None = None,
+    executor: str | None = None,
+    jobs: int | None = None,
+    progress: Progress = lambda _: None,
+) -> Tuning:
+    """Find the model of the least size, latency or memory within a drop of the metric.
+
+    Args:
+        model: see `graphopt.optimize`.
+        samples: likewise. They are parted: to fit by, to search by, and to verify by.
+        max_drop: of the metric, in its unit; `"2%"` is of the original's value.
+        metric: see `graphopt.metric.parse_metric`; by default accuracy where there are labels, else
+            agreement with the original.
+        labels: path of a file of labels; by default labels.json in the folder of the samples.
+        scenario: its name; by default that of the objective and the provider.
+        objective: "size", "latency" or "memory"; by default that of the scenario, or size.
+        provider: "cpu" or "cuda"; by default that of the scenario, or cpu.
+        confidence: of what is said of the drop.
+        certify: take only what is proven to be within the drop.
+        budget_minutes: about how long it may take.
+        threads: of the benchmark.
+        seed: of another parting of the samples.
+        state: see `graphopt.optimize`.
+        cache: folder of what was found before; by default the user's folder for caches.
+        executor: see `graphopt.executors.open_workers`.
+        jobs: processes, of the default executor.
+        progress: called with a few words on what goes on.
+
+    Raises:
+        SpecError: an option does not fit, or there is no such scenario, objective or metric.
+        GraphoptError: the input is at fault, or a worker was lost.
+    """
+    started_s = time.monotonic()
+    if not 0 < confidence < 1:
+        raise SpecError(f"confidence is {confidence:g}; it must be between 0 and 1, as 0.95")
+    if not budget_minutes > 0:
+        raise SpecError(f"budget_minutes is {budget_minutes:g}; it must be above 0")
+    named, chosen = _scenario(scenario, objective, provider)
+    measure = parse_metric(metric, samples if isinstance(samples, str | Path) else None, labels)
+    subject = open_subject(model, chosen.provider, True, True, progress)
+    if subject.is_random():
+        raise SampleError("the model is random: no drop can be measured of it")
+    feed = subject.feed(samples, None, state)
+    session = Session(subject.given, provider=chosen.provider)
+    (whole,) = measure.judges(subject.source.model, session, feed, [feed])
+    progress("the original")
+    original = whole(session)
+    limit = _limit(max_drop, original)
+    low, high = range_of_drops(original)
+    least = items_to_prove(limit, 1 - confidence, low, high)
+    parts = part(feed, least, seed)
+    searched, verified = measure.judges(
+        subject.source.model, session, feed, [parts.judged, parts.verified]
+    )
+    base, base_steps = lossless(subject, progress)
+    store = ProbeCache(Path(cache) if cache is not None else default_folder())
+    is_agreement = isinstance(measure, Agreement)
+    gauge = Gauge(
+        searched(session),
+        None if is_agreement else searched,
+        isinstance(measure, Accuracy),
+        chosen.provider,
+    )
+    with (
+        tempfile.TemporaryDirectory(prefix="graphopt-") as folder,
+        open_workers(executor, jobs) as workers,
+    ):
+        search = Search(
+            subject=subject,
+            base=base,
+            scenario=chosen,
+            limit=limit,
+            parts=parts,
+            gauge=gauge,
+            folder=Path(folder),
+            workers=workers,
+            cache=store,
+            latency=lambda path: _latency(subject, path, parts, store),
+            seconds=60 * budget_minutes,
+            progress=progress,
+            sureness=gauge.original.value / 100 if isinstance(measure, Accuracy) else None,
+        )
+        fit = search.run()
+        verifier = Verifier(
+            search, verified, verified(session), limit, 1 - confidence, least, not parts.shared
+        )
+        progress("verifying")
+        taken, certificate = verifier.by_proof(fit) if certify else verifier.by_estimate(fit)
+        run = _run(search, taken, base_steps, threads)
+    return Tuning(
+        run=run,
+        scenario=named,
+        objective=chosen.objective,
+        metric=measure.name,
+        unit=original.unit,
+        certificate=certificate,
+        points=tuple(_points(search, taken)),
+        probes=tuple(search.probes),
+        parts=(len(parts.fitted.samples), len(parts.judged.samples), len(parts.verified.samples)),
+        evaluations=gauge.evaluations + verifier.evaluations,
+        minutes=(time.monotonic() - started_s) / 60,
+        notes=tuple(search.notes),
+    )
+
+
+# ------------------------------------------------------------------ what is asked for
+
+_RELATIVE = re.compile(r"(?P<share>\d*\.?\d+(?:[eE][+-]?\d+)?)\s*%")
+
+
+def _limit(max_drop: float | str, original: Scores) -> float:
+    """The drop that is allowed, in the unit of the metric."""
+    match = _RELATIVE.fullmatch(max_drop.strip()) if isinstance(max_drop, str) else None
+    try:
+        limit = float(match["share"]) / 100 * abs(original.value) if match else float(max_drop)
+    except ValueError:
+        limit = math.nan
+    if not (limit >= 0 and math.isfinite(limit)):
+        raise SpecError(
+            f"max-drop is {max_drop!r}; it must be a number in the unit of the metric, as 1.0, or "
+            "a share of the original's value, as 2%"
+        )
+    return limit
+
+
+def _scenario(
+    name: str | None, objective: str | None, provider: str | None
+) -> tuple[str, Scenario]:
+    if name is None:
+        objective = objective or "size"
+        return objective, scenario_for(objective, provider or "cpu")
+    found = scenario(name)
+    if objective not in (None, found.objective):
+        raise SpecError(f"the scenario {name!r} is for {found.objective}, and not for {objective}")
+    if provider not in (None, found.provider):
+        raise SpecError(f"the scenario {name!r} is for {found.provider}, and not for {provider}")
+    return name, found
+
+
+# ------------------------------------------------------------------ what comes out
+
+
+def _run(search: Search, taken: Taken | None, base_steps: Sequence[Step], threads: int) -> Run:
+    """The model that was taken, with its evidence; the lossless one where none was."""
+    subject, judged = search.subject, search.parts.verified
+    model, texts, steps = search.base.clone(), [recipe("basic").passes], list(base_steps)
+    if taken is not None:
+        # Its file goes with the folder of the search.
+        model = loading.load(taken.built.path.read_bytes())
+        texts.append(taken.candidate.passes)
+        steps += [*search.trunk_of(taken.candidate).built.steps, *taken.built.steps]
+    external_data = subject.source.external_data()
+    chosen = plan(None, ",".join(filter(None, texts)), None)
+    few = Feed(judged.samples.first(GATE_SAMPLES), judged.inputs, judged.state)
+    gate = Gate(interface_of(search.base), subject.given, few, provider=subject.provider)
+    stamp(model, chosen, subject.source)
+    search.progress("measuring")
+    report = subject.measure(model, few.samples, threads)
+    return Run(
+        model=model,
+        plan=chosen,
+        steps=tuple(steps),
+        original=size_as_given(subject.source),
+        optimized=size_of(model, external_data),
+        numerics=gate.numerics(model),
+        benchmark=report,
+        notes=(*subject.notes, *gate.notes),
+        failures=(),
+        provider=subject.provider,
+        validated=True,
+        source=subject.source,
+    )
+
+
+def _latency(subject: Subject, path: Path, parts: Parts, cache: ProbeCache) -> float:
+    """The latency of a model over that of the original; measured once."""
+    key = cache_key("latency", path.stem, subject.source.sha256())
+    known = cache.get(key)
+    if known is None:
+        second = loading.load(path)
+        samples = parts.judged.samples
+        known = latency_ratio(subject.source.model, second, samples, subject.provider)
+        cache.put(key, known)
+    return float(known)
+
+
+def _points(search: Search, taken: Taken | None) -> Iterator[Point]:
+    original_bytes = search.subject.source.stored_bytes
+    for one in search.candidates:
+        yield Point(
+            one.trunk,
+            one.passes,
+            one.built.stored_bytes / original_bytes,
+            one.latency_ratio,
+            one.gauged.drop,
+            built=True,
+            chosen=taken is not None and one is taken.candidate,
+        )
+    for expected in search.predicted:
+        ratio = expected.stored_bytes / original_bytes
+        yield Point(expected.trunk, "", ratio, None, expected.drop, built=False, chosen=False)

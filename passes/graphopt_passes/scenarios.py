@@ -1,0 +1,86 @@
+"""The scenarios that come with graphopt."""
+
+from __future__ import annotations
+
+from graphopt.scenarios import Scenario, Trunk
+from graphopt_passes.recipes import READY, TIDY
+
+_SMALL = "drop-metadata,shorten-names,pack-constants{weights=false}"
+"""Names and shapes are a tenth of a small model; before layers are named."""
+
+
+def _int8(price: float) -> str:
+    """8-bit integers where they are faster, however much of the drop they take."""
+    static = f"quantize-static{{error=1,price={price}}}"
+    return f"{READY},{static},quantize-dynamic,{TIDY}"
+
+
+def _structures(budget: str) -> str:
+    return f"prune-structures{{{budget}}}"
+
+
+EDGE = Scenario(
+    summary="the smallest file; float kernels, or integer ones where they cost no bytes",
+    objective="size",
+    provider="cpu",
+    trunks=(
+        Trunk("float", _SMALL),
+        Trunk("int8", f"{_int8(0.2)},{_SMALL}"),
+        Trunk("three quarters", f"{_structures('parameters=0.75')},{_SMALL}", after="float"),
+        Trunk("half", f"{_structures('parameters=0.5')},{_SMALL}", after="three quarters"),
+        Trunk("a quarter", f"{_structures('parameters=0.25')},{_SMALL}", after="half"),
+    ),
+    treatments=("clusters",),
+)
+
+SERVER_CPU = Scenario(
+    summary="the lowest latency on the CPU: integer kernels, fewer channels",
+    objective="latency",
+    provider="cpu",
+    trunks=(
+        Trunk("float", _SMALL),
+        Trunk("int8", f"{_int8(0.2)},{_SMALL}"),
+        Trunk("int8, faster", f"{_int8(0.02)},{_SMALL}", after="int8"),
+        Trunk(
+            "int8, 0.8 of the work",
+            f"{_structures('macs=0.8')},{_int8(0.02)},{_SMALL}",
+            after="int8",
+        ),
+        Trunk(
+            "int8, 0.65 of the work",
+            f"{_structures('macs=0.65')},{_int8(0.02)},{_SMALL}",
+            after="int8, 0.8 of the work",
+        ),
+        Trunk(
+            "int8, half of the work",
+            f"{_structures('macs=0.5')},{_int8(0.02)},{_SMALL}",
+            after="int8, 0.65 of the work",
+        ),
+    ),
+    treatments=("clusters",),
+)
+
+SERVER_GPU = Scenario(
+    summary="the lowest latency on a GPU: float16",
+    objective="latency",
+    provider="cuda",
+    trunks=(
+        Trunk("float", ""),
+        Trunk("float16", "convert-numbers{format=float16}"),
+        Trunk("float16, 0.8 of the work", f"{_structures('macs=0.8')},convert-numbers"),
+        Trunk(
+            "float16, 0.65 of the work",
+            f"{_structures('macs=0.65')},convert-numbers",
+            after="float16, 0.8 of the work",
+        ),
+    ),
+    treatments=(),
+)
+
+LLM_DECODE = Scenario(
+    summary="a token at a time: weights that stay narrow in memory, activations as they are",
+    objective="memory",
+    provider="cpu",
+    trunks=(Trunk("float", f"raise-opset{{opset=21}},{_SMALL}"),),
+    treatments=("kernel-bits",),
+)
