@@ -66,8 +66,9 @@ def bisect_models(
     effect = Effect.LOSSY if budgets else Effect.ROUNDING
     halves = coarsest(computed_in_half(before), computed_in_half(after))
     found = Finding(before, after, feed, first.provider, progress)
-    tolerance = Tolerance(effect, budgets, Reference.AS_DEPLOYED, halves)
-    return replace(found.judge(tolerance), notes=(*first.notes, *second.notes, *found.notes))
+    reference = Reference.AS_DEPLOYED if budgets else Reference.AS_WRITTEN
+    tolerance = Tolerance(effect, budgets, reference, halves)
+    return replace(found.judge(tolerance), notes=(*first.notes, *second.notes, *found.all_notes))
 
 
 # ------------------------------------------------------------------ passes, one by one
@@ -223,7 +224,7 @@ def _of_sum(
         found,
         reason=f"no pass is over its tolerance by itself, but from {one} on their sum is: {reason}",
         trials=_trials(pipeline.steps, (str(one), reason)),
-        notes=(*subject.notes, *finding.notes),
+        notes=(*subject.notes, *finding.all_notes),
     )
 
 
@@ -269,10 +270,11 @@ def _of_guilty(
     progress(f"looking for the smallest model that {one.name} breaks")
     alone = PassAlone(one, kind, before, feeds, gate, tolerance, subject.provider)
     small = alone.smallest(around)
-    if small is not None:
-        notes = [note for note in notes if "reproducer" not in note]
+    if small is not None and (small.is_small or found.reproducer is None):
         found = replace(found, reproducer=small)
-    if kind != OVER and small is None:
+    elif finding is not None:
+        notes = [*finding.all_notes]
+    else:
         notes.append("no reproducer: the pass does no harm to any part of the model that was tried")
     return replace(found, notes=(*subject.notes, *gate.notes, *notes))
 

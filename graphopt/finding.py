@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -29,6 +29,15 @@ def _describe_tolerance(tolerance: Tolerance) -> str:
     return f"{words[tolerance.effect]}, {tolerance.reference.value}"
 
 
+@dataclass(frozen=True)
+class _Judged:
+    """Outputs under one reference: why they are over the tolerance, and where most."""
+
+    tolerance: Tolerance
+    reason: str | None
+    steps: list[Mapping[str, np.ndarray]]
+
+
 class Finding:
     """From two models of which one is wrong to the place where it begins, and a reproducer."""
 
@@ -42,49 +51,47 @@ class Finding:
         self.steps: list[Mapping[str, np.ndarray]] = []
         self.divergence: Divergence | None = None
         self.cut: Cut | None = None
+        self.why_not_small: str | None = None
+
+    @property
+    def all_notes(self) -> tuple[str, ...]:
+        """What a user should know, also of the reproducer."""
+        more = () if self.why_not_small is None else (self.why_not_small,)
+        return (*self.notes, *more)
 
     def judge(self, asked: Tolerance) -> Bisection:
         """Whether outputs are over the tolerance, and where it comes from.
 
         What is wrong as written is looked at as written: there, every node is run as the file says.
         """
-        overs = {}
-        for reference in (Reference.AS_WRITTEN, asked.reference):
+        found: dict[Reference, _Judged] = {}
+        for reference in Reference:
             tolerance = replace(asked, reference=reference)
-            if reference.value in self.numerics or not self._runs(reference):
+            if not self._runs(reference):
                 continue
             self.progress(f"comparing outputs {reference.value}")
             errors, steps = largest_errors(self.feed, *self._sessions(reference))
             self.numerics[reference.value] = errors
-            overs[reference] = tolerance, tolerance.why_over(errors), steps
-        if not overs:
+            found[reference] = _Judged(tolerance, tolerance.why_over(errors), steps)
+        if not found:
             # Raises what keeps them from running.
             largest_errors(self.feed, *self._sessions(asked.reference))
-        tolerance, reason, self.steps = self._chosen(overs, asked)
+        judged = found.get(asked.reference) or next(iter(found.values()))
+        written = found.get(Reference.AS_WRITTEN, judged)
+        looked_at = judged if written.reason is None else written
+        self.steps = looked_at.steps
         empty = Bisection(
-            reason=reason,
+            reason=judged.reason,
             guilty=None,
             trials=(),
-            tolerance=_describe_tolerance(replace(asked)),
+            tolerance=_describe_tolerance(judged.tolerance),
             numerics=self.numerics,
             origin=None,
             deviations=(),
             reproducer=None,
             notes=(),
         )
-        return empty if reason is None else self._located(empty, tolerance)
-
-    def _chosen(
-        self,
-        overs: Mapping[Reference, tuple[Tolerance, str | None, list[Mapping[str, np.ndarray]]]],
-        asked: Tolerance,
-    ) -> tuple[Tolerance, str | None, list[Mapping[str, np.ndarray]]]:
-        """Under which reference to look: as written if it is wrong there and as it is judged."""
-        judged = overs[asked.reference] if asked.reference in overs else next(iter(overs.values()))
-        written = overs.get(Reference.AS_WRITTEN)
-        if judged[1] is None or written is None or written[1] is None:
-            return judged
-        return written[0], judged[1], written[2]
+        return empty if judged.reason is None else self._located(empty, looked_at.tolerance)
 
     def _session(self, model: ir.Model, reference: Reference) -> Session:
         return Session(model, reference, provider=self.provider)
@@ -109,10 +116,7 @@ class Finding:
         found = locate(self.before, self.after, self.steps, tolerance, self.provider)
         self.divergence = found
         if found.culprit is None:
-            self.notes.append(
-                "no value that both models have is off by itself"
-                + ("; the error comes through the carried state" if self.feed.state else "")
-            )
+            self.notes.append(self._why_nowhere(tolerance))
             return replace(so_far, deviations=found.deviations)
         self.progress("cutting out a reproducer")
         target = found.culprit.pair
@@ -122,19 +126,29 @@ class Finding:
         made = None
         if cut is not None:
             made = reproducer(cut.before, cut.after, cut.inputs, tolerance, self.provider)
-        self._tell(cut, made)
+        self.why_not_small = self._why_not_small(cut, made)
         return replace(so_far, origin=origin, deviations=found.deviations, reproducer=made)
 
-    def _tell(self, cut: Cut | None, made: Reproducer | None) -> None:
-        if cut is None:
-            self.notes.append("no reproducer: what leads to the wrong value could not be cut out")
-        elif made is None:
-            self.notes.append("no reproducer: cut out and as deployed, the nodes are not wrong")
-        elif not made.is_small:
-            self.notes.append(
-                f"the reproducer has {made.nodes} nodes: between the last values that are right "
-                "and the first that is wrong there is nothing that both models have"
+    def _why_nowhere(self, tolerance: Tolerance) -> str:
+        what = "no value that both models have is off by itself"
+        if tolerance.reference is Reference.AS_DEPLOYED:
+            return (
+                f"{what}: the error shows as deployed only, where onnxruntime fuses nodes, and it "
+                "fuses others where values inside are looked at"
             )
+        return f"{what}: the error comes through the carried state" if self.feed.state else what
+
+    def _why_not_small(self, cut: Cut | None, made: Reproducer | None) -> str | None:
+        if cut is None:
+            return "no reproducer: what leads to the wrong value could not be cut out"
+        if made is None:
+            return "no reproducer: cut out and as deployed, the nodes are not wrong"
+        if made.is_small:
+            return None
+        return (
+            f"the reproducer has {made.nodes} nodes: between the last values that are right and "
+            "the first that is wrong there is nothing that both models have"
+        )
 
     def _origin(self, found: Divergence, culprit: Deviation, cut: Cut | None) -> Origin:
         pair = culprit.pair

@@ -151,6 +151,7 @@ def _reproducer_to_json(made: Reproducer) -> dict[str, Any]:
         "error": plain(made.error),
         "max_error": made.max_error,
         "passes": made.passes,
+        "budget": made.budget,
         "has_after": made.after is not None,
     }
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.contract import Context, Pass
+from graphopt.contract import Context, Effect, Pass
 from graphopt.cutting import depend_on_inputs, key_of, part_of, reads, values_of
 from graphopt.divergence import Tolerance, Values, record_values
 from graphopt.errors import GraphoptError
@@ -23,6 +23,7 @@ from graphopt.runtime import Reference, Session
 from graphopt.samples import read_samples
 from graphopt.signature import signature
 from graphopt.skeleton import infer_shapes
+from graphopt.validation import Budget
 
 logger = logging.getLogger("graphopt")
 
@@ -157,11 +158,18 @@ class PassAlone:
             feed,
             checks=self.gate.checks,
             provider=self.provider,
-            budgets=self.gate.budgets,
+            budgets=self._budgets(),
             lossless_samples=1,
         )
         gate.start_from(inferred(part.clone()))
         return gate
+
+    def _budgets(self) -> tuple[Budget, ...]:
+        """For a lossy pass, what a part may be off by: outputs of the whole are none of its own."""
+        if self.one.effect is not Effect.LOSSY:
+            return ()
+        own = [b.limit for b in self.gate.budgets if b.metric == "rel-l2"]
+        return (Budget(min(own, default=self.one.error_budget)),)
 
     def _applies(self, candidate: ir.Model, part: ir.Model, feed: Feed) -> bool:
         """Apply the pass; whether it did anything."""
@@ -186,9 +194,10 @@ class PassAlone:
         part, made, inputs = broken
         passes = str(self.one) if self.one.name in pass_names() else None
         if made is not None and self.kind == OVER:
-            found = reproducer(part, made, inputs, self.tolerance, self.provider, passes)
+            found = reproducer(part, made, inputs, self.tolerance, self.provider)
             if found is not None:
-                return found
+                budget = next(map(str, self._budgets()), None)
+                return replace(found, passes=passes, budget=budget)
             made = None
         session = Session(part, Reference.AS_DEPLOYED, provider=self.provider)
         expected = session.run({name: inputs[name] for name in session.inputs})

@@ -25,6 +25,7 @@ from graphopt.cutting import (
     depend_on_inputs,
     given_like,
     names_in,
+    reads,
     stretch_to,
     values_of,
 )
@@ -32,6 +33,7 @@ from graphopt.divergence import Divergence, Tolerance, compared
 from graphopt.errors import ModelError
 from graphopt.matching import Pair
 from graphopt.operators import node_count
+from graphopt.rewriting import become_initializer, remove_node, tensor_of
 from graphopt.runtime import Reference, Session
 from graphopt.sample_files import write_npz
 from graphopt.validation import ROUNDING_LIMITS, Budget, why_over, worst
@@ -58,6 +60,7 @@ class Reproducer:
         max_error: a budget that the second model is over.
         error: relative L2 of its worst output; infinite for NaN, or where it does not run.
         passes: in text form, with which `before` alone shows the fault; None where it does not.
+        budget: of the passes, if they are lossy.
     """
 
     before: ir.Model
@@ -67,6 +70,7 @@ class Reproducer:
     max_error: str
     error: float
     passes: str | None = None
+    budget: str | None = None
 
     @property
     def nodes(self) -> int:
@@ -87,7 +91,9 @@ class Reproducer:
             budget = f"--max-error {self.max_error}"
             found.append(f"graphopt validate {before} {after} --samples {samples} {budget}")
         if self.passes is not None:
-            found.append(f"graphopt bisect {before} --passes '{self.passes}' --samples {samples}")
+            budget = "" if self.budget is None else f" --max-error {self.budget}"
+            passes = f"--passes '{self.passes}'"
+            found.append(f"graphopt bisect {before} {passes} --samples {samples}{budget}")
         return tuple(found)
 
     def save(self, folder: Path) -> None:
@@ -224,6 +230,29 @@ def _identity(before: ir.Model, faces: Mapping[str, Given], name: str, output: s
     return ir.Model(graph, ir_version=before.ir_version)
 
 
+def with_constants_computed(model: ir.Model) -> ir.Model:
+    """A clone in which constants take the place of the nodes that compute them.
+
+    Raises:
+        GraphoptError: they do not run.
+    """
+    computed = model.clone()
+    graph = computed.graph
+    moving = depend_on_inputs(graph)
+    read = [v for node in graph if moving.intersection(node.outputs) for v in reads(node)]
+    values = {v.name: v for v in read if v.name and v not in moving and v.producer() is not None}
+    if not values:
+        return computed
+    session = Session(cut_out(computed, {}, {n: n for n in values}), Reference.AS_WRITTEN)
+    for name, array in session.run({}).items():
+        become_initializer(values[name], tensor_of(array, name))
+    for node in reversed([node for node in graph if not moving.intersection(node.outputs)]):
+        remove_node(node)
+    for value in [v for v in graph.initializers.values() if not v.uses()]:
+        del graph.initializers[value.name or ""]
+    return computed
+
+
 def closer_pairs(cut: Cut, tolerance: Tolerance, provider: str) -> list[tuple[str, str]]:
     """Values inside a cut that are the same number by number, though nothing else tells so.
 
@@ -280,13 +309,20 @@ def shrunk_cut(
     cut = cut_pair(before, after, found, found.pairs, target)
     if cut is None or max(node_count(cut.before), node_count(cut.after)) <= NODES_MAXIMUM:
         return cut
+    cut = _computed(cut)
     same = closer_pairs(cut, tolerance, provider)
-    if not same:
+    if not same or max(node_count(cut.before), node_count(cut.after)) <= NODES_MAXIMUM:
         return cut
     olds = _inner_values(cut.before, cut.inputs, tolerance, provider)
     found.values.add({name: olds[name] for name, _ in same})
     more = [Pair(old, new, "value") for old, new in same if new != target.after]
-    return cut_pair(before, after, found, [*found.pairs, *more], target) or cut
+    shorter = cut_pair(before, after, found, [*found.pairs, *more], target)
+    return cut if shorter is None else _computed(shorter)
+
+
+def _computed(cut: Cut) -> Cut:
+    before, after = (with_constants_computed(model) for model in (cut.before, cut.after))
+    return replace(cut, before=before, after=after)
 
 
 def reproducer(
@@ -295,7 +331,6 @@ def reproducer(
     inputs: Mapping[str, np.ndarray],
     tolerance: Tolerance,
     provider: str,
-    passes: str | None = None,
 ) -> Reproducer | None:
     """Two models as a reproducer; None where the second is not wrong on these inputs.
 
@@ -307,7 +342,6 @@ def reproducer(
         inputs: of both.
         tolerance: of the whole model.
         provider: "cpu" or "cuda".
-        passes: see `Reproducer`.
     """
     right, wrong = (outputs_of(model, inputs, provider) for model in (before, after))
     errors = compared([(right, wrong)])
@@ -321,7 +355,7 @@ def reproducer(
     limit = _limit(tolerance, error)
     if why_over(Effect.LOSSY, errors, (Budget(limit),)) is None:
         return None
-    return Reproducer(before, after, inputs, right, str(Budget(limit)), error, passes)
+    return Reproducer(before, after, inputs, right, str(Budget(limit)), error)
 
 
 def outputs_of(

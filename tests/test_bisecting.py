@@ -314,7 +314,7 @@ def test_the_fault_of_a_registered_pass_shows_on_its_part_alone(tmp_path: Path) 
         tmp_path / "before.onnx",
         passes=made.passes,
         samples=tmp_path / "inputs.npz",
-        max_error=made.max_error,
+        max_error=made.budget,
     )
     assert again.guilty == found.guilty
 
@@ -610,3 +610,23 @@ def test_an_output_that_is_missing_is_harm() -> None:
     found = graphopt.bisect(network(), wrong, samples=images(2))
 
     assert found.reason == "output 'classes' is missing"
+
+
+def test_a_budget_of_one_output_is_not_asked_of_parts(tmp_path: Path) -> None:
+    found = graphopt.bisect(
+        network(), passes=[WrongScale()], samples=images(), max_error=["scores:0.01", "classes:1"]
+    )
+
+    assert found.guilty == str(WrongScale())
+    assert found.reproducer is not None and found.reproducer.budget == "0.01"
+    assert_reproduced(found, tmp_path / "reproducer", 0.01)
+
+
+def test_weights_in_external_data_go_into_the_reproducer(tmp_path: Path) -> None:
+    source = tmp_path / "model.onnx"
+    graphopt.save(network(), source, external_data=True)
+
+    found = graphopt.bisect(source, passes=[DropBias()], samples=images())
+
+    assert found.origin is not None and found.origin.value == "conv2"
+    assert_reproduced(found, tmp_path / "reproducer", 0.1)

@@ -13,7 +13,15 @@ import pytest
 from graphopt.contract import Effect
 from graphopt.divergence import Tolerance, locate
 from graphopt.errors import ModelError
-from graphopt.reproducer import check_folder, cut_pair, fewest, reproducer, shrunk_cut
+from graphopt.reproducer import (
+    check_folder,
+    cut_pair,
+    fewest,
+    reproducer,
+    shrunk_cut,
+    with_constants_computed,
+)
+from graphopt.runtime import Session
 from graphopt.skeleton import infer_shapes
 from graphopt.testing import parse
 from graphopt.validation import Budget
@@ -94,6 +102,22 @@ def test_values_are_known_by_their_numbers_where_nothing_else_tells() -> None:
 
     assert cut is not None
     assert len(cut.after.graph) <= 2
+
+
+def test_constants_are_computed_where_that_makes_a_model_small() -> None:
+    model = parse(
+        """
+        agraph (float[2] x) => (float[2] y) <float[2] w = {3.0, -4.0}>
+        { a = Abs (w)  b = Sqrt (a)  c = Mul (x, b)  y = Add (c, a) }
+        """
+    )
+
+    small = with_constants_computed(model)
+
+    assert [node.op_type for node in small.graph] == ["Mul", "Add"]
+    assert sorted(small.graph.initializers) == ["a", "b"]
+    np.testing.assert_array_equal(Session(small).run(X)["y"], Session(model).run(X)["y"])
+    assert len(model.graph) == 4
 
 
 def test_a_value_that_should_have_stayed_is_compared_with_itself() -> None:
