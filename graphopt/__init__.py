@@ -9,7 +9,8 @@ to the numerics, the bytes and the latency::
 
 from __future__ import annotations
 
-from graphopt.api import Validation, benchmark, explain, inspect, optimize, validate
+from graphopt.api import Validation, benchmark, bisect, explain, inspect, optimize, validate
+from graphopt.bisection import Bisection
 from graphopt.contract import Change, Context, Effect, Pass
 from graphopt.errors import (
     CheckFailed,
@@ -25,6 +26,7 @@ from graphopt.loading import load
 from graphopt.saving import save
 
 __all__ = [
+    "Bisection",
     "Change",
     "CheckFailed",
     "Context",
@@ -40,6 +42,7 @@ __all__ = [
     "Step",
     "Validation",
     "benchmark",
+    "bisect",
     "explain",
     "inspect",
     "load",

@@ -24,8 +24,8 @@ A sample loses what its worst output does. The largest of the means of the outpu
 and would be no mean over samples: nothing could be proven by it. The mean of the largest is, and
 bounds the mean of every output at once.
 
-Beside the loss there is the divergence (`graphopt.output_distance`), the mean over outputs and samples.
-Both grow with the square of a small change, but a loss only where an answer changes.
+Beside the loss there is the divergence (`graphopt.output_distance`), a mean over outputs, too. Both
+grow with the square of a small change, but a loss only where an answer changes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The verbs of graphopt: optimize, validate, benchmark, inspect, explain."""
+"""The verbs of graphopt: optimize, validate, bisect, benchmark, inspect, explain."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import onnx_ir as ir
 from graphopt import loading
 from graphopt.benchmark import BenchmarkReport, latency_ratio
 from graphopt.benchmark import benchmark as time_models
+from graphopt.bisecting import bisect_models, bisect_passes, check_not_random
+from graphopt.bisection import Bisection
 from graphopt.contract import Context, Effect, Pass
 from graphopt.errors import ModelError, SampleError, SpecError, did_you_mean
 from graphopt.explain import Explanation, explain_model
@@ -250,6 +252,60 @@ def validate(
         failure = why_over(Effect.LOSSY, numerics[Reference.AS_DEPLOYED.value], budgets)
     notes = (*reference.notes, *compared.notes, *_converted(reference, compared))
     return Validation(numerics, failure, notes)
+
+
+def bisect(
+    original: ModelLike,
+    optimized: ModelLike | None = None,
+    *,
+    recipe: str | None = None,
+    passes: str | Sequence[Pass | str] | None = None,
+    samples: SamplesLike | None = None,
+    random_samples: int | None = None,
+    provider: str = "cpu",
+    max_error: str | float | Sequence[str | float] | None = None,
+    state: State = (),
+    progress: Progress = _quiet,
+) -> Bisection:
+    """Find the pass, and the node, that makes a model wrong, and the smallest model that shows it.
+
+    Give what became of the model, or the passes to run on it. Passes run one by one; nothing is
+    rolled back, and no pass narrows itself. All samples judge.
+
+    Args:
+        original: the model that is right; see `optimize`.
+        optimized: the model that is wrong.
+        recipe: see `optimize`.
+        passes: see `optimize`.
+        samples: see `optimize`.
+        random_samples: see `optimize`.
+        provider: "cpu" or "cuda".
+        max_error: budget of lossy passes, or of `optimized`, which must equal the original but for
+            rounding where none is given.
+        state: see `optimize`.
+        progress: see `optimize`.
+
+    Raises:
+        GraphoptError: the input is at fault, or a model is random, so that nothing can be told.
+    """
+    _check_counts(random_samples=random_samples)
+    budgets = _budgets(max_error)
+    if (optimized is None) == (recipe is None and passes is None):
+        raise SpecError("give either a second model, or the passes or the recipe to run")
+    subject = open_subject(original, provider, True, False, progress)
+    check_not_random(subject)
+    _check_budgets(budgets, subject.source.model)
+    if optimized is not None:
+        compared = open_subject(optimized, provider, True, False, progress)
+        check_not_random(compared)
+        _check_inputs(subject, compared)
+        feed = subject.feed(samples, random_samples, state)
+        return bisect_models(subject, compared, feed, budgets, progress)
+    chosen = plan(recipe, passes, None)
+    _check_samples_given(chosen, samples, random_samples)
+    feed = subject.feed(samples, random_samples, state)
+    calibration, _ = feed.split()
+    return bisect_passes(subject, chosen, feed, calibration, budgets, progress)
 
 
 def benchmark(

@@ -23,13 +23,14 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 import graphopt
+from graphopt import bisection_report, json_report, report, saving, sharing
 from graphopt import demo as demonstration
-from graphopt import json_report, report, saving, sharing
 from graphopt.collection import no_collection
 from graphopt.errors import CheckFailed, GraphoptError, SpecError
 from graphopt.recipes import recipe as recipe_of
 from graphopt.recipes import recipe_names
 from graphopt.registry import pass_class, pass_names
+from graphopt.reproducer import check_folder
 
 app = typer.Typer(
     help="Optimize exported ONNX models, with proof.",
@@ -188,6 +189,60 @@ def validate(
     _show(report.render_validation(found), json, lambda: json_report.validation_to_json(found))
     if found.failure is not None:
         raise CheckFailed(found.failure)
+
+
+@app.command()
+def bisect(
+    original: Annotated[Path, typer.Argument(metavar="ORIGINAL", help="The model that is right.")],
+    optimized: Annotated[
+        Path | None, typer.Argument(metavar="OPTIMIZED", help="What became of it, and is wrong.")
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="Run this recipe, pass by pass.")] = None,
+    passes: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Run these passes, one by one.")
+    ] = None,
+    samples: SamplesPath = None,
+    random_samples: RandomSamples = None,
+    provider: Provider = "cpu",
+    max_error: MaxError = None,
+    state: States = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", metavar="DIR", help="Folder for the smallest models that show it."
+        ),
+    ] = None,
+    json: Json = None,
+) -> None:
+    """Find the pass, and the node, that makes a model wrong; exit 1 when something is.
+
+    Give OPTIMIZED, or passes or a recipe, which run without being rolled back. Without --max-error
+    OPTIMIZED must equal ORIGINAL but for rounding, and each lossy pass has its own budget.
+    """
+    models = [original, *([] if optimized is None else [optimized])]
+    _check_json(json, models, [samples])
+    if output is not None:
+        check_folder(output, models)
+    with _progress() as progress:
+        found = graphopt.bisect(
+            original,
+            optimized,
+            recipe=recipe,
+            passes=passes,
+            samples=samples,
+            random_samples=random_samples,
+            provider=provider,
+            max_error=max_error,
+            state=_states(state),
+            progress=progress,
+        )
+    if output is not None:
+        found.save(output)
+    shown = bisection_report.render_bisection(found, output)
+    _show(shown, json, lambda: json_report.bisection_to_json(found))
+    if found.reason is not None:
+        culprit = "" if found.guilty is None else f"{found.guilty}: "
+        raise CheckFailed(f"{culprit}{found.reason}")
 
 
 @app.command()

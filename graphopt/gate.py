@@ -137,6 +137,7 @@ class Gate:
         provider: where candidates run.
         allowed_operators: those outside the standard that a candidate may hold; None allows all.
         budgets: for LOSSY passes; empty leaves each pass its own default.
+        lossless_samples: EXACT and ROUNDING are judged on at most so many samples.
         original: outputs of the original under each reference, recorded when first needed.
         before: outputs of the current model, as written.
         lossless_so_far: no lossy pass was kept.
@@ -153,6 +154,7 @@ class Gate:
     provider: str = "cpu"
     allowed_operators: Container[str] | None = None
     budgets: tuple[Budget, ...] = ()
+    lossless_samples: int = LOSSLESS_SAMPLES
     original: dict[Reference, Recording] = field(default_factory=dict)
     before: Recording | None = None
     lossless_so_far: bool = True
@@ -189,7 +191,7 @@ class Gate:
         return self.original[reference]
 
     def _lossless(self, feed: Feed) -> Feed:
-        return Feed(feed.samples.first(LOSSLESS_SAMPLES), feed.inputs, feed.state)
+        return Feed(feed.samples.first(self.lossless_samples), feed.inputs, feed.state)
 
     def _session(self, model: ir.Model | Path, reference: Reference) -> Session:
         return Session(model, reference, provider=self.provider)
@@ -216,7 +218,7 @@ class Gate:
         try:
             if by.effect is Effect.LOSSY:
                 return self._why_over_budget(written, deployed, candidate, by)
-            return self._why_not_equal(written, candidate, self._claim(candidate, by))
+            return self._why_not_equal(written, candidate, self.claim(candidate, by))
         except SampleError as error:
             return f"it does not run: {error}"
 
@@ -259,7 +261,7 @@ class Gate:
                 f"makes of the file differs, {reason}"
             )
 
-    def _claim(self, candidate: ir.Model, by: Pass) -> Effect:
+    def claim(self, candidate: ir.Model, by: Pass) -> Effect:
         """What is demanded of a lossless pass: what it claims, where onnxruntime lets it show."""
         if self.written is Reference.AS_DEPLOYED:
             return Effect.ROUNDING

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from graphopt.api import Validation
 from graphopt.benchmark import BenchmarkReport
+from graphopt.bisection import Bisection
 from graphopt.contract import Effect, Pass, Skip
 from graphopt.demo import Demonstration
 from graphopt.explain import Explanation
 from graphopt.inspection import Inspection
 from graphopt.ledger import Run, Step
 from graphopt.recipes import Recipe
+from graphopt.reproducer import Reproducer
 from graphopt.sharing import Sharing
 from graphopt.spec import describe_type, options_of
 from graphopt.validation import OutputError
@@ -122,6 +124,35 @@ def validation_to_json(found: Validation) -> dict[str, Any]:
         "failure": found.failure,
         "notes": list(found.notes),
         "versions": versions(),
+    }
+
+
+def bisection_to_json(found: Bisection) -> dict[str, Any]:
+    """What was found out about a model that came out wrong, as plain data."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "found": found.found,
+        "reason": found.reason,
+        "pass": found.guilty,
+        "tolerance": found.tolerance,
+        "passes": [{**asdict(trial), "effect": trial.effect.name} for trial in found.trials],
+        "numerics": numerics_to_json(found.numerics),
+        "origin": None if found.origin is None else plain(asdict(found.origin)),
+        "values": [plain(asdict(deviation)) for deviation in found.deviations],
+        "reproducer": None if found.reproducer is None else _reproducer_to_json(found.reproducer),
+        "notes": list(found.notes),
+        "versions": versions(),
+    }
+
+
+def _reproducer_to_json(made: Reproducer) -> dict[str, Any]:
+    return {
+        "nodes": made.nodes,
+        "error": plain(made.error),
+        "max_error": made.max_error,
+        "passes": made.passes,
+        "budget": made.budget,
+        "has_after": made.after is not None,
     }
 
 

@@ -58,6 +58,8 @@ class Pipeline:
         fresh: makes the model as it was before any pass.
         strict: raise where a pass is rejected.
         clock: latency of the second model over that of the first; None measures nothing.
+        witness: told of each candidate, None where the pass raised, and why it was rejected, if it
+            was; whether the run goes on from it. None leaves that to the gate.
         steps: the ledger.
     """
 
@@ -69,6 +71,7 @@ class Pipeline:
     fresh: Callable[[], ir.Model]
     strict: bool = False
     clock: Callable[[ir.Model, ir.Model], float] | None = None
+    witness: Callable[[Pass, ir.Model | None, str | None], bool] | None = None
     steps: list[Step] = field(default_factory=list)
     _unread: set[str] = field(default_factory=set)
     _index: NodeIndex = field(init=False)
@@ -226,7 +229,7 @@ class Pipeline:
         change = Change()
         if self._has_nothing_for(one):
             return change, "unchanged", None
-        candidate = self._clone()
+        candidate, index, slow = self._clone(), None, None
         try:
             refusal = one.refuse(candidate, self.context)
             if refusal is not None:
@@ -242,7 +245,8 @@ class Pipeline:
         except Exception as error:  # a pass may be anyone's code: its faults belong in the ledger
             logger.debug("%s raised", one, exc_info=True)
             reason = f"it raised {type(error).__name__}: {_first_words(str(error))}"
-        if reason is not None:
+        made = None if index is None else candidate
+        if not self._goes_on_from(made, one, reason) or index is None:
             self._spare = None
             return change, "rolled back", reason
         if slow is not None:
@@ -252,6 +256,9 @@ class Pipeline:
         self._take(index)
         self._spare = None
         return change, "kept", None
+
+    def _goes_on_from(self, candidate: ir.Model | None, one: Pass, reason: str | None) -> bool:
+        return reason is None if self.witness is None else self.witness(one, candidate, reason)
 
 
 def _first_words(message: str) -> str:

@@ -51,6 +51,12 @@ class Feed:
             session: of the model.
             further: for each step, what other inputs get that the session has.
         """
+        return (outputs for _, outputs in self.steps(session, further))
+
+    def steps(
+        self, session: Session, further: Iterable[Sample] | None = None
+    ) -> Iterator[tuple[dict[str, np.ndarray], Outputs]]:
+        """What the session got in every step, with carried state, and its outputs; see `run`."""
         others = repeat({}) if further is None else iter(further)
         for roll_out in self.samples.roll_outs():
             carried: Outputs = {}
@@ -58,7 +64,7 @@ class Feed:
                 feeds = {**self._step(sample, carried, session), **next(others)}
                 outputs = _run(session, feeds)
                 carried = {source: outputs[target] for target, source in self.state}
-                yield outputs
+                yield feeds, outputs
 
     def _step(self, sample: Sample, carried: Outputs, session: Session) -> Sample:
         feeds = complete({**sample, **carried}, self.inputs)

@@ -72,7 +72,7 @@ def _sizes(original: Size, optimized: Size) -> Text:
 
 
 def _ledger(steps: Sequence[Step]) -> RenderableType:
-    table = _table("pass", "effect", "what it did", ">nodes", ">bytes", ">seconds", "verdict")
+    table = new_table("pass", "effect", "what it did", ">nodes", ">bytes", ">seconds", "verdict")
     acted = [step for step in steps if step.verdict != "unchanged"]
     for step in acted:
         table.add_row(*_ledger_row(step))
@@ -100,7 +100,7 @@ def _ledger_row(step: Step) -> list[str | Text]:
 
 def render_numerics(numerics: Mapping[str, Sequence[OutputError]]) -> Table:
     """One row per output and reference."""
-    table = _table(
+    table = new_table(
         "output",
         "reference",
         ">max abs",
@@ -134,7 +134,7 @@ def _figures(error: OutputError) -> list[str]:
 
 def render_benchmark(report: BenchmarkReport) -> RenderableType:
     """One row per model, and how it was measured."""
-    table = _table(
+    table = new_table(
         "model",
         ">p50 ms",
         ">p90 ms",
@@ -184,7 +184,7 @@ def render_validation(found: Validation) -> RenderableType:
 
 def render_healed(found: Healed) -> RenderableType:
     """What learnt, the error over the minutes, and the outputs before and after."""
-    curve = _table(">minutes", ">steps", ">error of held-out outputs")
+    curve = new_table(">minutes", ">steps", ">error of held-out outputs")
     for point in found.curve:
         curve.add_row(f"{point.minutes:.1f}", f"{point.steps:,}", f"{point.error:.3g}")
     forms = ", ".join(f"{count} {form}" for form, count in found.weights.items())
@@ -201,7 +201,7 @@ def render_healed(found: Healed) -> RenderableType:
 
 def render_sharing(found: Sharing) -> RenderableType:
     """One row per model, and what they take together."""
-    table = _table("model", ">bytes before", ">graph", ">weights", ">of these shared")
+    table = new_table("model", ">bytes before", ">graph", ">weights", ">of these shared")
     for model in found.models:
         table.add_row(
             str(model.path),
@@ -225,7 +225,7 @@ def render_sharing(found: Sharing) -> RenderableType:
 
 def render_inspection(found: Inspection, tried: Run, groups: bool = False) -> RenderableType:
     """What is in a model, and what `basic` would do to it; with `groups`, what goes together."""
-    facts = _table("", "")
+    facts = new_table("", "")
     facts.show_header = False
     for port in found.inputs:
         facts.add_row("input", _port_text(port))
@@ -284,7 +284,7 @@ def _weight_rows(found: Inspection) -> Iterator[tuple[str, str]]:
 
 def _groups(found: Inspection) -> RenderableType:
     """The groups of units that can only be removed together, and why some cannot."""
-    table = _table("group", ">units", "made by", "read by", "removable")
+    table = new_table("group", ">units", "made by", "read by", "removable")
     for group in found.groups:
         made, read = ([e["node"] for e in group[side]] for side in ("producers", "consumers"))
         why = f"no: {group['frozen']}" if group["frozen"] else "yes"
@@ -301,7 +301,7 @@ def _some(names: Sequence[str]) -> str:
 
 def _layers(found: Inspection) -> Iterator[RenderableType]:
     """The layers with the most multiply-accumulates, and what the numbers stand for."""
-    table = _table(">MACs", ">share", ">parameters", ">zeros", "operator", "layer")
+    table = new_table(">MACs", ">share", ">parameters", ">zeros", "operator", "layer")
     order = sorted(found.layers, key=_layer_rank, reverse=True)
     for layer in order[:SHOWN_LAYERS]:
         table.add_row(*_layer_row(layer, found.macs))
@@ -385,7 +385,7 @@ def render_explanation(found: Explanation) -> RenderableType:
         f"{found.provider}, {_threads(found.threads)}, {found.runs} runs, onnxruntime "
         f"{found.onnxruntime}, {found.cpu}"
     )
-    table = _table("operators", ">count", "kernel", ">us", ">share", "why")
+    table = new_table("operators", ">count", "kernel", ">us", ">share", "why")
     small = [row for row in found.rows if row.reason is None and row.share < SHOWN_SHARE]
     for row in found.rows:
         if row not in small:
@@ -448,7 +448,7 @@ def _port_text(port: Port | Weight | PackedWeight) -> str:
 
 def render_passes(classes: Sequence[type[Pass]], recipes: Mapping[str, Recipe]) -> RenderableType:
     """All passes, a line each, and the recipes."""
-    table = _table("pass", "effect", "what it does")
+    table = new_table("pass", "effect", "what it does")
     for cls in classes:
         table.add_row(cls.name, _effect_text(cls), summary(cls))
     lines: list[RenderableType] = [table]
@@ -466,7 +466,7 @@ def _effect_text(cls: type[Pass]) -> str:
 def render_pass(cls: type[Pass]) -> RenderableType:
     """One pass: what it does, in its own words, and its options."""
     head = Text(f"{cls.name} ({_effect_text(cls)})", style="bold")
-    table = _table("option", "is", "default")
+    table = new_table("option", "is", "default")
     for option in options_of(cls).values():
         bounds = f", {option.bounds}" if option.bounds is not None else ""
         table.add_row(option.name, describe_type(option.type) + bounds, str(option.default))
@@ -486,7 +486,7 @@ def render_demo(shown: Demonstration) -> RenderableType:
     )
 
 
-def _table(*columns: str) -> Table:
+def new_table(*columns: str) -> Table:
     """A table; a column whose title begins with `>` is aligned to the right."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:

@@ -28,7 +28,7 @@ class Scores:
         disagreement: share of rows of which the arg-max is another than the original's, in the
             output where that is most; None where the metric does not count them.
         divergence: how far outputs are from the original's, where small changes count too that
-            leave every answer as it is; see `graphopt.output_distance`. None where it is not measured.
+            leave every answer as it is (`graphopt.output_distance`); None where it is not measured.
     """
 
     value: float

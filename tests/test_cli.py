@@ -363,6 +363,50 @@ def test_validate_exits_1_over_the_budget(
     assert "as deployed" in done.out
 
 
+def test_bisect_finds_a_pass_and_writes_a_reproducer_that_validate_fails(
+    graphopt: Graphopt, few_samples: str, lossy: str
+) -> None:
+    done = graphopt(
+        "bisect", DIGITS, "--passes", lossy, "--max-error", "1e-4", "--samples", few_samples,
+        "-o", "reproducer",
+    )  # fmt: skip
+
+    assert done.code == 1
+    assert f"pass {lossy}: output 'logits' has rel-l2 error" in done.out
+    assert "the error begins at" in done.out
+    assert done.err.startswith(f"graphopt: failed: {lossy}: output 'logits'")
+    commands = [line.split() for line in done.out.splitlines() if "  graphopt validate" in line]
+    (command,) = commands
+    assert graphopt(*command[1:]).code == 1
+
+
+def test_bisect_tells_everything_as_json(graphopt: Graphopt, few_samples: str) -> None:
+    graphopt("optimize", DIGITS, "-o", "same.onnx", *SHORT, "--no-benchmark")
+
+    done = graphopt("bisect", DIGITS, "same.onnx", "--samples", few_samples, "--json", "-")
+
+    assert done.code == 0
+    assert done.json["schema_version"] == 1
+    assert done.json["found"] is False
+    assert done.json["origin"] is done.json["reproducer"] is None
+    assert done.json["numerics"]["logits"]["as_written"]["identical"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ([], "give either a second model, or the passes or the recipe to run"),
+        (["--passes", "drop-unused", "-o", "no/folder"], "there is no folder no"),
+        (["missing.onnx"], "missing.onnx"),
+    ],
+)
+def test_bisect_says_what_is_missing(graphopt: Graphopt, arguments: list[str], why: str) -> None:
+    done = graphopt("bisect", DIGITS, *arguments, "--random-samples", "1")
+
+    assert done.code == 2
+    assert why in done.err and done.err.count("\n") == 1
+
+
 def test_a_model_equals_itself(graphopt: Graphopt) -> None:
     done = graphopt("validate", DIGITS, DIGITS, "--random-samples", "2", "--max-error", "0")
 
