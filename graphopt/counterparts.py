@@ -23,6 +23,9 @@ NUMBERS_MINIMUM = 8
 CORRELATION_MINIMUM = 0.5
 """Values that go up and down together less are not the same."""
 
+ALIKE = 1e-4
+"""Correlations that differ by less say the same."""
+
 Look = tuple[tuple[int, ...], np.ndarray]
 """Of a value, its shape on the first sample, and some of its numbers on all, float32 [n]."""
 
@@ -44,8 +47,18 @@ class Likeness:
     correlation: float
 
 
-def likenesses(ours: Mapping[str, Look], theirs: Mapping[str, Look]) -> list[Likeness]:
-    """For each of ours the most alike of theirs, if any is."""
+def likenesses(
+    ours: Mapping[str, Look], theirs: Mapping[str, Look], nearest: bool = False
+) -> list[Likeness]:
+    """For each of ours the most alike of theirs, if any is.
+
+    Args:
+        ours: the values of one model.
+        theirs: those of the other, in order.
+        nearest: of some that are alike to the same degree, as a value and a multiple of it are,
+            take the one with the nearest numbers; otherwise the last, as what moves or copies a
+            value comes after it.
+    """
     groups: dict[object, list[tuple[int, str]]] = defaultdict(list)
     for place, (name, (shape, look)) in enumerate(theirs.items()):
         groups[shape, look.size].append((place, name))
@@ -59,11 +72,14 @@ def likenesses(ours: Mapping[str, Look], theirs: Mapping[str, Look]) -> list[Lik
         if not group:
             continue
         alike = rows[shape, look.size] @ _centered(look[np.newaxis])[0]
-        # Of equals the last: what moves or copies a value comes after it.
         best = len(alike) - 1 - int(np.argmax(alike[::-1]))
-        if alike[best] >= CORRELATION_MINIMUM:
-            place, twin = group[best]
-            found.append(Likeness(name, twin, place, float(alike[best])))
+        if alike[best] < CORRELATION_MINIMUM:
+            continue
+        if nearest:
+            equals = np.flatnonzero(alike >= alike[best] - ALIKE)
+            best = min(equals[::-1], key=lambda at: _distance(look, theirs[group[at][1]][1]))
+        place, twin = group[best]
+        found.append(Likeness(name, twin, place, float(alike[best])))
     return found
 
 
@@ -82,6 +98,10 @@ def in_order(pairs: Sequence[Likeness]) -> list[tuple[str, str]]:
         chain.append((pairs[at].name, pairs[at].twin))
         at = before[at]
     return chain[::-1]
+
+
+def _distance(first: np.ndarray, second: np.ndarray) -> float:
+    return float(np.linalg.norm(first - second))
 
 
 def _centered(rows: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,8 +55,8 @@ class _Style:
 _STYLES = (
     _Style("#b86a1c", "/", "dot", "circle-open"),
     _Style("#2f7fd6", "", "solid", "diamond"),
-    _Style("#6b7f94", "x", "dash", "square-open"),
     _Style("#8a63d2", ".", "dashdot", "triangle-up"),
+    _Style("#6b7f94", "x", "dash", "square-open"),
 )
 
 
@@ -155,40 +155,32 @@ def kernels(explanations: Mapping[str, Explanation]) -> Figure:
     """Time by operator, for each model."""
     totals: dict[str, dict[str, float]] = {}
     for label, found in explanations.items():
-        sums: Counter[str] = Counter()
+        sums: dict[str, float] = defaultdict(float)
         for row in found.rows:
-            sums[operators_text(row.operators)] += row.us_per_run  # type: ignore[assignment]
-        totals[label] = dict(sums)
+            sums[operators_text(row.operators)] += row.us_per_run
+        totals[label] = sums
     caption = "Microseconds in a run by operator, nodes that run in one kernel joined by +."
     return _bars(totals, "us", caption)
 
 
 def layer_errors(errors: Sequence[LayerError]) -> Figure:
     """Relative L2 error of each value that can be compared, in the order of the model."""
-    compared = [(n, e) for n, e in enumerate(errors, 1) if e.error.mismatch is None]
+    compared = [(n, e) for n, e in enumerate(errors, 1) if _has_a_place(e)]
     compared = compared[:: math.ceil(len(compared) / POINTS_MAXIMUM) or 1]
-    traces = []
-    kinds = (
-        ("differs", [(n, e) for n, e in compared if 0 < e.error.rel_l2 < math.inf]),
-        ("identical", [(n, e) for n, e in compared if e.error.rel_l2 == 0]),
-    )
-    numbers = [e.error.rel_l2 for _, e in kinds[0][1]] or [1.0]
+    differing = [(n, e) for n, e in compared if e.error.rel_l2]
+    equal = [(n, e) for n, e in compared if not e.error.rel_l2]
+    numbers = [e.error.rel_l2 for _, e in differing] or [1.0]
     floor = min(numbers) / 3
-    for number, (label, points) in enumerate(kinds):
-        if not points:
-            continue
-        names = [_name(f"{e.error.name} ({e.operator})") for _, e in points]
-        y = [e.error.rel_l2 or floor for _, e in points]
-        shown = "%{customdata}: " + ("0" if label == "identical" else "%{y:.2e}")
-        trace = _line(label, [n for n, _ in points], y, 1 - number, names, shown)
-        if label == "identical":
-            trace.mode = "markers"
-        traces.append(trace)
+    traces = []
     caption = (
         "Relative L2 error of the values inside the model, from its inputs (left) to its outputs "
         "(right)."
     )
-    if kinds[1][1]:
+    if differing:
+        traces.append(_errors_line("differs", differing, numbers, "%{customdata}: %{y:.2e}", 1))
+    if equal:
+        heights = [floor] * len(equal)
+        traces.append(_errors_line("identical", equal, heights, "%{customdata}: 0", 0, "markers"))
         caption += " Values without any error lie at the lower edge."
     # Of a few decades also what lies between their ends.
     steps = "D2" if max(numbers) / floor < 1e3 else 1
@@ -199,6 +191,22 @@ def layer_errors(errors: Sequence[LayerError]) -> Figure:
     return _figure(traces, 360, caption, **axes)
 
 
+def _has_a_place(found: LayerError) -> bool:
+    return found.error.mismatch is None and math.isfinite(found.error.rel_l2)
+
+
+def _errors_line(
+    label: str,
+    points: Sequence[tuple[int, LayerError]],
+    heights: Sequence[float],
+    shown: str,
+    number: int,
+    mode: str = "lines+markers",
+) -> Any:
+    names = [_name(f"{e.error.name} ({e.operator})") for _, e in points]
+    return _line(label, [n for n, _ in points], heights, number, names, shown, mode)
+
+
 def trade_off(tried: Sequence[Candidate], by: str) -> Figure:
     """What models lose against what they take.
 
@@ -207,29 +215,18 @@ def trade_off(tried: Sequence[Candidate], by: str) -> Figure:
         by: "size" or "latency", over that of the original.
     """
     costs = [(one.size_ratio if by == "size" else one.latency_ratio, one) for one in tried]
-    points = [(cost, one.drop, one) for cost, one in costs if cost is not None]
-    best = front((cost, drop) for cost, drop, _ in points)
-    corners = [cost for cost, _ in best], [drop for _, drop in best]
-    traces = [_line(f"best for its {by}", *corners, 1, None, "")]
-    traces[0].mode, traces[0].hoverinfo, traces[0].line.shape = "lines", "skip", "hv"
-    traces[0].showlegend = False
-    groups = (
-        ("tried", [p for p in points if (p[0], p[1]) not in best and not p[2].chosen], 0),
-        ("best", [p for p in points if (p[0], p[1]) in best and not p[2].chosen], 1),
-        ("chosen", [p for p in points if p[2].chosen], 3),
-    )
-    for label, group, number in groups:
-        if not group:
-            continue
-        x, y, ones = (list(column) for column in zip(*group, strict=True))
-        names = [_name(one.name) for one in ones]
-        shown = f"%{{customdata}}<br>{by} %{{x:.3f}}, drop %{{y:.3g}}"
-        trace = _line(label, x, y, number, names, shown)
-        trace.mode = "markers"
-        if label == "chosen":
-            trace.marker.symbol, trace.marker.size = "star", 16
-            trace.mode, trace.text, trace.textposition = "markers+text", ["chosen"], "top center"
-        traces.append(trace)
+    points = [(cost, one) for cost, one in costs if cost is not None]
+    best = front((cost, one.drop) for cost, one in points)
+    corners = _line("", *_columns(best), 1, None, "", "lines")
+    corners.update(hoverinfo="skip", showlegend=False, line={"shape": "hv"})
+    groups: dict[str, list[tuple[float, Candidate]]] = {"tried": [], "best": [], "chosen": []}
+    for cost, one in points:
+        kind = "best" if (cost, one.drop) in best else "tried"
+        groups["chosen" if one.chosen else kind].append((cost, one))
+    traces = [corners]
+    for number, (label, group) in enumerate(groups.items()):
+        if group:
+            traces.append(_candidates(label, group, number, by))
     caption = (
         f"What each model that was tried loses (upwards) against its {by} over the original's (to "
         "the right). The line joins those that none beats in both; the star is the one chosen."
@@ -239,6 +236,21 @@ def trade_off(tried: Sequence[Candidate], by: str) -> Figure:
         "yaxis": {"title": "drop"},
     }
     return _figure(traces, 420, caption, **axes)
+
+
+def _candidates(label: str, group: Sequence[tuple[float, Candidate]], number: int, by: str) -> Any:
+    x, y = _columns([(cost, one.drop) for cost, one in group])
+    names = [_name(one.name) for _, one in group]
+    shown = f"%{{customdata}}<br>{by} %{{x:.3f}}, drop %{{y:.3g}}"
+    trace = _line(label, x, y, number, names, shown, "markers")
+    if label == "chosen":
+        trace.update(marker={"symbol": "star", "size": 16}, mode="markers+text")
+        trace.update(text=[label] * len(x), textposition="top center")
+    return trace
+
+
+def _columns(pairs: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [first for first, _ in pairs], [second for _, second in pairs]
 
 
 def sensitivity(found: Sensitivity) -> Figure:
@@ -342,13 +354,14 @@ def _line(
     number: int,
     names: Sequence[str] | None,
     shown: str,
+    mode: str = "lines+markers",
 ) -> Any:
     style = _style(number)
     return go.Scatter(
         name=label,
         x=list(x),
         y=list(y),
-        mode="lines+markers",
+        mode=mode,
         customdata=names,
         hovertemplate=shown,
         line={"color": style.color, "width": 2, "dash": style.dash},

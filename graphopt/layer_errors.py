@@ -84,7 +84,7 @@ def layer_errors(
     names = list(makers)[:: -(-len(makers) // VALUES_MAXIMUM) or 1]
     looking = _observer(feed, LOOKED_AT, provider)
     ours, theirs = _looks(looking, second, names), _looks(looking, first, list(_floats(first)))
-    twins = dict(in_order(likenesses(ours, theirs)))
+    twins = dict(in_order(likenesses(ours, theirs, nearest=True)))
     observer, comparison = _observer(feed, SAMPLES_MAXIMUM, provider), Comparison()
     for wave in observer.waves(second, twins):
         originals = list(dict.fromkeys(twins[name] for name in wave))

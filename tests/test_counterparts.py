@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from graphopt.counterparts import Likeness, in_order, likenesses
 
@@ -39,12 +40,25 @@ def test_of_equals_the_last_is_taken() -> None:
     assert pair.twin == "copied"
 
 
-def test_what_is_not_finite_is_no_counterpart_and_does_no_harm_to_others() -> None:
+def test_of_a_value_and_its_multiple_the_nearest_is_taken_where_that_is_asked_for() -> None:
+    noisy = _look(0) + 0.001 * _look(1)
+    theirs = {"value": ((8, 8), _look(0)), "multiple": ((8, 8), 8 * _look(0))}
+
+    (near,) = likenesses({"x": ((8, 8), noisy)}, theirs, nearest=True)
+    (far,) = likenesses({"x": ((8, 8), 8 * noisy)}, theirs, nearest=True)
+
+    assert (near.twin, near.place) == ("value", 0)
+    assert (far.twin, far.place) == ("multiple", 1)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("nearest", [False, True])
+def test_what_is_not_finite_is_no_counterpart_and_does_no_harm_to_others(nearest: bool) -> None:
     masked = _look(0)
     masked[3] = -np.inf
     looks = {"masked": ((8, 8), masked), "plain": ((8, 8), _look(1))}
 
-    assert [pair.name for pair in likenesses(looks, looks)] == ["plain"]
+    assert [pair.name for pair in likenesses(looks, looks, nearest)] == ["plain"]
 
 
 def test_pairs_that_go_back_are_left_out() -> None:

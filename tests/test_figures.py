@@ -169,7 +169,7 @@ def test_without_any_error_the_curve_is_at_the_lower_edge() -> None:
 
 
 def test_of_a_deep_model_a_bounded_number_of_points_is_drawn() -> None:
-    (curve,) = _read(figures.layer_errors([_error(f"v{n}", 0.1) for n in range(50_000)]))["data"]
+    (curve,) = _read(figures.layer_errors([_error(f"v{n}", 0.1) for n in range(5_000)]))["data"]
 
     assert POINTS_MAXIMUM / 2 < len(curve["x"]) <= POINTS_MAXIMUM
 
