@@ -105,7 +105,7 @@ def _distance(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def _centered(rows: np.ndarray) -> np.ndarray:
-    # A row that is not all finite becomes zeros, which are like nothing.
-    with np.errstate(invalid="ignore"):
+    # A row that is not all finite, or too large to be added up, becomes zeros: like nothing.
+    with np.errstate(invalid="ignore", over="ignore"):
         rows = np.nan_to_num(rows - rows.mean(1, keepdims=True), posinf=0, neginf=0)
-    return np.asarray(rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12))
+        return np.asarray(rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12))

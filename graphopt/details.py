@@ -59,6 +59,7 @@ def look_closely(
     if compares and feed is not None:
         try:
             errors = layer_errors(first, second, feed, provider)
+            notes += [] if errors else ["no value is known to be the same in both models"]
         except GraphoptError as error:
             notes.append(f"errors by layer could not be measured: {error}")
     if explains and feed is not None:

@@ -56,7 +56,8 @@ def test_of_a_value_and_its_multiple_the_nearest_is_taken_where_that_is_asked_fo
 def test_what_is_not_finite_is_no_counterpart_and_does_no_harm_to_others(nearest: bool) -> None:
     masked = _look(0)
     masked[3] = -np.inf
-    looks = {"masked": ((8, 8), masked), "plain": ((8, 8), _look(1))}
+    huge = np.full(64, 3e38, np.float32)
+    looks = {"masked": ((8, 8), masked), "huge": ((8, 8), huge), "plain": ((8, 8), _look(1))}
 
     assert [pair.name for pair in likenesses(looks, looks, nearest)] == ["plain"]
 

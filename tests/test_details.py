@@ -63,6 +63,16 @@ def test_what_does_not_run_is_told_and_the_rest_is_kept() -> None:
     assert list(found.explanations) == ["first"]
 
 
+def test_where_nothing_can_be_compared_that_is_told() -> None:
+    model = parse("agraph (float[N, 4] x) => (float[N, 4] y) { y = Relu(x) }")
+    rows = [{"x": np.full((1, 4), np.nan, np.float32)}]
+    feed = Feed(read_samples(rows, signature(model)), signature(model))
+
+    found = look_closely({"first": model, "second": model}, feed, explains=False)
+
+    assert (found.errors, found.notes) == ((), ("no value is known to be the same in both models",))
+
+
 def test_a_run_has_them_only_when_asked() -> None:
     samples = [{"x": np.full((3, 4), n + 1, np.float32)} for n in range(3)]
     arguments = {"passes": "drop-identity", "samples": samples, "benchmark": False}
