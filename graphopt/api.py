@@ -17,6 +17,7 @@ from graphopt.benchmark import benchmark as time_models
 from graphopt.bisecting import bisect_models, bisect_passes, check_not_random
 from graphopt.bisection import Bisection
 from graphopt.contract import Context, Effect, Pass
+from graphopt.details import Details, look_closely
 from graphopt.errors import ModelError, SampleError, SpecError, did_you_mean
 from graphopt.explain import Explanation, explain_model
 from graphopt.gate import CONVERTED, Gate, interface_of
@@ -70,6 +71,7 @@ def optimize(
     benchmark: bool = True,
     threads: int = 1,
     hash_ahead: bool = True,
+    details: bool = False,
     progress: Progress = _quiet,
 ) -> Run:
     """Optimize a model: run passes, keep what the samples prove harmless, measure the result.
@@ -99,6 +101,8 @@ def optimize(
         threads: intra-op threads of the benchmark.
         hash_ahead: hash external data beside the passes; only `Run.save(reuse_data=True)` does
             without.
+        details: in the end also look at sizes and errors by layer, and (with `benchmark`) at the
+            kernels of both models; see `graphopt.details`.
         progress: called with a few words on what goes on.
 
     Returns:
@@ -123,7 +127,7 @@ def optimize(
         passes_look = any(p.needs_samples for p in chosen.passes)
         calibration, judged = subject.split(feed, gate_samples, passes_look)
     original = size_as_given(subject.source)
-    fresh = partial(subject.working_copy, keep_overridable, validate or benchmark)
+    fresh = partial(subject.working_copy, keep_overridable, validate or benchmark or details)
     working = fresh()
     gate = _gate(subject, working, judged, validate, budgets)
     if standard_ops_only:
@@ -162,6 +166,18 @@ def optimize(
     if benchmark and judged is not None:
         progress("measuring")
         run = _with_benchmark(run, subject.measure(run.model, judged.samples, threads))
+    if details:
+        progress("looking at the layers")
+        models = {"original": subject.source.model, "optimized": run.model}
+        found = look_closely(
+            models,
+            judged,
+            provider=provider,
+            threads=threads,
+            compares=gate.feed is not None,
+            explains=benchmark,
+        )
+        run = replace(run, details=found)
     return replace(run, failures=_failures(requirements, run))
 
 
@@ -201,11 +217,19 @@ class Validation:
         numerics: errors per output, by reference ("as written", "as deployed").
         failure: why they are over the budget as deployed, or None (also without a budget).
         notes: what else a user should know.
+        details: sizes and errors by layer; None when not asked for.
     """
 
     numerics: Mapping[str, tuple[OutputError, ...]]
     failure: str | None
     notes: tuple[str, ...]
+    details: Details | None = None
+
+    def _repr_html_(self) -> str:
+        """The errors as a table, for notebooks."""
+        from graphopt import html_sections
+
+        return html_sections.validation(self)
 
 
 def validate(
@@ -217,6 +241,7 @@ def validate(
     provider: str = "cpu",
     max_error: str | float | Sequence[str | float] | None = None,
     state: State = (),
+    details: bool = False,
     progress: Progress = _quiet,
 ) -> Validation:
     """Compare the outputs of two models on samples, as written and as deployed.
@@ -229,6 +254,7 @@ def validate(
         provider: "cpu" or "cuda".
         max_error: budgets to judge the second model by.
         state: see `optimize`.
+        details: also look at sizes and errors by layer; see `graphopt.details`.
         progress: see `optimize`.
 
     Raises:
@@ -251,7 +277,12 @@ def validate(
     if budgets:
         failure = why_over(Effect.LOSSY, numerics[Reference.AS_DEPLOYED.value], budgets)
     notes = (*reference.notes, *compared.notes, *_converted(reference, compared))
-    return Validation(numerics, failure, notes)
+    closer = None
+    if details:
+        progress("looking at the layers")
+        models = {"first": reference.source.model, "second": compared.source.model}
+        closer = look_closely(models, feed, provider=provider, explains=False)
+    return Validation(numerics, failure, notes, closer)
 
 
 def bisect(

@@ -36,6 +36,10 @@ WARM_UP_RUNS = 3
 """Runs of each model before timing, at least; and one on each sample: shapes are prepared too."""
 
 
+PERCENTILES = tuple(range(0, 101, 2))
+"""Of the latencies, those that are kept: enough to draw, however many rounds there were."""
+
+
 @dataclass(frozen=True)
 class BenchmarkRow:
     """What was measured of one model.
@@ -55,6 +59,8 @@ class BenchmarkRow:
             interpreter and mapped pages included, bytes.
         stored_bytes: the .onnx file and the data files that it references, each once, bytes.
         rounds: timed runs of each model.
+        percentiles_ms: the distribution of the latency: its percentiles at `PERCENTILES`, that is
+            from the shortest run to the longest, milliseconds.
     """
 
     model: str
@@ -67,6 +73,7 @@ class BenchmarkRow:
     peak_rss_bytes: int
     stored_bytes: int
     rounds: int
+    percentiles_ms: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,12 @@ class BenchmarkReport:
     onnxruntime: str
     onnx: str
     python: str
+
+    def _repr_html_(self) -> str:
+        """The figures as tables, for notebooks."""
+        from graphopt import html_sections
+
+        return html_sections.benchmark(self)
 
 
 def benchmark(
@@ -427,6 +440,7 @@ def _row(
         peak_rss_bytes=load.peak_rss_bytes,
         stored_bytes=subject.stored_bytes,
         rounds=len(own_ms),
+        percentiles_ms=tuple(float(p) for p in np.percentile(own_ms, PERCENTILES).round(6)),
     )
 
 

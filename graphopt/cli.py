@@ -11,6 +11,7 @@ import gc
 import io
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -45,6 +46,15 @@ WIDE = 1000
 Json = Annotated[
     str | None,
     typer.Option("--json", metavar="PATH", help="Write the result as JSON; '-' for stdout."),
+]
+Page = Annotated[
+    Path | None,
+    typer.Option(
+        "--report",
+        metavar="OUT.html",
+        help="Write one page with all tables and figures, to be read without a network; needs "
+        "graphopt[report].",
+    ),
 ]
 Provider = Annotated[str, typer.Option(help="cpu or cuda.")]
 SamplesPath = Annotated[
@@ -122,10 +132,12 @@ def optimize(
     ] = True,
     threads: Annotated[int, typer.Option(min=1, help="Threads of the benchmark.")] = 1,
     json: Json = None,
+    page: Page = None,
 ) -> None:
     """Optimize MODEL: run passes, keep what the samples prove harmless, measure the result."""
     saving.check_target(output, source=model, reuse_data=reuse_data)
     _check_json(json, [model], [output, samples])
+    _check_page(page, json, [model], [output, samples])
     pairs = _states(state)
     # Without snapshots of the model there is no garbage to collect.
     with _progress() as progress, nullcontext() if validate else no_collection():
@@ -149,6 +161,7 @@ def optimize(
             benchmark=benchmark,
             threads=threads,
             hash_ahead=not reuse_data,
+            details=page is not None,
             progress=progress,
         )
         if not (strict and run.failures):
@@ -157,6 +170,7 @@ def optimize(
         if not validate:
             # All of it stays to the end; looking through it for garbage takes a second.
             gc.freeze()
+    _write_page(page, run, model)
     _show(report.render_run(run), json, lambda: json_report.run_to_json(run))
     if run.failures:
         raise CheckFailed("; ".join(run.failures))
@@ -172,9 +186,11 @@ def validate(
     max_error: MaxError = None,
     state: States = None,
     json: Json = None,
+    page: Page = None,
 ) -> None:
     """Compare the outputs of two models on samples; with --max-error, exit 1 when over it."""
     _check_json(json, [first, second], [samples])
+    _check_page(page, json, [first, second], [samples])
     with _progress() as progress:
         found = graphopt.validate(
             first,
@@ -184,8 +200,10 @@ def validate(
             provider=provider,
             max_error=max_error,
             state=_states(state),
+            details=page is not None,
             progress=progress,
         )
+    _write_page(page, found, first, second)
     _show(report.render_validation(found), json, lambda: json_report.validation_to_json(found))
     if found.failure is not None:
         raise CheckFailed(found.failure)
@@ -259,9 +277,11 @@ def benchmark(
         int | None, typer.Option(min=1, help="Batch at which to measure throughput.")
     ] = None,
     json: Json = None,
+    page: Page = None,
 ) -> None:
     """Time models against each other, interleaved, each as onnxruntime runs it by default."""
     _check_json(json, models, [samples])
+    _check_page(page, json, models, [samples])
     with _progress() as progress:
         found = graphopt.benchmark(
             models,
@@ -272,6 +292,7 @@ def benchmark(
             batch_size=batch_size,
             progress=progress,
         )
+    _write_page(page, found, *models)
     _show(report.render_benchmark(found), json, lambda: json_report.benchmark_to_json(found))
 
 
@@ -341,9 +362,11 @@ def explain(
     threads: Annotated[int, typer.Option(min=1, help="Intra-op threads.")] = 1,
     provider: Provider = "cpu",
     json: Json = None,
+    page: Page = None,
 ) -> None:
     """Show in which kernels onnxruntime runs MODEL, what they take, and why it is not less."""
     _check_json(json, [model], [samples])
+    _check_page(page, json, [model], [samples])
     with _progress() as progress:
         found = graphopt.explain(
             model,
@@ -353,6 +376,7 @@ def explain(
             threads=threads,
             progress=progress,
         )
+    _write_page(page, found, model)
     _show(report.render_explanation(found), json, lambda: json_report.explanation_to_json(found))
 
 
@@ -481,9 +505,45 @@ def _check_json(
     json: str | None, models: Sequence[Path] = (), others: Sequence[Path | None] = ()
 ) -> None:
     """Before any work is done: where the JSON goes, it destroys nothing."""
-    if json not in (None, "-"):
-        files = [path for path in others if path is not None]
-        saving.check_text_target(Path(json), models, files)
+    for path in _json_file(json):
+        saving.check_text_target(path, models, [other for other in others if other is not None])
+
+
+def _json_file(json: str | None) -> list[Path]:
+    return [] if json in (None, "-") else [Path(json)]
+
+
+def _check_page(
+    page: Path | None, json: str | None, models: Sequence[Path], others: Sequence[Path | None]
+) -> None:
+    """Before any work is done: a page can be made, and where it goes, it destroys nothing."""
+    if page is None:
+        return
+    files = [path for path in others if path is not None]
+    saving.check_text_target(page, models, [*files, *_json_file(json)])
+    _report_pages()
+
+
+def _report_pages() -> ModuleType:
+    """What makes pages, which needs more than the rest."""
+    try:
+        from graphopt import html_report
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "plotly":
+            raise
+        raise GraphoptError("--report needs plotly: pip install 'graphopt[report]'") from None
+    return html_report
+
+
+def _write_page(page: Path | None, result: Any, *models: Path) -> None:
+    """Write the page on a result, with the command that is running."""
+    if page is None:
+        return
+    verb, *_ = arguments = sys.argv[1:]
+    title = f"graphopt {verb}: {', '.join(model.name for model in models)}"
+    sections = _report_pages().sections_of(result)
+    command = shlex.join(["graphopt", *arguments])
+    saving.write_text(page, _report_pages().page(title, sections, command))
 
 
 def _training() -> ModuleType:

@@ -115,6 +115,12 @@ class Explanation:
         """Microseconds per run in nodes that have a reason."""
         return sum(row.us_per_run for row in self.rows if row.reason is not None)
 
+    def _repr_html_(self) -> str:
+        """The kernels as a table, for notebooks."""
+        from graphopt import html_sections
+
+        return html_sections.explanation(self)
+
 
 def explain_model(
     model: ir.Model,

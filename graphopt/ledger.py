@@ -13,6 +13,7 @@ import onnx_ir as ir
 from graphopt import saving
 from graphopt.benchmark import BenchmarkReport
 from graphopt.contract import Effect, Skip
+from graphopt.details import Details
 from graphopt.loading import Source
 from graphopt.operators import Census, census, node_count, opset_of, other_operators
 from graphopt.recipes import Plan
@@ -143,6 +144,7 @@ class Run:
         provider: "cpu" or "cuda".
         validated: the model was run; False when the user asked not to.
         source: the input.
+        details: sizes and errors by layer, and kernels; None when not asked for.
     """
 
     model: ir.Model
@@ -157,6 +159,7 @@ class Run:
     provider: str
     validated: bool
     source: Source
+    details: Details | None = None
 
     @property
     def input_sha256(self) -> str:
@@ -209,6 +212,12 @@ class Run:
         optimized = replace(self.optimized, stored_bytes=written_bytes)
         notes = self._reuse_notes() if reuse_data else ()
         return replace(self, optimized=optimized, notes=(*self.notes, *notes))
+
+    def _repr_html_(self) -> str:
+        """The ledger and what was measured as tables, for notebooks."""
+        from graphopt import html_sections
+
+        return html_sections.run(self)
 
     def _reuse_notes(self) -> tuple[str, ...]:
         reused = saving.reused_bytes(self.model)

@@ -147,6 +147,23 @@ class Observer:
             state.update(part.encode())
         return state.hexdigest()
 
+    def waves(self, model: ir.Model, names: Iterable[str]) -> Iterator[list[str]]:
+        """The names of values in groups that fit into memory together, for `values`.
+
+        Raises:
+            GraphoptError: as when it is called.
+        """
+        for wave in self._waves(model, [Question(name) for name in names], resumes=False):
+            yield [question.value for question in wave]
+
+    def values(self, model: ir.Model, names: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
+        """The values themselves, sample by sample.
+
+        Raises:
+            GraphoptError: as when it is called.
+        """
+        return self._run(model, names, self.feed, resumes=False)
+
     def apart(self) -> tuple[Observer, Observer]:
         """Observers of two thirds of the samples and of the others: to fit by, and to judge by.
 

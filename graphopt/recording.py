@@ -120,11 +120,12 @@ def compare(
         arrays = {name: plain(array) for name, array in outputs.items()}
         for comparison, reader in zip(comparisons, readers, strict=True):
             recorded = next(reader)
-            comparison.add(recorded, {n: _like(a, recorded.get(n)) for n, a in arrays.items()})
+            comparison.add(recorded, {n: like(a, recorded.get(n)) for n, a in arrays.items()})
     return tuple(c.outputs() for c in comparisons)
 
 
-def _like(array: np.ndarray, recorded: np.ndarray | None) -> np.ndarray:
+def like(array: np.ndarray, recorded: np.ndarray | None) -> np.ndarray:
+    """What is float16 or bfloat16 where another was recorded, or the reverse, as that one."""
     if recorded is None or not {array.dtype, recorded.dtype} <= INTERCHANGED_DTYPES:
         return array
     return array.astype(recorded.dtype, copy=False)

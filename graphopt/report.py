@@ -11,11 +11,12 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from graphopt import tables
 from graphopt.api import Validation
 from graphopt.benchmark import BenchmarkReport
 from graphopt.contract import Effect, Pass
 from graphopt.demo import Demonstration
-from graphopt.explain import Explanation, Row
+from graphopt.explain import Explanation
 from graphopt.inspection import Inspection, Port, Weight
 from graphopt.json_report import share_of, summary
 from graphopt.layer_costs import LayerCost, zero_share_of
@@ -24,6 +25,7 @@ from graphopt.packed_sizes import PackedWeight
 from graphopt.recipes import Recipe
 from graphopt.sharing import Sharing
 from graphopt.spec import describe_type, options_of
+from graphopt.tables import TextTable
 from graphopt.validation import OutputError
 
 if TYPE_CHECKING:
@@ -33,17 +35,9 @@ SHOWN_DUPLICATES = 8
 SHOWN_NAMES = 3
 SHOWN_PACKED = 10
 SHOWN_LAYERS = 10
-SHOWN_OPERATORS = 4
 SHOWN_SIZES = 6
-SHOWN_SHARE = 0.005
-"""Of the time; what takes less, and for no reason that is known, is shown together."""
 
-_MARKS = {
-    "kept": "kept",
-    "rolled back": "ROLLED BACK",
-    "too slow": "TOO SLOW",
-    "refused": "refused",
-}
+
 _STYLES = {"kept": "green", "rolled back": "red", "too slow": "yellow", "refused": "yellow"}
 
 
@@ -54,126 +48,36 @@ def render_run(run: Run) -> RenderableType:
         parts += ["", render_numerics(run.numerics)]
     if run.benchmark is not None:
         parts += ["", render_benchmark(run.benchmark)]
-    parts += ["", _sizes(run.original, run.optimized)]
+    parts += ["", _sizes_line(run.original, run.optimized)]
     parts += [Text(f"note: {note}", style="dim") for note in run.notes]
     parts += [Text(f"failed: {failure}", style="bold red") for failure in run.failures]
     return Group(*parts)
 
 
-def _sizes(original: Size, optimized: Size) -> Text:
-    others = f", of these {optimized.other_nodes} of operators that ONNX does not define"
-    return Text(
-        f"nodes {original.nodes} -> {optimized.nodes}{others if optimized.other_nodes else ''}, "
-        f"bytes {original.stored_bytes:,} -> {optimized.stored_bytes:,} "
-        f"({optimized.stored_bytes / original.stored_bytes:.3f}x), "
-        f"opset {original.opset} -> {optimized.opset}",
-        style="bold",
-    )
+def _sizes_line(original: Size, optimized: Size) -> Text:
+    return Text(tables.sizes_text(original, optimized), style="bold")
 
 
 def _ledger(steps: Sequence[Step]) -> RenderableType:
-    table = new_table("pass", "effect", "what it did", ">nodes", ">bytes", ">seconds", "verdict")
     acted = [step for step in steps if step.verdict != "unchanged"]
-    for step in acted:
-        table.add_row(*_ledger_row(step))
     idle = [step.spec for step in steps if step.verdict == "unchanged"]
     rest = Text(f"nothing to do: {', '.join(idle)}", style="dim")
-    return Group(*([table] if acted else []), *([rest] if idle else []))
-
-
-def _ledger_row(step: Step) -> list[str | Text]:
-    name = step.spec if step.round == 1 else f"{step.spec} (round {step.round})"
-    changed = ", ".join(f"{count} × {what}" for what, count in step.changes.items())
-    did = "; ".join((*([changed] if changed else []), *step.notes))
-    if step.kept and step.latency_ratio is not None:
-        did += f" ({step.latency_ratio:.3g} of the latency before)"
-    return [
-        name,
-        step.effect.name,
-        did if step.reason is None else f"{did + ': ' if did else ''}{step.reason}",
-        f"{step.nodes_after - step.nodes_before:+d}" if step.kept else "",
-        f"{step.bytes_after - step.bytes_before:+,d}" if step.kept else "",
-        f"{step.seconds:.2f}",
-        Text(_MARKS[step.verdict], style=_STYLES[step.verdict]),
-    ]
+    table = tables.ledger_table(acted)
+    filled = new_table(*table.columns)
+    for step, (*cells, verdict) in zip(acted, table.rows, strict=True):
+        filled.add_row(*cells, Text(verdict, style=_STYLES[step.verdict]))
+    return Group(*([filled] if acted else []), *([rest] if idle else []))
 
 
 def render_numerics(numerics: Mapping[str, Sequence[OutputError]]) -> Table:
     """One row per output and reference."""
-    table = new_table(
-        "output",
-        "reference",
-        ">max abs",
-        ">mean abs",
-        ">rel L2",
-        ">SQNR dB",
-        ">cosine",
-        ">same arg-max",
-    )
-    for reference, errors in numerics.items():
-        for error in errors:
-            table.add_row(error.name, reference, *_figures(error))
-    return table
-
-
-def _figures(error: OutputError) -> list[str]:
-    if error.mismatch is not None:
-        return [error.mismatch, "", "", "", "", ""]
-    agreement = "" if error.disagreement is None else f"{1 - error.disagreement:.2%}"
-    if error.identical:
-        return ["identical", "0", "0", "inf", "1", agreement]
-    return [
-        f"{error.max_abs:.2e}",
-        f"{error.mean_abs:.2e}",
-        f"{error.rel_l2:.2e}",
-        f"{error.sqnr_db:.1f}",
-        f"{error.cosine:.6f}",
-        agreement,
-    ]
+    return _filled(tables.numerics_table(numerics))
 
 
 def render_benchmark(report: BenchmarkReport) -> RenderableType:
     """One row per model, and how it was measured."""
-    table = new_table(
-        "model",
-        ">p50 ms",
-        ">p90 ms",
-        ">p99 ms",
-        ">ratio",
-        ">per second",
-        ">load ms",
-        ">peak MB",
-        ">bytes",
-    )
-    for row in report.rows:
-        rate = f"{row.throughput_per_s:,.0f}" if row.throughput_per_s is not None else "fixed batch"
-        table.add_row(
-            row.model,
-            f"{row.p50_ms:.3f}",
-            f"{row.p90_ms:.3f}",
-            f"{row.p99_ms:.3f}",
-            f"{row.ratio:.3f}",
-            rate,
-            f"{row.load_ms:.1f}",
-            f"{row.peak_rss_bytes / 1e6:.0f}",
-            f"{row.stored_bytes:,}",
-        )
-    return Group(table, Text(describe_conditions(report), style="dim"))
-
-
-def describe_conditions(report: BenchmarkReport) -> str:
-    """Where and how a benchmark was taken, in a line."""
-    rounds = min(row.rounds for row in report.rows)
-    threads = _threads(report.threads)
-    batch = "" if report.batch_size is None else f"per second at batch {report.batch_size}, "
-    return (
-        f"{report.provider}, {threads}, {batch}{rounds} interleaved rounds, onnxruntime "
-        f"{report.onnxruntime}, {report.cpu}"
-    )
-
-
-def _threads(count: int) -> str:
-    return f"{count} thread" + ("s" if count > 1 else "")
+    conditions = Text(tables.conditions_text(report), style="dim")
+    return Group(_filled(tables.benchmark_table(report)), conditions)
 
 
 def render_validation(found: Validation) -> RenderableType:
@@ -252,7 +156,7 @@ def render_inspection(found: Inspection, tried: Run, groups: bool = False) -> Re
         parts += [_groups(found), ""]
     if kept:
         parts += [Text("basic would:", style="bold"), _ledger(kept)]
-        parts += [_sizes(tried.original, tried.optimized)]
+        parts += [_sizes_line(tried.original, tried.optimized)]
     else:
         parts += [Text("basic would change nothing", style="bold")]
     return Group(*parts)
@@ -381,61 +285,16 @@ def _packed_sum(packed: Sequence[PackedWeight]) -> str:
 
 def render_explanation(found: Explanation) -> RenderableType:
     """Kernels, what they take, why, and what would change it."""
-    head = (
-        f"{found.provider}, {_threads(found.threads)}, {found.runs} runs, onnxruntime "
-        f"{found.onnxruntime}, {found.cpu}"
-    )
-    table = new_table("operators", ">count", "kernel", ">us", ">share", "why")
-    small = [row for row in found.rows if row.reason is None and row.share < SHOWN_SHARE]
-    for row in found.rows:
-        if row not in small:
-            table.add_row(*_kernel_row(row))
-    if small:
-        us = sum(row.us_per_run for row in small)
-        count = sum(row.count for row in small)
-        share = sum(row.share for row in small)
-        table.add_row("others", str(count), "", _us_text(us), f"{share:.1%}", "")
-    reasons = dict.fromkeys(row.reason for row in found.rows if row.reason is not None)
-    changes = [Text(f"- {reason.why}: {reason.change}") for reason in reasons]
-    parts: list[RenderableType] = [Text(head, style="dim"), table, "", _kernel_sum(found)]
+    changes = [Text(f"- {line}") for line in tables.what_would_change(found)]
+    parts: list[RenderableType] = [
+        Text(tables.profile_text(found), style="dim"),
+        _filled(tables.kernels_table(found)),
+        "",
+        Text(tables.kernels_text(found), style="bold"),
+    ]
     if changes:
         parts += ["", Text("what would change it:", style="bold"), *changes]
     return Group(*parts, *(Text(f"note: {note}", style="dim") for note in found.notes))
-
-
-def _kernel_row(row: Row) -> list[str]:
-    kernel = row.kernel.removeprefix("com.microsoft.")
-    return [
-        _operators_text(row.operators),
-        str(row.count),
-        kernel if row.element_type is None else f"{kernel} {row.element_type}",
-        _us_text(row.us_per_run),
-        f"{row.share:.1%}",
-        row.reason.why if row.reason is not None else "",
-    ]
-
-
-def _us_text(us: float) -> str:
-    return f"{us:,.0f}" if us >= 10 else f"{us:.1f}"
-
-
-def _operators_text(operators: Sequence[str]) -> str:
-    if not operators:
-        return "(inserted)"
-    more = len(operators) - SHOWN_OPERATORS
-    shown = (name.removeprefix("com.microsoft.") for name in operators[:SHOWN_OPERATORS])
-    return "+".join(shown) + (f"+{more} more" if more > 0 else "")
-
-
-def _kernel_sum(found: Explanation) -> Text:
-    fates = [fate.how for fate in found.fates]
-    lost = f"{found.lost_us / found.us_per_run:.0%}" if found.us_per_run else "none"
-    return Text(
-        f"nodes {len(fates)} -> {len(found.kernels)} ({fates.count('fused')} fused, "
-        f"{fates.count('folded')} folded), {found.us_per_run:,.0f} us per run, {lost} of it in "
-        "nodes with a reason",
-        style="bold",
-    )
 
 
 def _port_text(port: Port | Weight | PackedWeight) -> str:
@@ -484,6 +343,13 @@ def render_demo(shown: Demonstration) -> RenderableType:
             style="bold",
         ),
     )
+
+
+def _filled(content: TextTable) -> Table:
+    table = new_table(*content.columns)
+    for row in content.rows:
+        table.add_row(*row)
+    return table
 
 
 def new_table(*columns: str) -> Table:

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from graphopt.benchmark import BenchmarkReport, benchmark, measure_load, take_turns
+from graphopt.benchmark import PERCENTILES, BenchmarkReport, benchmark, measure_load, take_turns
 from graphopt.contract import Sample
 from graphopt.errors import GraphoptError, ModelError, RuntimeUnavailable, SampleError
 from graphopt.testing import parse
@@ -56,6 +56,9 @@ def test_measures_every_model_against_the_first_and_says_with_what(tmp_path: Pat
         assert row.peak_rss_bytes is not None
         assert row.throughput_per_s is not None
         assert 4 <= row.rounds <= 10
+        assert len(row.percentiles_ms) == len(PERCENTILES)
+        assert list(row.percentiles_ms) == sorted(row.percentiles_ms)
+        assert row.percentiles_ms[len(PERCENTILES) // 2] == pytest.approx(row.p50_ms, abs=1e-6)
     assert json.loads(json.dumps(dataclasses.asdict(report)))["rows"][0]["model"] == "first"
 
 

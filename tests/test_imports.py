@@ -128,6 +128,33 @@ def test_only_training_imports_torch() -> None:
     assert _offenders([p for p in FILES if p not in allowed], "torch", "torchvision") == []
 
 
+def test_only_figures_import_plotly_and_only_the_report_imports_figures() -> None:
+    allowed = {
+        "plotly": ["figures.py"],
+        "graphopt.figures": ["html_report.py"],
+        "graphopt.html_report": ["cli.py"],
+    }
+
+    for package, names in allowed.items():
+        others = [path for path in FILES if path not in [ENGINE / name for name in names]]
+        assert _offenders(others, package) == []
+
+
+def test_pages_are_loaded_only_where_one_is_asked_for() -> None:
+    loaded = [
+        f"{_name(path)} imports {found.module}"
+        for path in FILES
+        for found in _imports(path)
+        if not found.lazy and _target(found.module, _PAGES) in _PAGES
+        if path.name not in ("html_report.py", "html_sections.py")
+    ]
+
+    assert loaded == []
+
+
+_PAGES = ("graphopt.html_report", "graphopt.html_sections")
+
+
 @pytest.mark.parametrize("lazy", [False, True])
 def test_only_the_command_line_loads_training(lazy: bool) -> None:
     wrong = [
@@ -168,4 +195,4 @@ def test_importing_graphopt_loads_neither_the_heavy_parts_nor_the_plugins() -> N
 
     loaded = {name.partition(".")[0] for name in json.loads(done.stdout)}
     heavy = {"torch", "onnxruntime", "onnxruntime_tools", "graphopt_passes", "graphopt_models"}
-    assert loaded & heavy == set()
+    assert loaded & {*heavy, "plotly"} == set()

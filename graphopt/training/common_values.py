@@ -1,8 +1,6 @@
 """Which values of an optimized model are those of the original: what healing looks at on the way.
 
-Passes rename values, fuse nodes and take channels out. What is still the same is known by its
-content: on a few samples, a value of the same shape that goes up and down with it. The order in
-which they are computed is the same in both models, too.
+They are known by their content; see `graphopt.counterparts`.
 """
 
 from __future__ import annotations
@@ -14,17 +12,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from graphopt.counterparts import (
+    NUMBERS_MINIMUM,
+    POSITIONS_MAXIMUM,
+    Look,
+    in_order,
+    likenesses,
+)
 from graphopt.training.interpreter import Interpreter
 from graphopt.training.sample_batches import Tensors
-
-POSITIONS_MAXIMUM = 512
-"""Of a value on one sample, so many numbers are compared."""
-
-NUMBERS_MINIMUM = 8
-"""A value of fewer says too little."""
-
-CORRELATION_MINIMUM = 0.5
-"""Values that go up and down together less are not the same."""
 
 APART, NEAR = 10.0, 1e-3
 """What is lost on the way is seldom found again: a value that is this many times as far from the
@@ -64,7 +60,7 @@ def features(
     """
     ours = _looks(optimized, candidates, samples)
     theirs = _looks(original, original.computed(), samples)
-    found = _unscaled(_in_order(_likenesses(ours, theirs)), ours, theirs)
+    found = _unscaled(in_order(likenesses(ours, theirs)), ours, theirs)
     step = max(1, -(-len(found) // FEATURES_MAXIMUM))
     # The last ones say most about the outputs.
     kept = reversed(found[::-1][::step])
@@ -84,7 +80,7 @@ def counterparts(
     ours = _looks(optimized, candidates, samples, 1)
     theirs = _looks(original, original.computed(), samples, 1)
     enough = {name: look for name, look in ours.items() if look[1].size >= NUMBERS_MINIMUM}
-    return {name: twin for name, twin, *_ in _likenesses(enough, theirs)}
+    return {pair.name: pair.twin for pair in likenesses(enough, theirs)}
 
 
 def _looks(
@@ -92,7 +88,7 @@ def _looks(
     names: Sequence[str],
     samples: Sequence[Tensors],
     least: int = NUMBERS_MINIMUM,
-) -> dict[str, tuple[tuple[int, ...], np.ndarray]]:
+) -> dict[str, Look]:
     """Of each value, the shape on the first sample and some of its numbers on all, float32 [n]."""
     looks: dict[str, list[np.ndarray]] = defaultdict(list)
     shapes: dict[str, tuple[int, ...]] = {}
@@ -109,29 +105,7 @@ def _looks(
     return {name: (shapes[name], np.concatenate(parts)) for name, parts in looks.items()}
 
 
-Looks = Mapping[str, tuple[tuple[int, ...], np.ndarray]]
-
-
-def _likenesses(ours: Looks, theirs: Looks) -> list[tuple[str, str, int, float]]:
-    """For each of ours the most alike of theirs, its place among them, and the correlation."""
-    groups: dict[object, list[tuple[int, str]]] = defaultdict(list)
-    for place, (name, (shape, look)) in enumerate(theirs.items()):
-        groups[shape, look.size].append((place, name))
-    rows = {
-        key: _centered(np.stack([theirs[name][1] for _, name in group]))
-        for key, group in groups.items()
-    }
-    found = []
-    for name, (shape, look) in ours.items():
-        group = groups.get((shape, look.size))
-        if not group:
-            continue
-        alike = rows[shape, look.size] @ _centered(look[np.newaxis])[0]
-        # Of equals the last: what moves or copies a value comes after it.
-        best = len(alike) - 1 - int(np.argmax(alike[::-1]))
-        if alike[best] >= CORRELATION_MINIMUM:
-            found.append((name, group[best][1], group[best][0], float(alike[best])))
-    return found
+Looks = Mapping[str, Look]
 
 
 def _unscaled(
@@ -147,25 +121,3 @@ def _unscaled(
             kept.append((name, twin))
         least = min(least, max(error, NEAR))
     return kept[::-1]
-
-
-def _centered(rows: np.ndarray) -> np.ndarray:
-    rows = np.nan_to_num(rows - rows.mean(1, keepdims=True), posinf=0, neginf=0)
-    return np.asarray(rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12))
-
-
-def _in_order(pairs: Sequence[tuple[str, str, int, float]]) -> list[tuple[str, str]]:
-    """The pairs of the largest sum of correlations whose places ascend."""
-    totals: list[float] = []
-    before: list[int] = []
-    for i, (*_, place, alike) in enumerate(pairs):
-        earlier = [(totals[j], j) for j in range(i) if pairs[j][2] <= place]
-        best, last = max(earlier, default=(0.0, -1))
-        totals.append(best + alike)
-        before.append(last)
-    at = int(np.argmax(totals)) if totals else -1
-    chain = []
-    while at >= 0:
-        chain.append(pairs[at][:2])
-        at = before[at]
-    return chain[::-1]
