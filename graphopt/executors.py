@@ -69,6 +69,9 @@ def _processes(count: int) -> Iterator[Workers]:
     try:
         yield Workers(executor, count, str, shares_disk=True)
     finally:
+        # What still runs is for nothing, and `shutdown` would wait for it.
+        for process in list((executor._processes or {}).values()):
+            process.terminate()
         executor.shutdown(wait=True, cancel_futures=True)
 
 

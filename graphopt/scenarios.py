@@ -26,11 +26,13 @@ class Trunk:
         name: for the user.
         passes: in text form, after the recipe basic; may be none.
         after: name of a milder trunk; this one is tried only if that keeps within the drop.
+        unless: name of a bolder trunk; this one is tried only if that does not.
     """
 
     name: str
     passes: str
     after: str | None = None
+    unless: str | None = None
 
 
 @dataclass(frozen=True)

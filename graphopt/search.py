@@ -174,10 +174,17 @@ class Search:
         for one in self.scenario.trunks:
             if one.name in done or one.name in running or self._is_late(TRUNKS_SHARE):
                 continue
-            before = done.get(one.after) if one.after else None
-            if one.after is None or (before and before.gauged.drop <= self.limit):
+            milder, bolder = (self._is_within(done, name) for name in (one.after, one.unless))
+            if (one.after is None or milder) and (one.unless is None or bolder is False):
                 found.append(one)
         return found
+
+    def _is_within(self, done: dict[str, Candidate | None], name: str | None) -> bool | None:
+        """Whether a trunk is within the drop; None where that is not known yet."""
+        if name is None or name not in done:
+            return None
+        found = done[name]
+        return found is not None and found.gauged.drop <= self.limit
 
     def _judged_trunk(self, name: str, running: Build) -> Candidate | None:
         (trunk,) = (one for one in self.scenario.trunks if one.name == name)

@@ -9,10 +9,17 @@ _SMALL = "drop-metadata,shorten-names,pack-constants{weights=false}"
 """Names and shapes are a tenth of a small model; before layers are named."""
 
 
-def _int8(price: float) -> str:
-    """8-bit integers where they are faster, however much of the drop they take."""
-    static = f"quantize-static{{error=1,price={price}}}"
+def _int8(price: float, error: float = 1.0) -> str:
+    """8-bit integers where they are faster, whatever they cost; or within an error."""
+    static = f"quantize-static{{error={error:g},price={price}}}"
     return f"{READY},{static},quantize-dynamic,{TIDY}"
+
+
+_GENTLE = (
+    Trunk("int8, but offenders", f"{_int8(0.2, 0.07)},{_SMALL}", unless="int8"),
+    Trunk("int8 in part", f"{_int8(0.2, 0.035)},{_SMALL}", unless="int8, but offenders"),
+)
+"""Where all that is faster on integers costs too much, layers that cost most of it stay float."""
 
 
 def _structures(budget: str) -> str:
@@ -26,6 +33,7 @@ EDGE = Scenario(
     trunks=(
         Trunk("float", _SMALL),
         Trunk("int8", f"{_int8(0.2)},{_SMALL}"),
+        *_GENTLE,
         Trunk("three quarters", f"{_structures('parameters=0.75')},{_SMALL}", after="float"),
         Trunk("half", f"{_structures('parameters=0.5')},{_SMALL}", after="three quarters"),
         Trunk("a quarter", f"{_structures('parameters=0.25')},{_SMALL}", after="half"),
@@ -40,6 +48,7 @@ SERVER_CPU = Scenario(
     trunks=(
         Trunk("float", _SMALL),
         Trunk("int8", f"{_int8(0.2)},{_SMALL}"),
+        *_GENTLE,
         Trunk("int8, faster", f"{_int8(0.02)},{_SMALL}", after="int8"),
         Trunk(
             "int8, 0.8 of the work",
