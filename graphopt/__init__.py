@@ -5,6 +5,11 @@ to the numerics, the bytes and the latency::
 
     run = graphopt.optimize("model.onnx", samples="samples/")
     run.save("model.optimized.onnx")
+
+or finds the best model within a drop of the accuracy by itself::
+
+    found = graphopt.tune("model.onnx", samples="samples/", max_drop=1.0)
+    found.save("model.tuned.onnx")
 """
 
 from __future__ import annotations
@@ -24,6 +29,8 @@ from graphopt.explain import Explanation
 from graphopt.ledger import Run, Step
 from graphopt.loading import load
 from graphopt.saving import save
+from graphopt.sensitivity import Sensitivity, sensitivity
+from graphopt.tune import Tuning, tune
 
 __all__ = [
     "Bisection",
@@ -38,8 +45,10 @@ __all__ = [
     "Run",
     "RuntimeUnavailable",
     "SampleError",
+    "Sensitivity",
     "SpecError",
     "Step",
+    "Tuning",
     "Validation",
     "benchmark",
     "bisect",
@@ -48,5 +57,7 @@ __all__ = [
     "load",
     "optimize",
     "save",
+    "sensitivity",
+    "tune",
     "validate",
 ]

@@ -30,7 +30,7 @@ from graphopt.operators import other_operators
 from graphopt.pipeline import Pipeline
 from graphopt.recipes import Plan, plan
 from graphopt.recording import Feed, compare, record
-from graphopt.requirements import Requirement, parse_requirements
+from graphopt.requirements import Requirement, parse_requirements, unmet
 from graphopt.runtime import Reference, Session
 from graphopt.samples import read_samples
 from graphopt.scratch import Scratch
@@ -535,15 +535,7 @@ def _caveats(steps: Sequence[Step], judged: Feed | None) -> list[str]:
 
 
 def _failures(requirements: Sequence[Requirement], run: Run) -> tuple[str, ...]:
-    original, optimized = run.original, run.optimized
-    figures: dict[str, float | None] = {
-        "size": optimized.stored_bytes / original.stored_bytes,
-        "nodes": optimized.nodes / original.nodes if original.nodes else None,
-        "latency": run.benchmark.rows[-1].ratio if run.benchmark is not None else None,
-        "error": max((o.rel_l2 for o in run.numerics.get("as deployed", ())), default=None),
-    }
-    reasons = [r.why_failed(figures) for r in requirements]
     lossy = [s for s in run.steps if s.effect is Effect.LOSSY]
-    if lossy and not any(s.kept for s in lossy):
-        reasons.append("none of the lossy passes was kept")
-    return tuple(r for r in reasons if r is not None)
+    kept_none = lossy and not any(s.kept for s in lossy)
+    none_kept = ("none of the lossy passes was kept",) if kept_none else ()
+    return (*unmet(requirements, run), *none_kept)

@@ -24,7 +24,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import beta, binom
+from scipy.special import bdtr, betainccinv
 
 _CAP = 0.75
 """Of the largest stake, so that one loss of 1 leaves a quarter of the capital."""
@@ -85,7 +85,7 @@ def exact_upper_bound(values: np.ndarray, delta: float) -> float:
     ones, count = _ones(values), len(values)
     if ones == count:
         return 1.0
-    return float(beta.isf(delta, ones + 1, count - ones))
+    return float(betainccinv(ones + 1, count - ones, delta))
 
 
 def upper_bound(
@@ -131,7 +131,7 @@ def p_value(
     mean = (limit - lower) / (upper - lower)
     if binary:
         ones = _ones((np.asarray(values) - lower) / (upper - lower))
-        return float(binom.cdf(ones, len(values), mean))
+        return float(bdtr(ones, len(values), mean))
     bets = _bets(values, lower, upper)
     if len(bets.losses) and bets.losses.mean() >= mean:
         # Luck with the order may have made a fortune; a bound below what was seen convinces nobody.

@@ -11,27 +11,43 @@ import gc
 import io
 import logging
 import os
-import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
 import graphopt
-from graphopt import bisection_report, json_report, report, saving, sharing
+from graphopt import bisection_report, json_report, report, saving, search_commands, sharing
 from graphopt import demo as demonstration
 from graphopt.collection import no_collection
+from graphopt.command_line import (
+    Json,
+    MaxError,
+    Model,
+    Page,
+    Provider,
+    RandomSamples,
+    SamplesPath,
+    States,
+    check_json,
+    check_page,
+    show,
+    state_pairs,
+    watched,
+    write_page,
+)
 from graphopt.errors import CheckFailed, GraphoptError, SpecError
 from graphopt.recipes import recipe as recipe_of
 from graphopt.recipes import recipe_names
 from graphopt.registry import pass_class, pass_names
 from graphopt.reproducer import check_folder
+from graphopt.scenarios import scenario, scenario_names
+from graphopt.treatments import treatment, treatment_names
 
 app = typer.Typer(
     help="Optimize exported ONNX models, with proof.",
@@ -39,49 +55,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-WIDE = 1000
-"""Columns of a pipe: nothing is wrapped, so that lines can be searched."""
-
-Json = Annotated[
-    str | None,
-    typer.Option("--json", metavar="PATH", help="Write the result as JSON; '-' for stdout."),
-]
-Page = Annotated[
-    Path | None,
-    typer.Option(
-        "--report",
-        metavar="OUT.html",
-        help="Write one page with all tables and figures, to be read without a network; needs "
-        "graphopt[report].",
-    ),
-]
-Provider = Annotated[str, typer.Option(help="cpu or cuda.")]
-SamplesPath = Annotated[
-    Path | None,
-    typer.Option("--samples", help="Folder of .npz files keyed by input name, or one file."),
-]
-RandomSamples = Annotated[
-    int | None,
-    typer.Option("--random-samples", metavar="N", min=1, help="Draw N samples instead."),
-]
-MaxError = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="[OUTPUT:]X[METRIC]",
-        help="Error budget; METRIC rel-l2 (default), max-abs or disagreement. Repeatable.",
-    ),
-]
-States = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--state",
-        metavar="OUT=IN",
-        help="Feed an output back as input of the next "
-        "sample: samples in name order are a sequence. Repeatable.",
-    ),
-]
-Model = Annotated[Path, typer.Argument(metavar="MODEL", help="The .onnx file.")]
 
 
 @app.command()
@@ -136,11 +109,11 @@ def optimize(
 ) -> None:
     """Optimize MODEL: run passes, keep what the samples prove harmless, measure the result."""
     saving.check_target(output, source=model, reuse_data=reuse_data)
-    _check_json(json, [model], [output, samples])
-    _check_page(page, json, [model], [output, samples])
-    pairs = _states(state)
+    check_json(json, [model], [output, samples])
+    check_page(page, json, [model], [output, samples])
+    pairs = state_pairs(state)
     # Without snapshots of the model there is no garbage to collect.
-    with _progress() as progress, nullcontext() if validate else no_collection():
+    with watched() as progress, nullcontext() if validate else no_collection():
         run = graphopt.optimize(
             model,
             recipe=recipe,
@@ -170,10 +143,14 @@ def optimize(
         if not validate:
             # All of it stays to the end; looking through it for garbage takes a second.
             gc.freeze()
-    _write_page(page, run, model)
-    _show(report.render_run(run), json, lambda: json_report.run_to_json(run))
+    write_page(page, run, model)
+    show(report.render_run(run), json, lambda: json_report.run_to_json(run))
     if run.failures:
         raise CheckFailed("; ".join(run.failures))
+
+
+app.command()(search_commands.tune)
+app.command()(search_commands.sensitivity)
 
 
 @app.command()
@@ -189,9 +166,9 @@ def validate(
     page: Page = None,
 ) -> None:
     """Compare the outputs of two models on samples; with --max-error, exit 1 when over it."""
-    _check_json(json, [first, second], [samples])
-    _check_page(page, json, [first, second], [samples])
-    with _progress() as progress:
+    check_json(json, [first, second], [samples])
+    check_page(page, json, [first, second], [samples])
+    with watched() as progress:
         found = graphopt.validate(
             first,
             second,
@@ -199,12 +176,12 @@ def validate(
             random_samples=random_samples,
             provider=provider,
             max_error=max_error,
-            state=_states(state),
+            state=state_pairs(state),
             details=page is not None,
             progress=progress,
         )
-    _write_page(page, found, first, second)
-    _show(report.render_validation(found), json, lambda: json_report.validation_to_json(found))
+    write_page(page, found, first, second)
+    show(report.render_validation(found), json, lambda: json_report.validation_to_json(found))
     if found.failure is not None:
         raise CheckFailed(found.failure)
 
@@ -238,10 +215,10 @@ def bisect(
     OPTIMIZED must equal ORIGINAL but for rounding, and each lossy pass has its own budget.
     """
     models = [original, *([] if optimized is None else [optimized])]
-    _check_json(json, models, [samples])
+    check_json(json, models, [samples])
     if output is not None:
         check_folder(output, models)
-    with _progress() as progress:
+    with watched() as progress:
         found = graphopt.bisect(
             original,
             optimized,
@@ -251,13 +228,13 @@ def bisect(
             random_samples=random_samples,
             provider=provider,
             max_error=max_error,
-            state=_states(state),
+            state=state_pairs(state),
             progress=progress,
         )
     if output is not None:
         found.save(output)
     shown = bisection_report.render_bisection(found, output)
-    _show(shown, json, lambda: json_report.bisection_to_json(found))
+    show(shown, json, lambda: json_report.bisection_to_json(found))
     if found.reason is not None:
         culprit = "" if found.guilty is None else f"{found.guilty}: "
         raise CheckFailed(f"{culprit}{found.reason}")
@@ -280,9 +257,9 @@ def benchmark(
     page: Page = None,
 ) -> None:
     """Time models against each other, interleaved, each as onnxruntime runs it by default."""
-    _check_json(json, models, [samples])
-    _check_page(page, json, models, [samples])
-    with _progress() as progress:
+    check_json(json, models, [samples])
+    check_page(page, json, models, [samples])
+    with watched() as progress:
         found = graphopt.benchmark(
             models,
             samples=samples,
@@ -292,8 +269,8 @@ def benchmark(
             batch_size=batch_size,
             progress=progress,
         )
-    _write_page(page, found, *models)
-    _show(report.render_benchmark(found), json, lambda: json_report.benchmark_to_json(found))
+    write_page(page, found, *models)
+    show(report.render_benchmark(found), json, lambda: json_report.benchmark_to_json(found))
 
 
 @app.command()
@@ -314,10 +291,10 @@ def share(
     Each graph keeps its file name. Any of them can be deleted, or moved together with a copy of the
     data file, without harm to the others, as long as DIR/graphopt-shared.*.data stays where it is.
     """
-    _check_json(json, models, [output / model.name for model in models])
-    with _progress() as progress:
+    check_json(json, models, [output / model.name for model in models])
+    with watched() as progress:
         found = sharing.share(models, output, validate=validate, progress=progress)
-    _show(report.render_sharing(found), json, lambda: json_report.sharing_to_json(found))
+    show(report.render_sharing(found), json, lambda: json_report.sharing_to_json(found))
 
 
 @app.command()
@@ -346,12 +323,12 @@ def inspect(
     Of layers the terminal shows those with the most multiply-accumulates (MACs; each is two
     FLOPs), and JSON all.
     """
-    _check_json(json, [model], [samples])
+    check_json(json, [model], [samples])
     sizes = _sizes(size)
-    with _progress() as progress:
+    with watched() as progress:
         found, tried = graphopt.inspect(model, sizes=sizes, samples=samples, progress=progress)
     shown = report.render_inspection(found, tried, groups)
-    _show(shown, json, lambda: json_report.inspection_to_json(found, tried))
+    show(shown, json, lambda: json_report.inspection_to_json(found, tried))
 
 
 @app.command()
@@ -365,9 +342,9 @@ def explain(
     page: Page = None,
 ) -> None:
     """Show in which kernels onnxruntime runs MODEL, what they take, and why it is not less."""
-    _check_json(json, [model], [samples])
-    _check_page(page, json, [model], [samples])
-    with _progress() as progress:
+    check_json(json, [model], [samples])
+    check_page(page, json, [model], [samples])
+    with watched() as progress:
         found = graphopt.explain(
             model,
             samples=samples,
@@ -376,8 +353,8 @@ def explain(
             threads=threads,
             progress=progress,
         )
-    _write_page(page, found, model)
-    _show(report.render_explanation(found), json, lambda: json_report.explanation_to_json(found))
+    write_page(page, found, model)
+    show(report.render_explanation(found), json, lambda: json_report.explanation_to_json(found))
 
 
 @app.command()
@@ -407,17 +384,17 @@ def heal(
     seed: Annotated[int, typer.Option(min=0, help="Of the order of the samples.")] = 0,
     json: Json = None,
 ) -> None:
-    """Let OPTIMIZED learn again from ORIGINAL what it lost, without labels, in the same bytes.
+    r"""Let OPTIMIZED learn again from ORIGINAL what it lost, without labels, in the same bytes.
 
     Zeros stay zeros, and what is stored as integers or codes keeps its grid or its codebook; which
-    of these numbers each weight is, learns. Needs graphopt[train].
+    of these numbers each weight is, learns. Needs graphopt\[train].
     """
     for source in (original, optimized):
         saving.check_target(output, source=source)
-    _check_json(json, [original, optimized], [output, samples])
-    pairs = _states(state)
+    check_json(json, [original, optimized], [output, samples])
+    pairs = state_pairs(state)
     training = _training()
-    with _progress() as progress:
+    with watched() as progress:
         found = training.heal(
             original,
             optimized,
@@ -432,7 +409,7 @@ def heal(
             seed=seed,
             progress=progress,
         ).save(output)
-    _show(report.render_healed(found), json, lambda: json_report.healed_to_json(found))
+    show(report.render_healed(found), json, lambda: json_report.healed_to_json(found))
 
 
 @app.command()
@@ -442,12 +419,19 @@ def passes(
     ] = None,
     json: Json = None,
 ) -> None:
-    """List the passes and recipes, or describe one pass."""
-    _check_json(json)
-    classes = [pass_class(n) for n in (pass_names() if name is None else [name])]
-    known = {n: recipe_of(n) for n in (recipe_names() if name is None else [])}
-    shown = report.render_passes(classes, known) if name is None else report.render_pass(classes[0])
-    _show(shown, json, lambda: json_report.passes_to_json(classes, known))
+    """List passes, recipes, treatments of layers and scenarios, or describe one pass."""
+    check_json(json)
+    if name is not None:
+        one = pass_class(name)
+        show(report.render_pass(one), json, lambda: json_report.passes_to_json([one], {}, {}, {}))
+        return
+    listed = (
+        [pass_class(n) for n in pass_names()],
+        {n: recipe_of(n) for n in recipe_names()},
+        {n: treatment(n) for n in treatment_names()},
+        {n: scenario(n) for n in scenario_names()},
+    )
+    show(report.render_passes(*listed), json, lambda: json_report.passes_to_json(*listed))
 
 
 @app.command()
@@ -470,15 +454,15 @@ def train(
 
     With several processes: torchrun --nproc_per_node=N -m graphopt.training CONFIG.
     """
-    _check_json(json, others=[config])
+    check_json(json, others=[config])
     training = _training()
     read = training.read_config(config, settings or ())
-    with _progress() as progress:
+    with watched() as progress:
         trained = training.train(read, resume=resume, progress=progress)
     # One of several processes speaks for all.
     if trained.module is not None:
         shown = training.render_trained(trained)
-        _show(shown, json, lambda: training.trained_to_json(trained))
+        show(shown, json, lambda: training.trained_to_json(trained))
     run = trained.delivery.run
     if run is not None and run.failures:
         raise CheckFailed("; ".join(run.failures))
@@ -489,61 +473,29 @@ def demo(
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Where to write the optimized model.")
     ] = Path("digits_cnn.optimized.onnx"),
+    files: Annotated[
+        Path | None,
+        typer.Option(
+            "--files",
+            metavar="DIR",
+            help="Instead write the model, its samples and labels there, to try commands on.",
+        ),
+    ] = None,
     json: Json = None,
 ) -> None:
     """Optimize the digits classifier that comes with graphopt, and score it before and after."""
-    _check_json(json, others=[output])
-    with _progress() as progress:
+    check_json(json, others=[output])
+    if files is not None:
+        written = demonstration.write_files(files)
+        shown_files = report.render_demo_files(written)
+        show(shown_files, json, lambda: json_report.demo_files_to_json(written))
+        return
+    with watched() as progress:
         shown = demonstration.demonstrate(output, progress)
-    _show(report.render_demo(shown), json, lambda: json_report.demo_to_json(shown))
+    show(report.render_demo(shown), json, lambda: json_report.demo_to_json(shown))
 
 
-# ------------------------------------------------------------------ around the commands
-
-
-def _check_json(
-    json: str | None, models: Sequence[Path] = (), others: Sequence[Path | None] = ()
-) -> None:
-    """Before any work is done: where the JSON goes, it destroys nothing."""
-    for path in _json_file(json):
-        saving.check_text_target(path, models, [other for other in others if other is not None])
-
-
-def _json_file(json: str | None) -> list[Path]:
-    return [] if json in (None, "-") else [Path(json)]
-
-
-def _check_page(
-    page: Path | None, json: str | None, models: Sequence[Path], others: Sequence[Path | None]
-) -> None:
-    """Before any work is done: a page can be made, and where it goes, it destroys nothing."""
-    if page is None:
-        return
-    files = [path for path in others if path is not None]
-    saving.check_text_target(page, models, [*files, *_json_file(json)])
-    _report_pages()
-
-
-def _report_pages() -> ModuleType:
-    """What makes pages, which needs more than the rest."""
-    try:
-        from graphopt import html_report
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "plotly":
-            raise
-        raise GraphoptError("--report needs plotly: pip install 'graphopt[report]'") from None
-    return html_report
-
-
-def _write_page(page: Path | None, result: Any, *models: Path) -> None:
-    """Write the page on a result, with the command that is running."""
-    if page is None:
-        return
-    verb, *_ = arguments = sys.argv[1:]
-    title = f"graphopt {verb}: {', '.join(model.name for model in models)}"
-    sections = _report_pages().sections_of(result)
-    command = shlex.join(["graphopt", *arguments])
-    saving.write_text(page, _report_pages().page(title, sections, command))
+# ------------------------------------------------------------------ what they need
 
 
 def _training() -> ModuleType:
@@ -557,16 +509,6 @@ def _training() -> ModuleType:
     return training
 
 
-def _states(texts: list[str] | None) -> list[tuple[str, str]]:
-    pairs = []
-    for text in texts or []:
-        output, mark, name = text.partition("=")
-        if not (output and mark and name):
-            raise SpecError(f"--state {text!r} is not of the form OUTPUT=INPUT")
-        pairs.append((output, name))
-    return pairs
-
-
 def _sizes(texts: list[str] | None) -> dict[str, int]:
     sizes = {}
     for text in texts or []:
@@ -575,27 +517,6 @@ def _sizes(texts: list[str] | None) -> dict[str, int]:
             raise SpecError(f"--size {text!r} is not of the form NAME=N")
         sizes[name] = int(number)
     return sizes
-
-
-@contextmanager
-def _progress() -> Iterator[Any]:
-    """What goes on, on a terminal; nothing in a pipe."""
-    console = Console(stderr=True, markup=False, emoji=False)
-    if not console.is_terminal:
-        yield lambda _: None
-        return
-    with console.status("") as status:
-        yield status.update
-
-
-def _show(content: Any, json: str | None, plain: Callable[[], Mapping[str, Any]]) -> None:
-    if json == "-":
-        sys.stdout.write(json_report.to_text(plain()))
-        return
-    if json is not None:
-        saving.write_text(Path(json), json_report.to_text(plain()))
-    terminal = sys.stdout.isatty()
-    sys.stdout.write(report.to_terminal_text(content, None if terminal else WIDE, terminal))
 
 
 def _drop_stdout() -> None:

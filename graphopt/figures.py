@@ -207,21 +207,28 @@ def _errors_line(
     return _line(label, [n for n, _ in points], heights, number, names, shown, mode)
 
 
-def trade_off(tried: Sequence[Candidate], by: str) -> Figure:
+def trade_off(tried: Sequence[Candidate], by: str, limit: float | None = None) -> Figure:
     """What models lose against what they take.
 
     Args:
         tried: those that were not timed are left out where it is by latency.
         by: "size" or "latency", over that of the original.
+        limit: the drop that is allowed, for a line; None draws none.
     """
     costs = [(one.size_ratio if by == "size" else one.latency_ratio, one) for one in tried]
     points = [(cost, one) for cost, one in costs if cost is not None]
-    best = front((cost, one.drop) for cost, one in points)
+    best = front((cost, one.drop) for cost, one in points if not one.expected)
     corners = _line("", *_columns(best), 1, None, "", "lines")
     corners.update(hoverinfo="skip", showlegend=False, line={"shape": "hv"})
-    groups: dict[str, list[tuple[float, Candidate]]] = {"tried": [], "best": [], "chosen": []}
-    for cost, one in points:
+    groups: dict[str, list[tuple[float, Candidate]]] = {
+        "tried": [],
+        "best": [],
+        "chosen": [],
+        "expected": [],
+    }
+    for cost, one in sorted(points, key=lambda point: point[0]):
         kind = "best" if (cost, one.drop) in best else "tried"
+        kind = "expected" if one.expected else kind
         groups["chosen" if one.chosen else kind].append((cost, one))
     traces = [corners]
     for number, (label, group) in enumerate(groups.items()):
@@ -231,6 +238,10 @@ def trade_off(tried: Sequence[Candidate], by: str) -> Figure:
         f"What each model that was tried loses (upwards) against its {by} over the original's (to "
         "the right). The line joins those that none beats in both; the star is the one chosen."
     )
+    if groups["expected"]:
+        caption += " The dashed line is what the search expects of models that it did not build."
+    if limit is not None:
+        traces.append(_limit_line(limit, max((cost for cost, _ in points), default=1.0)))
     axes = {
         "xaxis": {"title": f"{by} over the original", "rangemode": "tozero"},
         "yaxis": {"title": "drop"},
@@ -238,11 +249,18 @@ def trade_off(tried: Sequence[Candidate], by: str) -> Figure:
     return _figure(traces, 420, caption, **axes)
 
 
+def _limit_line(limit: float, width: float) -> Any:
+    line = _line("allowed", [0.0, width], [limit, limit], 2, None, "allowed: %{y:.3g}", "lines")
+    line.update(line={"color": _STYLES[2].color, "width": 2, "dash": "dot"})
+    return line
+
+
 def _candidates(label: str, group: Sequence[tuple[float, Candidate]], number: int, by: str) -> Any:
     x, y = _columns([(cost, one.drop) for cost, one in group])
     names = [_name(one.name) for _, one in group]
     shown = f"%{{customdata}}<br>{by} %{{x:.3f}}, drop %{{y:.3g}}"
-    trace = _line(label, x, y, number, names, shown, "markers")
+    mode = "lines+markers" if label == "expected" else "markers"
+    trace = _line(label, x, y, number, names, shown, mode)
     if label == "chosen":
         trace.update(marker={"symbol": "star", "size": 16}, mode="markers+text")
         trace.update(text=[label] * len(x), textposition="top center")

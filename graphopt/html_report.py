@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import singledispatch
 from importlib.resources import files
 
-from graphopt import figures, html_sections, tables
+from graphopt import figures, html_sections, search_tables, tables
 from graphopt.api import Validation
 from graphopt.benchmark import BenchmarkReport, cpu_name
 from graphopt.details import Details
@@ -21,7 +21,10 @@ from graphopt.html_sections import definitions, remarks, table
 from graphopt.json_report import versions
 from graphopt.ledger import Run
 from graphopt.markup import Markup, element, joined
+from graphopt.probing import Probe
+from graphopt.sensitivity import Sensitivity as LayerSensitivity
 from graphopt.trade_offs import Candidate, Sensitivity
+from graphopt.tune import Tuning
 from graphopt.validation import OutputError, worst
 
 POLICY = (
@@ -29,6 +32,9 @@ POLICY = (
     "base-uri 'none'; form-action 'none'"
 )
 """What a browser lets the page do: run what is in it, and load nothing."""
+
+OPEN_ROWS = 20
+"""A table of candidates of more is closed at first."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ class Section:
 
 @singledispatch
 def sections_of(result: object) -> list[Section]:
-    """What a page says of a result of `optimize`, `validate`, `benchmark` or `explain`.
+    """What a page says of a result of `optimize`, `tune`, `validate` and other verbs.
 
     Args:
         result: best one with `details`; what was not measured is left out.
@@ -91,6 +97,25 @@ def _of_benchmark(found: BenchmarkReport) -> list[Section]:
 @sections_of.register
 def _of_explanation(found: Explanation) -> list[Section]:
     return [kernels_section({"model": found})]
+
+
+@sections_of.register
+def _of_tuning(found: Tuning) -> list[Section]:
+    _, *evidence = sections_of(found.run)
+    tried = trade_off_section(search_tables.tried_points(found), found.certificate.limit)
+    return [_tuning_summary(found), tried, *_layer_sections(found), *evidence]
+
+
+@sections_of.register
+def _of_sensitivity(found: LayerSensitivity) -> list[Section]:
+    about = [
+        element("p", search_tables.bytes_text(found)),
+        html_sections.treatments(found),
+        html_sections.remarks(found.notes),
+    ]
+    if not found.layers:
+        return [Section("Summary", [element("p", "No layer can be treated."), *about])]
+    return [Section("Summary", about), effects_section(found.probes, found.layers)]
 
 
 def page(title: str, sections: Iterable[Section], command: str) -> str:
@@ -144,12 +169,20 @@ def kernels_section(explanations: Mapping[str, Explanation]) -> Section:
     return Section("Time by operator and kernel", [figures.kernels(explanations), *written])
 
 
-def trade_off_section(tried: Sequence[Candidate]) -> Section:
-    """What a search has tried: its Pareto fronts, by size and by latency, and the chosen model."""
-    shown = [figures.trade_off(tried, "size")]
+def trade_off_section(tried: Sequence[Candidate], limit: float | None = None) -> Section:
+    """What a search has tried: its Pareto fronts, by size and by latency, and the chosen model.
+
+    Args:
+        tried: built, and expected.
+        limit: the drop that is allowed, for a line; None draws none.
+    """
+    shown = [figures.trade_off(tried, "size", limit)]
     if any(one.latency_ratio is not None for one in tried):
-        shown.append(figures.trade_off(tried, "latency"))
-    return Section("What was tried", [*shown, html_sections.candidates(tried)])
+        shown.append(figures.trade_off(tried, "latency", limit))
+    written = html_sections.candidates(tried)
+    if len(tried) > OPEN_ROWS:
+        written = element("details", element("summary", "All numbers"), written)
+    return Section("What was tried", [*shown, written])
 
 
 def sensitivity_section(found: Sensitivity) -> Section:
@@ -160,7 +193,62 @@ def sensitivity_section(found: Sensitivity) -> Section:
     return Section("Sensitivity by layer", [figures.sensitivity(found), written])
 
 
+def effects_section(probes: Sequence[Probe], layers: Sequence[str]) -> Section:
+    """What options do to each layer alone.
+
+    Args:
+        probes: of all layers.
+        layers: in the order that is shown.
+    """
+    grid = search_tables.effect_grid(probes, layers, search_tables.is_shown(probes))
+    written = element(
+        "details", element("summary", "All numbers"), html_sections.effects(probes, layers)
+    )
+    return Section("Sensitivity by layer", [figures.sensitivity(grid), written])
+
+
+def _tuning_summary(found: Tuning) -> Section:
+    run, (certificate, *measured) = found.run, (*search_tables.certificate_lines(found), "")
+    facts = [*_facts(run), ("search", search_tables.effort_text(found))]
+    content = [
+        element("p", search_tables.asked_text(found)),
+        *([element("p", element("strong", certificate))] if certificate else []),
+        *(element("p", line) for line in measured if line),
+        element("p", search_tables.parts_text(found)),
+        definitions(facts),
+        remarks((*_notes(run), *found.notes), run.failures),
+        _passes_in_full(run),
+    ]
+    return Section("Summary", content)
+
+
+def _layer_sections(found: Tuning) -> list[Section]:
+    if not found.probes:
+        return []
+    counts = search_tables.option_counts(found)
+    content: list[Markup | Figure] = [
+        *([element("p", f"{', '.join(counts)}.")] if counts else []),
+        element("details", element("summary", "All layers"), html_sections.layer_options(found)),
+    ]
+    layers = search_tables.ranked(found.probes)
+    return [Section("Options by layer", content), effects_section(found.probes, layers)]
+
+
 def _summary(run: Run) -> Section:
+    facts = [*_facts(run), ("recipe", run.plan.recipe)]
+    content = [definitions(facts), remarks(_notes(run), run.failures), _passes_in_full(run)]
+    return Section("Summary", content)
+
+
+def _notes(run: Run) -> tuple[str, ...]:
+    return (*run.notes, *(run.details.notes if run.details is not None else ()))
+
+
+def _passes_in_full(run: Run) -> Markup:
+    return element("details", element("summary", "The passes in full"), str(run.plan))
+
+
+def _facts(run: Run) -> list[tuple[str, str | None]]:
     benchmark, deployed = run.benchmark, run.numerics.get("as deployed")
     nodes = f"{run.original.nodes:,} -> {run.optimized.nodes:,}"
     stored = (
@@ -171,17 +259,13 @@ def _summary(run: Run) -> Section:
     if benchmark is not None:
         first, *_, last = benchmark.rows
         latency = f"{first.p50_ms:.3f} -> {last.p50_ms:.3f} ms ({last.ratio:.3f}x)"
-    facts = [
+    return [
         ("bytes", stored),
         ("latency, median", latency),
         ("nodes", nodes),
         ("relative L2 error of the worst output, as deployed", _error_text(deployed)),
         ("opset", f"{run.original.opset} -> {run.optimized.opset}"),
-        ("recipe", run.plan.recipe),
     ]
-    notes = (*run.notes, *(run.details.notes if run.details is not None else ()))
-    passes = element("details", element("summary", "The passes in full"), str(run.plan))
-    return Section("Summary", [definitions(facts), remarks(notes, run.failures), passes])
 
 
 def _error_text(outputs: Sequence[OutputError] | None) -> str | None:

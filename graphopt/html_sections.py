@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from graphopt import tables
+from graphopt import search_tables, tables
 from graphopt.contract import Skip
 from graphopt.explain import Explanation
 from graphopt.layer_errors import LayerError
@@ -19,6 +19,9 @@ from graphopt.trade_offs import Candidate, Sensitivity
 if TYPE_CHECKING:
     from graphopt.api import Validation
     from graphopt.benchmark import BenchmarkReport
+    from graphopt.probing import Probe
+    from graphopt.sensitivity import Sensitivity as LayerSensitivity
+    from graphopt.tune import Tuning
 
 SHOWN_ROWS = 300
 """Of a table by layer; what is below is counted."""
@@ -263,7 +266,7 @@ def candidates(tried: Sequence[Candidate]) -> Markup:
     """Models that were tried, smallest first; the chosen one is marked."""
     rows = [
         (
-            f"★ {one.name} (chosen)" if one.chosen else one.name,
+            _candidate_text(one),
             f"{one.size_ratio:.3f}",
             "" if one.latency_ratio is None else f"{one.latency_ratio:.3f}",
             f"{one.drop:.3g}",
@@ -272,6 +275,62 @@ def candidates(tried: Sequence[Candidate]) -> Markup:
     ]
     columns = ("model", ">size", ">latency", ">drop")
     return table(TextTable(columns, tuple(rows)), "Models that were tried, over the original")
+
+
+def _candidate_text(one: Candidate) -> str:
+    if one.chosen:
+        return f"★ {one.name} (chosen)"
+    return f"{one.name} (expected, not built)" if one.expected else one.name
+
+
+def tuning(found: Tuning) -> Markup:
+    """What was asked for, what was built, what is proven, and the evidence of the run."""
+    parts = [
+        element("p", search_tables.asked_text(found)),
+        element("p", search_tables.parts_text(found)),
+        table(search_tables.points_table(found), "Models that were built, over the original"),
+        element("p", search_tables.effort_text(found), class_="quiet"),
+        *(element("p", line) for line in search_tables.certificate_lines(found)),
+    ]
+    return joined(*parts, remarks(found.notes), run(found.run))
+
+
+def layer_options(found: Tuning) -> Markup:
+    """What each layer got."""
+    return table(search_tables.layer_options_table(found), "What each layer got")
+
+
+def sensitivity(found: LayerSensitivity) -> Markup:
+    """What options do to layers, the most sensitive first, and what cannot be given."""
+    return joined(
+        element("p", search_tables.bytes_text(found)),
+        treatments(found),
+        effects(found.probes, found.layers),
+        remarks(found.notes),
+    )
+
+
+def treatments(found: LayerSensitivity) -> Markup:
+    """What was tried, a line each."""
+    return definitions(found.treatments.items())
+
+
+def effects(probes: Sequence[Probe], layers: Sequence[str]) -> Markup:
+    """What options do to layers, and which layers cannot be given them, and why.
+
+    Args:
+        probes: of all layers.
+        layers: in the order that is shown.
+    """
+    caption = (
+        "Divergence of the outputs (0 is none), then loss of agreement in points where it was "
+        "measured; - where a layer cannot be given the option"
+    )
+    parts = [table(search_tables.effect_table(probes, layers, lambda _: True), caption)]
+    refused = search_tables.refusals_table(probes)
+    if refused.rows:
+        parts.append(table(refused, "What layers cannot be given, and why"))
+    return joined(*parts)
 
 
 def sensitivities(found: Sensitivity) -> Markup:

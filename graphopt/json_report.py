@@ -15,14 +15,19 @@ from graphopt.api import Validation
 from graphopt.benchmark import BenchmarkReport
 from graphopt.bisection import Bisection
 from graphopt.contract import Effect, Pass, Skip
-from graphopt.demo import Demonstration
+from graphopt.demo import DemoFiles, Demonstration
 from graphopt.explain import Explanation
 from graphopt.inspection import Inspection
 from graphopt.ledger import Run, Step
+from graphopt.probing import Probe
 from graphopt.recipes import Recipe
 from graphopt.reproducer import Reproducer
+from graphopt.scenarios import Scenario
+from graphopt.sensitivity import Sensitivity
 from graphopt.sharing import Sharing
 from graphopt.spec import describe_type, options_of
+from graphopt.treatments import Treatment
+from graphopt.tune import Tuning
 from graphopt.validation import OutputError
 
 if TYPE_CHECKING:
@@ -214,12 +219,69 @@ def explanation_to_json(found: Explanation) -> dict[str, Any]:
     }
 
 
-def passes_to_json(classes: Sequence[type[Pass]], recipes: Mapping[str, Recipe]) -> dict[str, Any]:
-    """Passes with their options, and recipes, as plain data."""
+def tuning_to_json(found: Tuning) -> dict[str, Any]:
+    """A run as plain data, as `run_to_json` has it, and the search that led to it."""
+    fitted, judged, verified = found.parts
+    certificate = {**asdict(found.certificate), "certified": found.certificate.certified}
+    run = run_to_json(found.run)
+    return {
+        **run,
+        "notes": [*run["notes"], *found.notes],
+        "scenario": found.scenario,
+        "objective": found.objective,
+        "metric": found.metric,
+        "unit": found.unit,
+        "certify": found.certify,
+        "certificate": plain(certificate),
+        "points": [plain(asdict(point)) for point in found.points],
+        "probes": _probes_to_json(found.probes),
+        "samples": {"fitted": fitted, "searched": judged, "verified": verified},
+        "evaluations": found.evaluations,
+        "minutes": round(found.minutes, 3),
+    }
+
+
+def sensitivity_to_json(found: Sensitivity) -> dict[str, Any]:
+    """What options do to layers, as plain data; layers are listed the most sensitive first."""
+    fitted, judged = found.samples
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "treatments": dict(found.treatments),
+        "layers": found.layers,
+        "probes": _probes_to_json(found.probes),
+        "stored_bytes": found.stored_bytes,
+        "samples": {"fitted": fitted, "judged": judged},
+        "notes": list(found.notes),
+        "versions": versions(),
+    }
+
+
+def _probes_to_json(probes: Iterable[Probe]) -> list[dict[str, Any]]:
+    return [{**plain(asdict(one)), "measured": one.measured} for one in probes]
+
+
+def passes_to_json(
+    classes: Sequence[type[Pass]],
+    recipes: Mapping[str, Recipe],
+    treatments: Mapping[str, Treatment],
+    scenarios: Mapping[str, Scenario],
+) -> dict[str, Any]:
+    """Passes with their options, recipes, treatments of layers and scenarios, as plain data."""
     return {
         "schema_version": SCHEMA_VERSION,
         "passes": {c.name: _pass_to_json(c) for c in classes},
         "recipes": {name: asdict(recipe) for name, recipe in recipes.items()},
+        "treatments": {name: _treatment_to_json(one) for name, one in treatments.items()},
+        "scenarios": {name: asdict(one) for name, one in scenarios.items()},
+    }
+
+
+def _treatment_to_json(one: Treatment) -> dict[str, Any]:
+    return {
+        "summary": one.summary,
+        "options": list(one.options),
+        "probed": list(one.probed),
+        "provider": one.provider,
     }
 
 
@@ -238,6 +300,12 @@ def _pass_to_json(cls: type[Pass]) -> dict[str, Any]:
             for o in options_of(cls).values()
         },
     }
+
+
+def demo_files_to_json(written: DemoFiles) -> dict[str, Any]:
+    """Where the files of the demonstration are, as plain data."""
+    files = {"model": str(written.model), "samples": str(written.samples)}
+    return {"schema_version": SCHEMA_VERSION, **files, "count": written.count}
 
 
 def demo_to_json(shown: Demonstration) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from graphopt import tables
 from graphopt.api import Validation
 from graphopt.benchmark import BenchmarkReport
 from graphopt.contract import Effect, Pass
-from graphopt.demo import Demonstration
+from graphopt.demo import DemoFiles, Demonstration
 from graphopt.explain import Explanation
 from graphopt.inspection import Inspection, Port, Weight
 from graphopt.json_report import share_of, summary
@@ -23,9 +24,11 @@ from graphopt.layer_costs import LayerCost, zero_share_of
 from graphopt.ledger import Run, Size, Step
 from graphopt.packed_sizes import PackedWeight
 from graphopt.recipes import Recipe
+from graphopt.scenarios import Scenario
 from graphopt.sharing import Sharing
 from graphopt.spec import describe_type, options_of
 from graphopt.tables import TextTable
+from graphopt.treatments import Treatment
 from graphopt.validation import OutputError
 
 if TYPE_CHECKING:
@@ -43,7 +46,7 @@ _STYLES = {"kept": "green", "rolled back": "red", "too slow": "yellow", "refused
 
 def render_run(run: Run) -> RenderableType:
     """The ledger, the numerics, the benchmark and the notes of a run."""
-    parts: list[RenderableType] = [_ledger(run.steps)]
+    parts: list[RenderableType] = [render_ledger(run.steps)]
     if run.numerics:
         parts += ["", render_numerics(run.numerics)]
     if run.benchmark is not None:
@@ -58,7 +61,8 @@ def _sizes_line(original: Size, optimized: Size) -> Text:
     return Text(tables.sizes_text(original, optimized), style="bold")
 
 
-def _ledger(steps: Sequence[Step]) -> RenderableType:
+def render_ledger(steps: Sequence[Step]) -> RenderableType:
+    """One row per step that acted, and the names of the others."""
     acted = [step for step in steps if step.verdict != "unchanged"]
     idle = [step.spec for step in steps if step.verdict == "unchanged"]
     rest = Text(f"nothing to do: {', '.join(idle)}", style="dim")
@@ -155,7 +159,7 @@ def render_inspection(found: Inspection, tried: Run, groups: bool = False) -> Re
     if groups:
         parts += [_groups(found), ""]
     if kept:
-        parts += [Text("basic would:", style="bold"), _ledger(kept)]
+        parts += [Text("basic would:", style="bold"), render_ledger(kept)]
         parts += [_sizes_line(tried.original, tried.optimized)]
     else:
         parts += [Text("basic would change nothing", style="bold")]
@@ -305,15 +309,34 @@ def _port_text(port: Port | Weight | PackedWeight) -> str:
     return f"{port.name}: {port.dtype}[{dims}]"
 
 
-def render_passes(classes: Sequence[type[Pass]], recipes: Mapping[str, Recipe]) -> RenderableType:
-    """All passes, a line each, and the recipes."""
+def render_passes(
+    classes: Sequence[type[Pass]],
+    recipes: Mapping[str, Recipe],
+    treatments: Mapping[str, Treatment],
+    scenarios: Mapping[str, Scenario],
+) -> RenderableType:
+    """All passes, a line each, the recipes, and what tune and sensitivity choose from."""
     table = new_table("pass", "effect", "what it does")
     for cls in classes:
         table.add_row(cls.name, _effect_text(cls), summary(cls))
     lines: list[RenderableType] = [table]
     for name, recipe in recipes.items():
         lines += ["", Text(f"recipe {name}: {recipe.summary}", style="bold"), Text(recipe.passes)]
-    return Group(*lines)
+    return Group(*lines, "", _treatments(treatments), "", _scenarios(scenarios))
+
+
+def _treatments(treatments: Mapping[str, Treatment]) -> Table:
+    table = new_table("treatment of a layer", "options", "what it does")
+    for name, one in treatments.items():
+        table.add_row(name, ", ".join(one.options), one.summary)
+    return table
+
+
+def _scenarios(scenarios: Mapping[str, Scenario]) -> Table:
+    table = new_table("scenario of tune", "least", "on", "what it is for")
+    for name, one in scenarios.items():
+        table.add_row(name, one.objective, one.provider, one.summary)
+    return table
 
 
 def _effect_text(cls: type[Pass]) -> str:
@@ -331,6 +354,17 @@ def render_pass(cls: type[Pass]) -> RenderableType:
         table.add_row(option.name, describe_type(option.type) + bounds, str(option.default))
     parts: list[RenderableType] = [head, "", Text(inspect.cleandoc(cls.__doc__ or ""))]
     return Group(*parts, "", table) if table.rows else Group(*parts)
+
+
+def render_demo_files(written: DemoFiles) -> RenderableType:
+    """Where the files of the demonstration are, and what to try on them."""
+    command = ["graphopt", "tune", str(written.model), "-o", "tuned.onnx"]
+    command += ["--samples", str(written.samples), "--max-drop", "1"]
+    lines = [
+        f"written: {written.model}, {written.count} samples and their labels in {written.samples}",
+        f"try: {shlex.join(command)}",
+    ]
+    return Group(*map(Text, lines))
 
 
 def render_demo(shown: Demonstration) -> RenderableType:

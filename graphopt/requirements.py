@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from graphopt.errors import SpecError, did_you_mean
+from graphopt.ledger import Run
 
 FIGURES: dict[str, str] = {
     "size": "bytes on disk, optimized over original",
@@ -79,3 +80,16 @@ def _parse(part: str) -> Requirement:
             f"{part!r} has the limit {match['limit']!r}; it must be a number, as in 0.3"
         )
     return Requirement(match["figure"], float(match["limit"]), match["sign"] == "<")
+
+
+def unmet(requirements: Sequence[Requirement], run: Run) -> tuple[str, ...]:
+    """Why requirements do not hold for a run; nothing of those that do."""
+    original, optimized = run.original, run.optimized
+    figures: dict[str, float | None] = {
+        "size": optimized.stored_bytes / original.stored_bytes,
+        "nodes": optimized.nodes / original.nodes if original.nodes else None,
+        "latency": run.benchmark.rows[-1].ratio if run.benchmark is not None else None,
+        "error": max((o.rel_l2 for o in run.numerics.get("as deployed", ())), default=None),
+    }
+    reasons = (one.why_failed(figures) for one in requirements)
+    return tuple(reason for reason in reasons if reason is not None)

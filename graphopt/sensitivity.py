@@ -50,6 +50,12 @@ class Sensitivity:
             worst[one.layer] = max(worst.get(one.layer, 0.0), one.divergence)
         return sorted(worst, key=lambda name: -worst[name])
 
+    def _repr_html_(self) -> str:
+        """What was found as tables, for notebooks."""
+        from graphopt import html_sections
+
+        return html_sections.sensitivity(self)
+
 
 def sensitivity(
     model: ModelLike,

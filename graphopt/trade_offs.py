@@ -16,6 +16,7 @@ class Candidate:
         latency_ratio: latency over that of the original; None where it was not timed.
         drop: what it loses, of the metric or as an error; less is better.
         chosen: it is the one that the search ends with.
+        expected: it was not built; this is what the search would expect of it.
     """
 
     name: str
@@ -23,6 +24,7 @@ class Candidate:
     latency_ratio: float | None
     drop: float
     chosen: bool = False
+    expected: bool = False
 
 
 def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -6,7 +6,7 @@ import math
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +14,8 @@ from graphopt import loading
 from graphopt.accuracy import Accuracy
 from graphopt.agreement import Agreement
 from graphopt.benchmark import latency_ratio
+from graphopt.contract import Effect
+from graphopt.details import look_closely
 from graphopt.errors import SampleError, SpecError
 from graphopt.executors import open_workers
 from graphopt.gate import Gate, interface_of
@@ -27,9 +29,9 @@ from graphopt.probe_cache import ProbeCache, cache_key, default_folder
 from graphopt.probing import Probe
 from graphopt.recipes import plan, recipe
 from graphopt.recording import Feed
+from graphopt.requirements import parse_requirements, unmet
 from graphopt.runtime import Session
 from graphopt.scenarios import Scenario, scenario, scenario_for
-from graphopt.scores import Scores
 from graphopt.search import Search
 from graphopt.subject import Progress, SamplesLike, State, Subject, open_subject
 from graphopt.verifying import Certificate, Taken, Verifier, range_of_drops
@@ -50,6 +52,8 @@ class Point:
         drop: estimated, in the unit of the metric.
         built: it was built and judged; else it is expected.
         chosen: it is the one that was taken.
+        options: what its layers got, "treatment option" by their names; the others are as in its
+            trunk.
     """
 
     name: str
@@ -59,6 +63,7 @@ class Point:
     drop: float
     built: bool
     chosen: bool
+    options: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,8 @@ class Tuning:
         parts: how many samples were fitted, searched and verified by.
         evaluations: how often a model was run on one of the latter two.
         minutes: that it took.
-        notes: what else a user should know.
+        notes: what else a user should know, beside those of the run.
+        certify: only what is proven was to be taken.
     """
 
     run: Run
@@ -92,10 +98,27 @@ class Tuning:
     evaluations: int
     minutes: float
     notes: tuple[str, ...]
+    certify: bool
+
+    @property
+    def chosen(self) -> Point | None:
+        """The point that was taken; None where it is the model after lossless passes."""
+        return next((one for one in self.points if one.chosen), None)
+
+    @property
+    def proves_enough(self) -> bool:
+        """What was to be proven is; a result that does not is not to be written."""
+        return self.certificate.certified or not self.certify
 
     def save(self, path: str | Path) -> Tuning:
         """Write the model; see `Run.save`."""
         return replace(self, run=self.run.save(path))
+
+    def _repr_html_(self) -> str:
+        """What was found as tables, for notebooks."""
+        from graphopt import html_sections
+
+        return html_sections.tuning(self)
 
 
 def tune(
@@ -117,6 +140,8 @@ def tune(
     cache: str | Path | None = None,
     executor: str | None = None,
     jobs: int | None = None,
+    require: str | None = None,
+    details: bool = False,
     progress: Progress = lambda _: None,
 ) -> Tuning:
     """Find the model of the least size, latency or memory within a drop of the metric.
@@ -132,7 +157,9 @@ def tune(
         objective: "size", "latency" or "memory"; by default that of the scenario, or size.
         provider: "cpu" or "cuda"; by default that of the scenario, or cpu.
         confidence: of what is said of the drop.
-        certify: take only what is proven to be within the drop.
+        certify: take only what is proven to be within the drop (Learn then Test, arXiv
+            2110.01052); where nothing is, the result is the model after lossless passes, with a
+            failure, and is not for use.
         budget_minutes: about how long it may take.
         threads: of the benchmark.
         seed: of another parting of the samples.
@@ -140,13 +167,22 @@ def tune(
         cache: folder of what was found before; by default the user's folder for caches.
         executor: see `graphopt.executors.open_workers`.
         jobs: processes, of the default executor.
+        require: what must hold in the end, for example `size<=0.3,latency<=0.9`.
+        details: in the end also look at sizes and errors by layer, and at the kernels of both
+            models; see `graphopt.details`.
         progress: called with a few words on what goes on.
+
+    Returns:
+        The model, in `run`, and all that was found on the way. `run.failures` says where nothing
+        but the model after lossless passes is within the drop, or a requirement does not hold.
 
     Raises:
         SpecError: an option does not fit, or there is no such scenario, objective or metric.
         GraphoptError: the input is at fault, or a worker was lost.
     """
     started_s = time.monotonic()
+    amount, is_share = _amount(max_drop)
+    requirements = parse_requirements(require) if require is not None else ()
     if not 0 < confidence < 1:
         raise SpecError(f"confidence is {confidence:g}; it must be between 0 and 1, as 0.95")
     if not budget_minutes > 0:
@@ -161,7 +197,7 @@ def tune(
     (whole,) = measure.judges(subject.source.model, session, feed, [feed])
     progress("the original")
     original = whole(session)
-    limit = _limit(max_drop, original)
+    limit = amount * abs(original.value) if is_share else amount
     low, high = range_of_drops(original)
     least = items_to_prove(limit, 1 - confidence, low, high)
     parts = part(feed, least, seed)
@@ -202,7 +238,9 @@ def tune(
         )
         progress("verifying")
         taken, certificate = verifier.by_proof(fit) if certify else verifier.by_estimate(fit)
-        run = _run(search, taken, base_steps, threads)
+        run = _run(search, taken, base_steps, threads, details)
+        reasons = _failures(run, certify, certificate, original.unit)
+        run = replace(run, failures=(*reasons, *unmet(requirements, run)))
     return Tuning(
         run=run,
         scenario=named,
@@ -216,6 +254,7 @@ def tune(
         evaluations=gauge.evaluations + verifier.evaluations,
         minutes=(time.monotonic() - started_s) / 60,
         notes=tuple(search.notes),
+        certify=certify,
     )
 
 
@@ -224,19 +263,19 @@ def tune(
 _RELATIVE = re.compile(r"(?P<share>\d*\.?\d+(?:[eE][+-]?\d+)?)\s*%")
 
 
-def _limit(max_drop: float | str, original: Scores) -> float:
-    """The drop that is allowed, in the unit of the metric."""
+def _amount(max_drop: float | str) -> tuple[float, bool]:
+    """The drop that is allowed, and whether it is a share of the original's value."""
     match = _RELATIVE.fullmatch(max_drop.strip()) if isinstance(max_drop, str) else None
     try:
-        limit = float(match["share"]) / 100 * abs(original.value) if match else float(max_drop)
+        amount = float(match["share"]) / 100 if match else float(max_drop)
     except ValueError:
-        limit = math.nan
-    if not (limit >= 0 and math.isfinite(limit)):
+        amount = math.nan
+    if not (amount >= 0 and math.isfinite(amount)):
         raise SpecError(
             f"max-drop is {max_drop!r}; it must be a number in the unit of the metric, as 1.0, or "
             "a share of the original's value, as 2%"
         )
-    return limit
+    return amount, match is not None
 
 
 def _scenario(
@@ -256,7 +295,13 @@ def _scenario(
 # ------------------------------------------------------------------ what comes out
 
 
-def _run(search: Search, taken: Taken | None, base_steps: Sequence[Step], threads: int) -> Run:
+def _run(
+    search: Search,
+    taken: Taken | None,
+    base_steps: Sequence[Step],
+    threads: int,
+    details: bool,
+) -> Run:
     """The model that was taken, with its evidence; the lossless one where none was."""
     subject, judged = search.subject, search.parts.verified
     model, texts, steps = search.base.clone(), [recipe("basic").passes], list(base_steps)
@@ -272,6 +317,11 @@ def _run(search: Search, taken: Taken | None, base_steps: Sequence[Step], thread
     stamp(model, chosen, subject.source)
     search.progress("measuring")
     report = subject.measure(model, few.samples, threads)
+    closer = None
+    if details:
+        search.progress("looking at the layers")
+        models = {"original": subject.source.model, "optimized": model}
+        closer = look_closely(models, few, provider=subject.provider, threads=threads)
     return Run(
         model=model,
         plan=chosen,
@@ -285,7 +335,25 @@ def _run(search: Search, taken: Taken | None, base_steps: Sequence[Step], thread
         provider=subject.provider,
         validated=True,
         source=subject.source,
+        details=closer,
     )
+
+
+def _failures(run: Run, certify: bool, certificate: Certificate, unit: str) -> Iterator[str]:
+    """Why a user does not get what a search is for."""
+    limit = drop_text(certificate.limit, unit)
+    if certify and not certificate.certified:
+        yield f"no model is proven to lose at most {limit}: {certificate.reason}"
+    elif not any(step.kept and step.effect is Effect.LOSSY for step in run.steps):
+        yield (
+            f"no lossy model was found that loses at most {limit}: the result is what lossless "
+            "passes make"
+        )
+
+
+def drop_text(drop: float, unit: str) -> str:
+    """A drop in words: of a metric in per cent, points."""
+    return f"{drop:.3g}" if unit != "%" else f"{drop:.3g} point{'' if drop == 1 else 's'}"
 
 
 def _latency(subject: Subject, path: Path, parts: Parts, cache: ProbeCache) -> float:
@@ -311,7 +379,17 @@ def _points(search: Search, taken: Taken | None) -> Iterator[Point]:
             one.gauged.drop,
             built=True,
             chosen=taken is not None and one is taken.candidate,
+            options=one.chosen,
         )
     for expected in search.predicted:
         ratio = expected.stored_bytes / original_bytes
-        yield Point(expected.trunk, "", ratio, None, expected.drop, built=False, chosen=False)
+        yield Point(
+            expected.trunk,
+            "",
+            ratio,
+            None,
+            expected.drop,
+            built=False,
+            chosen=False,
+            options={},
+        )

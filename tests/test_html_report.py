@@ -102,7 +102,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def _whole(run: Run) -> str:
     rng = np.random.default_rng(0)
     tried = [
-        Candidate(EVIL.format(n, n), *rng.uniform(0.2, 1, 2).tolist(), rng.uniform(), n == 3)
+        Candidate(EVIL.format(n, n), *rng.uniform(0.2, 1, 2).tolist(), rng.uniform(), n == 3, n > 6)
         for n in range(9)
     ]
     layers = [EVIL.format(n, n) for n in range(12)]
@@ -110,7 +110,7 @@ def _whole(run: Run) -> str:
     drops = [[float(drop) for drop in rng.uniform(0, 0.3, 4)] for _ in layers]
     sections = [
         *sections_of(run),
-        trade_off_section(tried),
+        trade_off_section(tried, 0.8),
         sensitivity_section(Sensitivity(layers, options, drops, f"error {EVIL}")),
     ]
     return page(f"graphopt optimize: {EVIL}", sections, f"graphopt optimize '{EVIL}'")

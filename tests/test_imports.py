@@ -132,7 +132,7 @@ def test_only_figures_import_plotly_and_only_the_report_imports_figures() -> Non
     allowed = {
         "plotly": ["figures.py"],
         "graphopt.figures": ["html_report.py"],
-        "graphopt.html_report": ["cli.py"],
+        "graphopt.html_report": ["command_line.py"],
     }
 
     for package, names in allowed.items():
