@@ -115,13 +115,13 @@ def _effects(content: TextTable) -> Sequence[RenderableType]:
         "of an option, given to one layer alone: divergence of the outputs (0 is none), then loss "
         "of agreement in points; - where it cannot be given"
     )
-    table = new_table("layer", "operator")
+    table = new_table("layer")
     for title in content.columns[2:]:
-        # Narrow terminals wrap between the two numbers.
+        # A narrow terminal wraps between the two numbers, and folds the titles.
         treatment, _, option = title.removeprefix(">").rpartition(" ")
-        table.add_column(f"{treatment}\n{option}", justify="right")
-    for row in content.rows:
-        table.add_row(*row)
+        table.add_column(f"{treatment}\n{option}", justify="right", overflow="fold", min_width=5)
+    for layer, _, *effects in content.rows:
+        table.add_row(layer, *effects)
     return [table, Text(legend, style="dim")]
 
 

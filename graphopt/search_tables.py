@@ -16,6 +16,9 @@ from graphopt.verifying import Certificate
 SHOWN_OPTIONS = 2
 """Of a treatment, where there is no room for all that were tried: the mildest and the boldest."""
 
+NOTHING = 1e-12
+"""What a loss or a divergence is by rounding alone."""
+
 SHOWN_EXPECTED = 2.0
 """Points of the front that was expected are drawn up to so many times the drop that is allowed."""
 
@@ -191,12 +194,14 @@ def _effect(one: Probe | None) -> str:
         return ""
     if one.reason is not None:
         return "-"
-    return f"{one.divergence:.2g}" + ("" if one.loss is None else f" {_loss(one.loss):.2g}")
+    return _brief(one.divergence) + ("" if one.loss is None else f" {_brief(one.loss)}")
 
 
-def _loss(loss: float) -> float:
-    """Without the sign of a zero, and what is a rounding of one."""
-    return loss if abs(loss) > 1e-9 else 0.0
+def _brief(number: float) -> str:
+    """As short as a column is narrow; what is a rounding of zero is zero."""
+    if abs(number) < NOTHING:
+        return "0"
+    return f"{number:.2g}" if abs(number) >= 0.01 else f"{number:.0e}".replace("e-0", "e-")
 
 
 def is_shown(probes: Iterable[Probe]) -> Callable[[Probe], bool]:

@@ -552,6 +552,11 @@ def test_passes_lists_every_pass_and_recipe(graphopt: Graphopt) -> None:
     assert all(name in done.out for name in told["passes"])
     assert "recipe basic: " in done.out
     assert told["recipes"]["basic"]["passes"].startswith("inline-functions,")
+    assert re.search(r"^edge +size +cpu +the smallest file", done.out, re.MULTILINE)
+    assert re.search(r"^clusters +256, .* share so many values", done.out, re.MULTILINE)
+    assert told["treatments"]["zeros"]["options"] == ["0.3", "0.5", "0.7"]
+    assert told["scenarios"]["server-cpu"]["objective"] == "latency"
+    assert told["scenarios"]["server-cpu"]["trunks"][0]["name"] == "float"
 
 
 def test_passes_name_shows_the_options_of_one_pass(graphopt: Graphopt) -> None:
