@@ -51,10 +51,26 @@ class ProbeCache:
                 json.dump(result, file)
             Path(name).replace(path)
         except OSError as error:
-            raise GraphoptError(
-                f"the cache {self.folder} cannot be written ({error.strerror}); "
-                "give another folder with --cache"
-            ) from error
+            raise self._unwritable(error) from error
+
+    def check(self) -> None:
+        """See that the folder can be written, before hours of work are to be kept in it.
+
+        Raises:
+            GraphoptError: it cannot.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> GraphoptError:
+        return GraphoptError(
+            f"the cache {self.folder} cannot be written ({error.strerror}); "
+            "give another folder with --cache"
+        )
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.json"

@@ -48,7 +48,9 @@ def render_tuning(found: Tuning) -> RenderableType:
 
 def _points(found: Tuning) -> Iterator[RenderableType]:
     """What was built, and what layers got in the model that was taken."""
-    yield _table(search_tables.points_table(found))
+    built = search_tables.points_table(found)
+    if built.rows:
+        yield _table(built)
     expected = sum(1 for one in found.points if not one.built)
     more = f"; {expected} more points of the front were expected (--json)" if expected else ""
     yield Text(f"{search_tables.effort_text(found)}{more}", style="dim")

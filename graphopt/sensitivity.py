@@ -91,6 +91,8 @@ def sensitivity(
         GraphoptError: the input is at fault, or a worker was lost.
     """
     chosen = _chosen(treatments, provider)
+    store = ProbeCache(Path(cache) if cache is not None else default_folder())
+    store.check()
     subject = open_subject(model, provider, True, True, progress)
     feed = subject.feed(samples, random_samples, state)
     fitted, judged = parted(feed)
@@ -110,7 +112,6 @@ def sensitivity(
             provider,
             subject.source.external_data(),
         )
-        store = ProbeCache(Path(cache) if cache is not None else default_folder())
         probes = probe(Path(folder), layers, workers, store, progress, every)
         stored_bytes = (Path(folder) / "base.onnx").stat().st_size
     return Sensitivity(

@@ -188,6 +188,8 @@ def tune(
     if not budget_minutes > 0:
         raise SpecError(f"budget_minutes is {budget_minutes:g}; it must be above 0")
     named, chosen = _scenario(scenario, objective, provider)
+    store = ProbeCache(Path(cache) if cache is not None else default_folder())
+    store.check()
     measure = parse_metric(metric, samples if isinstance(samples, str | Path) else None, labels)
     subject = open_subject(model, chosen.provider, True, True, progress)
     if subject.is_random():
@@ -205,7 +207,6 @@ def tune(
         subject.source.model, session, feed, [parts.judged, parts.verified]
     )
     base, base_steps = lossless(subject, progress)
-    store = ProbeCache(Path(cache) if cache is not None else default_folder())
     is_agreement = isinstance(measure, Agreement)
     gauge = Gauge(
         searched(session),

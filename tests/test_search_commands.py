@@ -345,6 +345,7 @@ def _proto(model: Any) -> onnx.ModelProto:
         (["--state", "x"], "--state 'x' is not of the form OUTPUT=INPUT"),
         (["--executor", "threads"], "'threads' is no executor; write processes, or dask://"),
         (["--json", "o.onnx"], "o.onnx is asked for twice"),
+        (["--cache", __file__], "cannot be written (File exists); give another folder with"),
     ],
 )
 def test_tune_says_what_is_wrong_and_writes_nothing(
