@@ -203,10 +203,10 @@ def _tried(trial: Trial, name: str, layer: Layer, option: str) -> Probe:
         reason = next((t for t in told if t is not None), "there was nothing to do")
         return Probe(name, layer.name, layer.operator, option, 0, 0.0, None, reason)
     try:
-        scores = trial.scores(model)
+        scores = trial.glanced(model)
     except GraphoptError as error:
         return Probe(name, layer.name, layer.operator, option, 0, 0.0, None, str(error))
-    before = trial.base_scores
+    before = trial.base_glanced
     return Probe(
         name,
         layer.name,

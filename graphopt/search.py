@@ -43,6 +43,9 @@ ROUNDS = 4
 TRUNKS_SHARE, ROUNDS_SHARE = 0.4, 0.75
 """Of the time: after it no further trunk, and no further round, is begun."""
 
+NEARLY = 1.1
+"""Files of so many times the bytes of the smallest are as good, where they are faster."""
+
 SURPRISE = 1.25
 """Layers together that diverge by so many times the sum of each alone have offenders among them."""
 
@@ -201,10 +204,7 @@ class Search:
     def _best_trunk(self, within: Sequence[Candidate]) -> Candidate:
         """The one that promises most: by the clock, or by what its layers would still save."""
         if self.scenario.objective == "latency":
-            timed = [replace(c, latency_ratio=self.latency(c.built.path)) for c in within]
-            for old, new in zip(within, timed, strict=True):
-                self.candidates[self.candidates.index(old)] = new
-            return min(timed, key=lambda c: (c.latency_ratio, c.built.stored_bytes))
+            return self._fastest(within)
         if not self.scenario.treatments:
             return min(within, key=lambda c: c.built.stored_bytes)
         reference, others = within[0], within[1:]
@@ -222,7 +222,20 @@ class Search:
             then_bytes = growth.bytes_per_element(max(room, 0.0)) * elements
             return candidate.built.stored_bytes - max(now_bytes - then_bytes, 0.0)
 
-        return min(within, key=promised)
+        promises = [promised(candidate) for candidate in within]
+        nearly = [
+            candidate
+            for candidate, promise in zip(within, promises, strict=True)
+            if promise <= NEARLY * min(promises)
+        ]
+        # Of what is as small, what is faster, too.
+        return self._fastest(nearly) if len(nearly) > 1 else nearly[0]
+
+    def _fastest(self, candidates: Sequence[Candidate]) -> Candidate:
+        timed = [replace(c, latency_ratio=self.latency(c.built.path)) for c in candidates]
+        for old, new in zip(candidates, timed, strict=True):
+            self.candidates[self.candidates.index(old)] = new
+        return min(timed, key=lambda c: (c.latency_ratio, c.built.stored_bytes))
 
     # -------------------------------------------------------------- layers
 

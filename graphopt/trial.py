@@ -33,6 +33,7 @@ from graphopt.sample_files import write_npz
 from graphopt.samples import Samples, read_samples
 from graphopt.scores import Judge, Scores
 from graphopt.signature import signature
+from graphopt.variations import varied
 
 ORIGINAL, BASE, SETUP, FITTED, JUDGED, MEMO = (
     "original.onnx",
@@ -43,6 +44,9 @@ ORIGINAL, BASE, SETUP, FITTED, JUDGED, MEMO = (
     "memo",
 )
 """Names in the folder of a trial."""
+
+GLANCED_MAXIMUM = 32
+"""Samples by which single layers are compared."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +78,16 @@ class Trial:
         setup: what it is made of.
         base: the model to begin with; not modified.
         context: for the passes: the original, and the samples to fit by.
-        judge: gives the agreement of a model with the original on other samples.
+        judge: gives the agreement of a model with the original on other samples, and on images
+            also as they are seen mirrored and magnified.
+        glance: the same on a few of them, for what is tried on many layers.
     """
 
     setup: Setup
     base: ir.Model
     context: Context
     judge: Judge
+    glance: Judge
     _known: dict[str, Scores] = field(default_factory=dict)
 
     def rewritten(self, passes: str, loads: bool = False) -> tuple[ir.Model, tuple[Step, ...]]:
@@ -110,14 +117,25 @@ class Trial:
         Raises:
             GraphoptError: onnxruntime does not run it.
         """
-        return self.judge(Session(model, provider=self.setup.provider, threads=1))
+        return self.judge(self._session(model))
+
+    def glanced(self, model: ir.Model) -> Scores:
+        """The same, on a few samples.
+
+        Raises:
+            GraphoptError: onnxruntime does not run it.
+        """
+        return self.glance(self._session(model))
 
     @property
-    def base_scores(self) -> Scores:
-        """The agreement of the base."""
+    def base_glanced(self) -> Scores:
+        """That of the base."""
         if "base" not in self._known:
-            self._known["base"] = self.scores(self.base)
+            self._known["base"] = self.glanced(self.base)
         return self._known["base"]
+
+    def _session(self, model: ir.Model) -> Session:
+        return Session(model, provider=self.setup.provider, threads=1)
 
     def stored_bytes(self, model: ir.Model) -> int:
         """What a model takes on disk."""
@@ -215,7 +233,10 @@ def open_trial(folder: Path, progress: Callable[[str], None] = lambda _: None) -
 
     fitted, judged = feed(FITTED), feed(JUDGED)
     session = Session(original_path, provider=setup.provider, threads=1)
-    (judge,) = Agreement(setup.sureness).judges(original, session, judged, [judged])
+    few = Feed(judged.samples.first(GLANCED_MAXIMUM), inputs, setup.state)
+    seen = None if setup.state else varied(judged.samples)
+    many = judged if seen is None else Feed(seen, inputs, setup.state)
+    judge, glance = Agreement(setup.sureness).judges(original, session, judged, [many, few])
     context = Context(
         read_original=lambda: original,
         samples=fitted.samples,
@@ -224,7 +245,7 @@ def open_trial(folder: Path, progress: Callable[[str], None] = lambda _: None) -
         observer=Observer(fitted, setup.provider, threads=1),
         memo=Memo(folder / MEMO),
     )
-    return Trial(setup, base, context, judge)
+    return Trial(setup, base, context, judge, glance)
 
 
 def _in_order(samples: Samples) -> Samples:

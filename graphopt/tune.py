@@ -165,8 +165,8 @@ def tune(
     low, high = range_of_drops(original)
     least = items_to_prove(limit, 1 - confidence, low, high)
     parts = part(feed, least, seed)
-    searched, verified = measure.judges(
-        subject.source.model, session, feed, [parts.judged, parts.verified]
+    searched, verified, known = measure.judges(
+        subject.source.model, session, feed, [parts.judged, parts.verified, parts.searched]
     )
     base, base_steps = lossless(subject, progress)
     store = ProbeCache(Path(cache) if cache is not None else default_folder())
@@ -194,7 +194,7 @@ def tune(
             latency=lambda path: _latency(subject, path, parts, store),
             seconds=60 * budget_minutes,
             progress=progress,
-            sureness=gauge.original.value / 100 if isinstance(measure, Accuracy) else None,
+            sureness=_sureness(known(session)) if isinstance(measure, Accuracy) else None,
         )
         fit = search.run()
         verifier = Verifier(
@@ -251,6 +251,13 @@ def _scenario(
     if provider not in (None, found.provider):
         raise SpecError(f"the scenario {name!r} is for {found.provider}, and not for {provider}")
     return name, found
+
+
+def _sureness(scores: Scores) -> float:
+    """How often the original is right, by Laplace's rule: a few items that are say little."""
+    assert scores.per_item is not None
+    right = float((scores.per_item > 0).sum())
+    return (right + 1) / (len(scores.per_item) + 2)
 
 
 # ------------------------------------------------------------------ what comes out
