@@ -32,7 +32,7 @@ class Built:
         passes: in text form.
         steps: the ledger.
         stored_bytes: that it takes on disk.
-        divergence: of its outputs from the original's.
+        divergence: of its outputs from the original's, on the samples on which layers are probed.
         loss: of agreement with the original, in points.
         disagreement: share of answers that differ, or None.
     """
@@ -121,11 +121,11 @@ def build_model(shared: str | bytes, passes: str, into: str | None) -> dict[str,
     with shared_folder(shared) as folder, threadpool_limits(1):
         trial = open_trial(folder)
         model, steps = trial.rewritten(passes, loads=True)
-        scores = trial.scores(model)
+        scores, glanced = trial.scores(model), trial.glanced(model)
         found = {
             "steps": [asdict(step) for step in steps],
             "stored_bytes": trial.stored_bytes(model),
-            "divergence": scores.divergence,
+            "divergence": glanced.divergence,
             "loss": 100.0 - scores.value,
             "disagreement": scores.disagreement,
         }

@@ -42,7 +42,7 @@ class Growth:
     probes: Sequence[Probe]
     limit: float
     _blamed: dict[tuple[str, str], float] = field(default_factory=dict)
-    _drops: list[tuple[float, float]] = field(default_factory=list)
+    _seen: list[tuple[Mapping[str, str], float]] = field(default_factory=list)
 
     @property
     def _usable(self) -> dict[str, list[Probe]]:
@@ -90,7 +90,7 @@ class Growth:
         Args:
             room: the drop that layers may add.
         """
-        if not self._drops:
+        if not self._seen:
             aim = room / self.per_divergence
             return aim, FIRST_STEP * aim
         low, high = self._bracket
@@ -103,8 +103,9 @@ class Growth:
     @property
     def _bracket(self) -> tuple[float, float]:
         """The most divergence that was within the limit, and the least that was not; 0 for none."""
-        within = [at for at, drop in self._drops if drop <= self.limit]
-        high = min((at for at, drop in self._drops if drop > self.limit), default=0.0)
+        seen = self._drops
+        within = [at for at, drop in seen if drop <= self.limit]
+        high = min((at for at, drop in seen if drop > self.limit), default=0.0)
         return max((at for at in within if not high or at < high), default=0.0), high
 
     @property
@@ -124,12 +125,8 @@ class Growth:
             if index
         }
 
-    def passes(self, at: Sequence[int]) -> str:
-        """The passes, in text form, that give it to them."""
-        return self.passes_of(self.options(at))
-
-    def passes_of(self, chosen: dict[str, str]) -> str:
-        """The same of what layers get by name."""
+    def passes_of(self, chosen: Mapping[str, str]) -> str:
+        """The passes, in text form, that give layers what is chosen."""
         texts = []
         for name in dict.fromkeys(one.treatment for one in self.probes):
             of_this = {
@@ -147,28 +144,39 @@ class Growth:
 
         By the probes at first, then by what was built, the nearest to the limit counting most.
         """
-        if self._drops:
-            weights = [(1 / (abs(drop - self.limit) + 0.1 * self.limit)) for _, drop in self._drops]
-            drops = math.fsum(
-                w * max(d, 0.0) for w, (_, d) in zip(weights, self._drops, strict=True)
-            )
-            sums = math.fsum(w * e for w, (e, _) in zip(weights, self._drops, strict=True))
-            return max(drops / max(sums, DIVERGENCE_MINIMUM), DIVERGENCE_MINIMUM)
+        seen = self._drops
+        if seen:
+            weights = [1 / (abs(drop - self.limit) + 0.1 * abs(self.limit)) for _, drop in seen]
+            weighed = list(zip(weights, seen, strict=True))
+            drops = math.fsum(weight * max(drop, 0.0) for weight, (_, drop) in weighed)
+            divergences = math.fsum(weight * expected for weight, (expected, _) in weighed)
+            return max(drops / max(divergences, DIVERGENCE_MINIMUM), DIVERGENCE_MINIMUM)
         measured = [one for one in self.probes if one.loss is not None and one.reason is None]
         losses = math.fsum(max(one.loss or 0.0, 0.0) for one in measured)
         divergences = math.fsum(one.divergence for one in measured)
         return max(losses / max(divergences, DIVERGENCE_MINIMUM), DIVERGENCE_MINIMUM)
 
-    def learn(self, expected: float, drop: float) -> None:
+    def learn(self, chosen: Mapping[str, str], drop: float) -> None:
         """Take in by how much a point was found to be worse than the trunk.
 
         Args:
-            expected: the divergence that it was expected to add.
-            drop: that was found, in points.
+            chosen: what its layers got.
+            drop: that was found.
         """
-        self._drops.append((expected, drop))
+        self._seen.append((chosen, drop))
 
-    def suspects(self, chosen: dict[str, str], count: int) -> list[str]:
+    def expected(self, chosen: Mapping[str, str]) -> float:
+        """The divergence that is expected of what layers get."""
+        return math.fsum(
+            self._square(one) for one in self.probes if chosen.get(one.layer) == _named(one)
+        )
+
+    @property
+    def _drops(self) -> list[tuple[float, float]]:
+        """The divergence that is expected of each point that was seen, and its drop."""
+        return [(self.expected(chosen), drop) for chosen, drop in self._seen]
+
+    def suspects(self, chosen: Mapping[str, str], count: int) -> list[str]:
         """The layers that are expected to diverge most."""
         squares = {
             one.layer: self._square(one)

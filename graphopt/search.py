@@ -196,7 +196,8 @@ class Search:
         except GraphoptError as error:
             self.notes.append(f"{name} cannot be built: {error}")
             return None
-        found = Candidate(name, replace(built, passes=""), self.gauge(built), {}, trunk.passes)
+        gauged = self.gauge(built, smooths=False)
+        found = Candidate(name, replace(built, passes=""), gauged, {}, trunk.passes)
         self.progress(f"{name}: {built.stored_bytes:,} bytes, drop {found.gauged.drop:.3g}")
         self.candidates.append(found)
         return found
@@ -214,7 +215,7 @@ class Search:
 
         def promised(candidate: Candidate) -> float:
             # What layers of the first trunk bear, those of another bear alike.
-            room = (MARGIN * self.limit - candidate.gauged.drop) / growth.per_divergence
+            room = MARGIN * (self.limit - candidate.gauged.drop) / growth.per_divergence
             treated = self._layers(loading.load(candidate.built.path))
             layers = {one.name: one for found in treated.values() for one in found}
             now_bytes = sum(one.stored_bytes for one in layers.values())
@@ -263,10 +264,10 @@ class Search:
             if number and self._is_late(ROUNDS_SHARE):
                 self.notes.append("no time for another round of points: more --budget-minutes help")
                 break
-            room = MARGIN * self.limit - trunk.gauged.drop
+            room = MARGIN * (self.limit - trunk.gauged.drop)
             found = self._built_points(trunk, growth, growth.aims(room))
-            for candidate, expected in found:
-                growth.learn(expected, candidate.gauged.drop - trunk.gauged.drop)
+            for candidate in found:
+                growth.learn(candidate.chosen, candidate.gauged.drop - trunk.gauged.drop)
             self._find_offenders(trunk, growth, found)
             if not found or self._is_near(growth):
                 break
@@ -284,62 +285,60 @@ class Search:
 
     def _built_points(
         self, trunk: Candidate, growth: Growth, aims: Sequence[float]
-    ) -> list[tuple[Candidate, float]]:
-        """Points that were not built before, each with the divergence it was expected to add."""
-        folder, wanted = self.trial_of(trunk), {}
+    ) -> list[Candidate]:
+        """Points of the front that were not built before."""
         known = {c.built.passes for c in self.candidates}
+        wanted = {}
         for aim in aims:
-            at = growth.smallest(aim)
-            passes = growth.passes(at)
+            chosen = growth.options(growth.smallest(aim))
+            passes = growth.passes_of(chosen)
             if passes and passes not in known:
-                wanted[passes] = at
-        running = {
-            passes: build(folder, passes, self.models, self.workers, self.cache)
-            for passes in wanted
-        }
+                wanted[passes] = chosen
         found = []
-        for passes, at in wanted.items():
-            built = running[passes].wait()
-            candidate = Candidate(
-                trunk.trunk,
-                built,
-                self.gauge(built),
-                growth.options(at),
-                trunk.trunk_passes,
-                trunk.latency_ratio,
+        for passes, built in self._built(trunk, list(wanted)).items():
+            gauged = self.gauge(built)
+            self.progress(f"{trunk.trunk}: {built.stored_bytes:,} bytes, drop {gauged.drop:.3g}")
+            found.append(
+                Candidate(
+                    trunk.trunk,
+                    built,
+                    gauged,
+                    wanted[passes],
+                    trunk.trunk_passes,
+                    trunk.latency_ratio,
+                )
             )
-            self.progress(
-                f"{trunk.trunk}: {built.stored_bytes:,} bytes, drop {candidate.gauged.drop:.3g}"
-            )
-            self.candidates.append(candidate)
-            found.append((candidate, growth.divergence(at)))
+        self.candidates += found
         return found
 
-    def _find_offenders(
-        self, trunk: Candidate, growth: Growth, found: Sequence[tuple[Candidate, float]]
-    ) -> None:
+    def _built(self, trunk: Candidate, passes: Sequence[str]) -> dict[str, Built]:
+        """What passes make of a trunk, built side by side; without what cannot be built."""
+        folder, found = self.trial_of(trunk), {}
+        running = {
+            text: build(folder, text, self.models, self.workers, self.cache) for text in passes
+        }
+        for text, one in running.items():
+            try:
+                found[text] = one.wait()
+            except GraphoptError as error:
+                self.notes.append(f"a point of {trunk.trunk} cannot be built: {error}")
+        return found
+
+    def _find_offenders(self, trunk: Candidate, growth: Growth, found: Sequence[Candidate]) -> None:
         """Where layers diverge by more together than alone, see by how much each one does."""
-        for candidate, expected in found:
+        for candidate in found:
             added = candidate.built.divergence - trunk.built.divergence
-            if added <= SURPRISE * expected:
+            if added <= SURPRISE * growth.expected(candidate.chosen):
                 continue
-            suspects = growth.suspects(candidate.chosen, OFFENDERS)
-            running = {}
-            for layer in suspects:
+            rests = {}
+            for layer in growth.suspects(candidate.chosen, OFFENDERS):
                 rest = {k: v for k, v in candidate.chosen.items() if k != layer}
                 if rest:
-                    running[layer] = build(
-                        self.trial_of(trunk),
-                        growth.passes_of(rest),
-                        self.models,
-                        self.workers,
-                        self.cache,
-                    )
-            for layer, one in running.items():
-                without = one.wait()
-                growth.blame(
-                    layer, candidate.chosen[layer], candidate.built.divergence - without.divergence
-                )
+                    rests[growth.passes_of(rest)] = layer
+            for passes, without in self._built(trunk, list(rests)).items():
+                layer = rests[passes]
+                divergence = candidate.built.divergence - without.divergence
+                growth.blame(layer, candidate.chosen[layer], divergence)
             return
 
     # -------------------------------------------------------------- what they share

@@ -158,6 +158,8 @@ def tune(
         raise SampleError("the model is random: no drop can be measured of it")
     feed = subject.feed(samples, None, state)
     session = Session(subject.given, provider=chosen.provider)
+    if metric is None and isinstance(measure, Accuracy):
+        measure = measure.suited(subject.source.model, session, feed)
     (whole,) = measure.judges(subject.source.model, session, feed, [feed])
     progress("the original")
     original = whole(session)
