@@ -19,7 +19,6 @@ from graphopt.certificate import paired_standard_error
 from graphopt.runtime import Session
 from graphopt.scores import Judge, Scores
 
-
 DROP_PER_DIVERGENCE = 50.0
 """Points that classifiers lose for each nat of divergence: 12, 15, 45 and 60 were seen of four."""
 

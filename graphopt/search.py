@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -137,25 +137,41 @@ class Search:
     probes: list[Probe] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     _trials: dict[tuple[str, bool], Path] = field(default_factory=dict)
+    _grown: set[str] = field(default_factory=set)
 
-    def run(self) -> list[Candidate]:
-        """All candidates within the drop, the best last; none where even the base is not.
+    def run(self) -> None:
+        """Build trunks, and points of the best of them.
 
         Raises:
             GraphoptError: a worker was lost, or a model does not run.
         """
-        trunks = self._trunks()
-        within = [one for one in trunks if one.gauged.drop <= self.limit]
-        if not within:
-            return []
-        self._grow(self._best_trunk(within))
-        fit = [one for one in self.candidates if one.gauged.drop <= self.limit]
-        return sorted(fit, key=self._cost, reverse=True)
+        self._trunks()
+        self.next_best(())
+
+    @property
+    def within(self) -> list[Candidate]:
+        """All candidates within the drop, as far as the search can tell; the best first."""
+        return sorted((c for c in self.candidates if c.gauged.drop <= self.limit), key=self._cost)
+
+    def next_best(self, failed: Collection[str]) -> Candidate | None:
+        """The best candidate, but for those that failed; None where none is left.
+
+        Where all that was built of layers failed, the next trunk is gone on with.
+
+        Args:
+            failed: their passes.
+        """
+        left = [one for one in self.within if one.passes not in failed]
+        trunks = [one for one in left if not one.chosen and one.trunk not in self._grown]
+        if trunks and not any(one.chosen for one in left) and not self._is_late(ROUNDS_SHARE):
+            self._grow(self._best_trunk(trunks))
+            left = [one for one in self.within if one.passes not in failed]
+        return left[0] if left else None
 
     # -------------------------------------------------------------- trunks
 
-    def _trunks(self) -> list[Candidate]:
-        """The trunks that were built; a bolder one only where the milder is within the drop."""
+    def _trunks(self) -> None:
+        """Build trunks; a bolder one only where the milder is within the drop."""
         done: dict[str, Candidate | None] = {}
         running: dict[str, Build] = {}
         folder = self.trial(self.base, "base")
@@ -170,7 +186,8 @@ class Search:
             for name in [name for name, one in running.items() if one.is_done()]:
                 done[name] = self._judged_trunk(name, running.pop(name))
             time.sleep(0.02)
-        return [done[one.name] for one in self.scenario.trunks if done.get(one.name)]  # type: ignore[misc]
+        order = [one.name for one in self.scenario.trunks]
+        self.candidates.sort(key=lambda one: order.index(one.trunk))
 
     def _ready(self, done: dict[str, Candidate | None], running: dict[str, Build]) -> list[Trunk]:
         found = []
@@ -208,10 +225,11 @@ class Search:
             return self._fastest(within)
         if not self.scenario.treatments:
             return min(within, key=lambda c: c.built.stored_bytes)
-        reference, others = within[0], within[1:]
-        growth = self._growth(reference)
-        if not growth.choices or not others:
-            return reference
+        if len(within) == 1:
+            return within[0]
+        growth = self._growth(next(one for one in self.candidates if not one.chosen))
+        if not growth.choices:
+            return min(within, key=lambda c: c.built.stored_bytes)
 
         def promised(candidate: Candidate) -> float:
             # What layers of the first trunk bear, those of another bear alike.
@@ -255,6 +273,7 @@ class Search:
 
     def _grow(self, trunk: Candidate) -> None:
         """Build points of the front of a trunk's layers, nearer and nearer to the limit."""
+        self._grown.add(trunk.trunk)
         if not self.scenario.treatments:
             return
         growth = self._growth(trunk)

@@ -198,12 +198,12 @@ def tune(
             progress=progress,
             sureness=_sureness(known(session)) if isinstance(measure, Accuracy) else None,
         )
-        fit = search.run()
+        search.run()
         verifier = Verifier(
             search, verified, verified(session), limit, 1 - confidence, least, not parts.shared
         )
         progress("verifying")
-        taken, certificate = verifier.by_proof(fit) if certify else verifier.by_estimate(fit)
+        taken, certificate = verifier.by_proof() if certify else verifier.by_estimate()
         run = _run(search, taken, base_steps, threads)
     return Tuning(
         run=run,
