@@ -54,6 +54,11 @@ class Gauge:
     evaluations: int = 0
     _seen: list[tuple[float, float]] = field(default_factory=list)
 
+    @property
+    def learns(self) -> bool:
+        """What it says of a candidate depends on those before."""
+        return self.judge is not None and not self.expects_regret
+
     def __call__(self, built: Built) -> Gauged:
         """What a candidate has lost."""
         self.evaluations += 1

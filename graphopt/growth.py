@@ -182,10 +182,12 @@ class Growth:
         own = [one for one in self.probes if one.layer == layer]
         (seen,) = (one for one in own if _named(one) == option)
         growth = divergence / max(self._square(seen), DIVERGENCE_MINIMUM)
-        if growth <= 1:
+        if not growth > 1:
+            # NaN, too: of two that cannot be compared nothing is seen.
             return
         for one in own:
-            self._blamed[layer, _named(one)] = growth * self._square(one)
+            square = max(self._square(one), DIVERGENCE_MINIMUM)
+            self._blamed[layer, _named(one)] = growth * square
 
 
 def _named(one: Probe) -> str:

@@ -13,14 +13,14 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
 
 import onnx_ir as ir
 
-from graphopt import loading, saving
+from graphopt import loading, runtime, saving
 from graphopt.agreement import Agreement
 from graphopt.contract import Context
+from graphopt.errors import SearchStopped
 from graphopt.gate import Gate, interface_of
 from graphopt.ledger import Step, size_of
 from graphopt.memo import Memo
@@ -28,11 +28,13 @@ from graphopt.observe import Observer, content_key
 from graphopt.pipeline import Pipeline
 from graphopt.recipes import plan
 from graphopt.recording import Feed
+from graphopt.registry import PASSES_GROUP, versions
 from graphopt.runtime import Session
 from graphopt.sample_files import write_npz
 from graphopt.samples import Samples, read_samples
 from graphopt.scores import Judge, Scores
 from graphopt.signature import signature
+from graphopt.treatments import TREATMENTS_GROUP
 
 ORIGINAL, BASE, SETUP, FITTED, JUDGED, MEMO = (
     "original.onnx",
@@ -150,20 +152,31 @@ def write_trial(
 
     Returns:
         The folder.
+
+    Raises:
+        SearchStopped: it is full, or cannot be written.
     """
     path = given.absolute() if isinstance(given, Path) else None
-    if path is None:
-        saving.save(original, folder / ORIGINAL, external_data=external_data)
-    saving.save(base, folder / BASE, external_data=external_data)
-    for feed, name in ((fitted, FITTED), (judged, JUDGED)):
-        _write_samples(feed, folder / name)
+    try:
+        if path is None:
+            saving.save(original, folder / ORIGINAL, external_data=external_data)
+        saving.save(base, folder / BASE, external_data=external_data)
+        for feed, name in ((fitted, FITTED), (judged, JUDGED)):
+            _write_samples(feed, folder / name)
+    except OSError as error:
+        raise SearchStopped(
+            f"samples cannot be kept in {folder} ({error.strerror}); make room there, or set "
+            "TMPDIR to another folder"
+        ) from error
     parts = (
-        version("graphopt"),
-        version("onnxruntime") if provider == "cpu" else provider,
+        *versions(PASSES_GROUP),
+        *versions(TREATMENTS_GROUP),
+        runtime.version() or "",
+        provider,
         content_key(original),
         content_key(base),
         *(digest for feed in (fitted, judged) for digest in ("|", *feed.samples.digests)),
-        repr((fitted.state, sureness)),
+        repr((fitted.state, sureness, external_data)),
     )
     key = sha256("\0".join(parts).encode()).hexdigest()
     setup = {
@@ -191,8 +204,18 @@ def _write_samples(feed: Feed, folder: Path) -> None:
 
 
 def read_setup(folder: Path) -> Setup:
-    """What a trial in a folder is made of."""
-    content = json.loads((folder / SETUP).read_text())
+    """What a trial in a folder is made of.
+
+    Raises:
+        SearchStopped: the folder is gone.
+    """
+    try:
+        content = json.loads((folder / SETUP).read_text())
+    except OSError as error:
+        raise SearchStopped(
+            f"the folder of a trial, {folder}, cannot be read ({error.strerror}); is something "
+            "clearing the folder for temporary files (TMPDIR)?"
+        ) from error
     content["state"] = tuple((a, b) for a, b in content["state"])
     return Setup(**content)
 
