@@ -48,7 +48,7 @@ class Growth:
     def _usable(self) -> dict[str, list[Probe]]:
         found: dict[str, list[Probe]] = {}
         for one in self.probes:
-            if one.reason is None and one.saved_bytes > 0 and math.isfinite(one.divergence):
+            if one.reason is None and _saved(one) > 0 and math.isfinite(one.divergence):
                 found.setdefault(one.layer, []).append(one)
         return found
 
@@ -56,7 +56,7 @@ class Growth:
     def choices(self) -> list[list[Choice]]:
         """For each layer as it is, then each option that saves something: bytes and divergence."""
         return [
-            [Choice(0, 0.0), *(Choice(-one.saved_bytes, self._square(one)) for one in options)]
+            [Choice(0, 0.0), *(Choice(-_saved(one), self._square(one)) for one in options)]
             for options in self._usable.values()
         ]
 
@@ -188,6 +188,11 @@ class Growth:
         for one in own:
             square = max(self._square(one), DIVERGENCE_MINIMUM)
             self._blamed[layer, _named(one)] = growth * square
+
+
+def _saved(one: Probe) -> int:
+    """Bytes, where other layers are treated too."""
+    return one.saved_bytes if one.joint_saved_bytes is None else one.joint_saved_bytes
 
 
 def _named(one: Probe) -> str:

@@ -45,6 +45,9 @@ class Probe:
         divergence: by how much that of the outputs grows; see `graphopt.scores.Scores`.
         loss: of agreement, in points; None where it was not measured.
         reason: why the layer could not be given the option, or None; then there are no figures.
+        joint_saved_bytes: expected of the file where other layers get such options too: what layers
+            share, like the tables by which codes are read, counts for none. None where the
+            treatment does not say.
     """
 
     treatment: str
@@ -55,6 +58,7 @@ class Probe:
     divergence: float
     loss: float | None
     reason: str | None = None
+    joint_saved_bytes: int | None = None
 
     @property
     def measured(self) -> bool:
@@ -184,10 +188,17 @@ def _probes(
     method = treatment(task.treatment)
     tried = method.options if task.every or not estimates else method.probed
     measured = {option: _tried(trial, task.treatment, layer, option) for option in tried}
-    return [
+    found = [
         measured[option] if option in measured else _estimated(option, measured, estimates)
         for option in method.options
     ]
+    return [_with_joint_bytes(one, layer, estimates.get(one.option)) for one in found]
+
+
+def _with_joint_bytes(one: Probe, layer: Layer, estimate: Estimate | None) -> Probe:
+    if estimate is None or one.reason is not None:
+        return one
+    return replace(one, joint_saved_bytes=layer.stored_bytes - estimate.stored_bytes)
 
 
 def _tried(trial: Trial, name: str, layer: Layer, option: str) -> Probe:

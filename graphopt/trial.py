@@ -91,7 +91,7 @@ class Trial:
         They are judged on structure alone: what comes out is what they did, however bad.
 
         Args:
-            passes: in text form.
+            passes: in text form; may be none.
             loads: each step is loaded into onnxruntime, and rolled back where that fails.
         """
         model = self.base.clone()
@@ -103,7 +103,8 @@ class Trial:
             self.context,
             self.base.clone,
         )
-        pipeline.run(plan(None, passes, None))
+        if passes:
+            pipeline.run(plan(None, passes, None))
         return pipeline.model, tuple(pipeline.steps)
 
     def scores(self, model: ir.Model) -> Scores:
@@ -234,7 +235,7 @@ def open_trial(folder: Path, progress: Callable[[str], None] = lambda _: None) -
 
     def feed(name: str) -> Feed:
         read = read_samples(folder / name, inputs, setup.state)
-        return Feed(_in_order(read), inputs, setup.state)
+        return Feed(read, inputs, setup.state)
 
     fitted, judged = feed(FITTED), feed(JUDGED)
     session = Session(original_path, provider=setup.provider, threads=1)
@@ -248,11 +249,6 @@ def open_trial(folder: Path, progress: Callable[[str], None] = lambda _: None) -
         memo=Memo(folder / MEMO),
     )
     return Trial(setup, base, context, judge)
-
-
-def _in_order(samples: Samples) -> Samples:
-    """Without the empty sequence that the folder of sequences itself is."""
-    return samples.select([n for n, sequence in enumerate(samples.sequences) if sequence])
 
 
 def packed(folder: Path) -> bytes:
