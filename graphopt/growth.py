@@ -48,7 +48,7 @@ class Growth:
     def _usable(self) -> dict[str, list[Probe]]:
         found: dict[str, list[Probe]] = {}
         for one in self.probes:
-            if one.reason is None and one.saved_bytes > 0 and math.isfinite(one.divergence):
+            if one.reason is None and _saved(one) > 0 and math.isfinite(one.divergence):
                 found.setdefault(one.layer, []).append(one)
         return found
 
@@ -56,7 +56,7 @@ class Growth:
     def choices(self) -> list[list[Choice]]:
         """For each layer as it is, then each option that saves something: bytes and divergence."""
         return [
-            [Choice(0, 0.0), *(Choice(-one.saved_bytes, self._square(one)) for one in options)]
+            [Choice(0, 0.0), *(Choice(-_saved(one), self._square(one)) for one in options)]
             for options in self._usable.values()
         ]
 
@@ -190,10 +190,17 @@ class Growth:
         own = [one for one in self.probes if one.layer == layer]
         (seen,) = (one for one in own if _named(one) == option)
         growth = divergence / max(self._square(seen), DIVERGENCE_MINIMUM)
-        if growth <= 1:
+        if not growth > 1:
+            # NaN, too: of two that cannot be compared nothing is seen.
             return
         for one in own:
-            self._blamed[layer, _named(one)] = growth * self._square(one)
+            square = max(self._square(one), DIVERGENCE_MINIMUM)
+            self._blamed[layer, _named(one)] = growth * square
+
+
+def _saved(one: Probe) -> int:
+    """Bytes, where other layers are treated too."""
+    return one.saved_bytes if one.joint_saved_bytes is None else one.joint_saved_bytes
 
 
 def _named(one: Probe) -> str:

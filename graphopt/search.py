@@ -19,7 +19,7 @@ import onnx_ir as ir
 from graphopt import loading
 from graphopt.allocation import front
 from graphopt.building import Build, Built, build
-from graphopt.errors import GraphoptError
+from graphopt.errors import GraphoptError, SearchStopped
 from graphopt.executors import Workers
 from graphopt.gauge import Gauge, Gauged
 from graphopt.growth import Growth
@@ -105,7 +105,8 @@ class Search:
         limit: the drop that is allowed, in the unit of the metric.
         parts: of the samples.
         gauge: estimates drops.
-        folder: for what is built.
+        folder: for trials.
+        models: folder in which models are kept until the search ends.
         workers: that build and probe.
         cache: of what was found before.
         latency: of the model in a file, over that of the original.
@@ -125,6 +126,7 @@ class Search:
     parts: Parts
     gauge: Gauge
     folder: Path
+    models: Path
     workers: Workers
     cache: ProbeCache
     latency: Callable[[Path], float]
@@ -183,11 +185,12 @@ class Search:
             if self._is_late(TRUNKS_SHARE) and any(done.values()):
                 self.notes.append(f"no time for {', '.join(running)}: more --budget-minutes help")
                 break
-            for name in [name for name, one in running.items() if one.is_done()]:
+            name = next((name for name, one in running.items() if one.is_done()), None)
+            if name is not None:
                 done[name] = self._judged_trunk(name, running.pop(name))
-            time.sleep(0.02)
-        order = [one.name for one in self.scenario.trunks]
-        self.candidates.sort(key=lambda one: order.index(one.trunk))
+            else:
+                time.sleep(0.02)
+        self.candidates = [c for one in self.scenario.trunks if (c := done.get(one.name))]
 
     def _ready(self, done: dict[str, Candidate | None], running: dict[str, Build]) -> list[Trunk]:
         found = []
@@ -210,6 +213,8 @@ class Search:
         (trunk,) = (one for one in self.scenario.trunks if one.name == name)
         try:
             built = running.wait()
+        except SearchStopped:
+            raise
         except GraphoptError as error:
             self.notes.append(f"{name} cannot be built: {error}")
             return None
@@ -361,13 +366,6 @@ class Search:
             return
 
     # -------------------------------------------------------------- what they share
-
-    @property
-    def models(self) -> Path:
-        """Where models are kept until the search ends."""
-        path = self.folder / "models"
-        path.mkdir(exist_ok=True)
-        return path
 
     def trial(self, model: ir.Model, name: str, refit: bool = False) -> Path:
         """The folder of a trial on a model.

@@ -13,14 +13,14 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
 
 import onnx_ir as ir
 
-from graphopt import loading, saving
+from graphopt import loading, runtime, saving
 from graphopt.agreement import Agreement
 from graphopt.contract import Context
+from graphopt.errors import SearchStopped
 from graphopt.gate import Gate, interface_of
 from graphopt.ledger import Step, size_of
 from graphopt.memo import Memo
@@ -28,11 +28,13 @@ from graphopt.observe import Observer, content_key
 from graphopt.pipeline import Pipeline
 from graphopt.recipes import plan
 from graphopt.recording import Feed
+from graphopt.registry import PASSES_GROUP, versions
 from graphopt.runtime import Session
 from graphopt.sample_files import write_npz
 from graphopt.samples import Samples, read_samples
 from graphopt.scores import Judge, Scores
 from graphopt.signature import signature
+from graphopt.treatments import TREATMENTS_GROUP
 from graphopt.variations import varied
 
 ORIGINAL, BASE, SETUP, FITTED, JUDGED, MEMO = (
@@ -96,7 +98,7 @@ class Trial:
         They are judged on structure alone: what comes out is what they did, however bad.
 
         Args:
-            passes: in text form.
+            passes: in text form; may be none.
             loads: each step is loaded into onnxruntime, and rolled back where that fails.
         """
         model = self.base.clone()
@@ -108,7 +110,8 @@ class Trial:
             self.context,
             self.base.clone,
         )
-        pipeline.run(plan(None, passes, None))
+        if passes:
+            pipeline.run(plan(None, passes, None))
         return pipeline.model, tuple(pipeline.steps)
 
     def scores(self, model: ir.Model) -> Scores:
@@ -168,20 +171,31 @@ def write_trial(
 
     Returns:
         The folder.
+
+    Raises:
+        SearchStopped: it is full, or cannot be written.
     """
     path = given.absolute() if isinstance(given, Path) else None
-    if path is None:
-        saving.save(original, folder / ORIGINAL, external_data=external_data)
-    saving.save(base, folder / BASE, external_data=external_data)
-    for feed, name in ((fitted, FITTED), (judged, JUDGED)):
-        _write_samples(feed, folder / name)
+    try:
+        if path is None:
+            saving.save(original, folder / ORIGINAL, external_data=external_data)
+        saving.save(base, folder / BASE, external_data=external_data)
+        for feed, name in ((fitted, FITTED), (judged, JUDGED)):
+            _write_samples(feed, folder / name)
+    except OSError as error:
+        raise SearchStopped(
+            f"samples cannot be kept in {folder} ({error.strerror}); make room there, or set "
+            "TMPDIR to another folder"
+        ) from error
     parts = (
-        version("graphopt"),
-        version("onnxruntime") if provider == "cpu" else provider,
+        *versions(PASSES_GROUP),
+        *versions(TREATMENTS_GROUP),
+        runtime.version() or "",
+        provider,
         content_key(original),
         content_key(base),
         *(digest for feed in (fitted, judged) for digest in ("|", *feed.samples.digests)),
-        repr((fitted.state, sureness)),
+        repr((fitted.state, sureness, external_data)),
     )
     key = sha256("\0".join(parts).encode()).hexdigest()
     setup = {
@@ -209,8 +223,18 @@ def _write_samples(feed: Feed, folder: Path) -> None:
 
 
 def read_setup(folder: Path) -> Setup:
-    """What a trial in a folder is made of."""
-    content = json.loads((folder / SETUP).read_text())
+    """What a trial in a folder is made of.
+
+    Raises:
+        SearchStopped: the folder is gone.
+    """
+    try:
+        content = json.loads((folder / SETUP).read_text())
+    except OSError as error:
+        raise SearchStopped(
+            f"the folder of a trial, {folder}, cannot be read ({error.strerror}); is something "
+            "clearing the folder for temporary files (TMPDIR)?"
+        ) from error
     content["state"] = tuple((a, b) for a, b in content["state"])
     return Setup(**content)
 
@@ -229,7 +253,7 @@ def open_trial(folder: Path, progress: Callable[[str], None] = lambda _: None) -
 
     def feed(name: str) -> Feed:
         read = read_samples(folder / name, inputs, setup.state)
-        return Feed(_in_order(read), inputs, setup.state)
+        return Feed(read, inputs, setup.state)
 
     fitted, judged = feed(FITTED), feed(JUDGED)
     session = Session(original_path, provider=setup.provider, threads=1)
@@ -246,11 +270,6 @@ def open_trial(folder: Path, progress: Callable[[str], None] = lambda _: None) -
         memo=Memo(folder / MEMO),
     )
     return Trial(setup, base, context, judge, glance)
-
-
-def _in_order(samples: Samples) -> Samples:
-    """Without the empty sequence that the folder of sequences itself is."""
-    return samples.select([n for n, sequence in enumerate(samples.sequences) if sequence])
 
 
 def packed(folder: Path) -> bytes:

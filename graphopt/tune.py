@@ -7,8 +7,13 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
 
 from graphopt import loading
 from graphopt.accuracy import Accuracy
@@ -18,6 +23,7 @@ from graphopt.errors import SampleError, SpecError
 from graphopt.executors import open_workers
 from graphopt.gate import Gate, interface_of
 from graphopt.gauge import Gauge
+from graphopt.kept_models import kept_models
 from graphopt.ledger import Run, Step, size_as_given, size_of, stamp
 from graphopt.loading import ModelLike
 from graphopt.metric import parse_metric
@@ -27,9 +33,11 @@ from graphopt.probe_cache import ProbeCache, cache_key, default_folder
 from graphopt.probing import Probe
 from graphopt.recipes import plan, recipe
 from graphopt.recording import Feed
+from graphopt.rewriting import replace_tensors, tensor_of
 from graphopt.runtime import Session
 from graphopt.scenarios import Scenario, scenario, scenario_for
 from graphopt.scores import Scores
+from graphopt.scratch import Scratch
 from graphopt.search import Search
 from graphopt.subject import Progress, SamplesLike, State, Subject, open_subject
 from graphopt.verifying import Certificate, Taken, Verifier, range_of_drops
@@ -115,7 +123,7 @@ def tune(
     seed: int = 0,
     state: State = (),
     cache: str | Path | None = None,
-    executor: str | None = None,
+    executor: str | Executor | None = None,
     jobs: int | None = None,
     progress: Progress = lambda _: None,
 ) -> Tuning:
@@ -144,13 +152,16 @@ def tune(
 
     Raises:
         SpecError: an option does not fit, or there is no such scenario, objective or metric.
-        GraphoptError: the input is at fault, or a worker was lost.
+        SearchStopped: a worker was lost, or there is no room; what was found is kept.
+        GraphoptError: the input is at fault.
     """
     started_s = time.monotonic()
     if not 0 < confidence < 1:
         raise SpecError(f"confidence is {confidence:g}; it must be between 0 and 1, as 0.95")
     if not budget_minutes > 0:
         raise SpecError(f"budget_minutes is {budget_minutes:g}; it must be above 0")
+    store = ProbeCache(Path(cache) if cache is not None else default_folder())
+    store.check()
     named, chosen = _scenario(scenario, objective, provider)
     measure = parse_metric(metric, samples if isinstance(samples, str | Path) else None, labels)
     subject = open_subject(model, chosen.provider, True, True, progress)
@@ -171,7 +182,6 @@ def tune(
         subject.source.model, session, feed, [parts.judged, parts.verified, parts.searched]
     )
     base, base_steps = lossless(subject, progress)
-    store = ProbeCache(Path(cache) if cache is not None else default_folder())
     is_agreement = isinstance(measure, Agreement)
     gauge = Gauge(
         searched(session),
@@ -181,6 +191,7 @@ def tune(
     )
     with (
         tempfile.TemporaryDirectory(prefix="graphopt-") as folder,
+        kept_models(store.folder, subject.source.sha256()) as models,
         open_workers(executor, jobs) as workers,
     ):
         search = Search(
@@ -191,6 +202,7 @@ def tune(
             parts=parts,
             gauge=gauge,
             folder=Path(folder),
+            models=models,
             workers=workers,
             cache=store,
             latency=lambda path: _latency(subject, path, parts, store),
@@ -270,8 +282,9 @@ def _run(search: Search, taken: Taken | None, base_steps: Sequence[Step], thread
     subject, judged = search.subject, search.parts.verified
     model, texts, steps = search.base.clone(), [recipe("basic").passes], list(base_steps)
     if taken is not None:
-        # Its file goes with the folder of the search.
-        model = loading.load(taken.built.path.read_bytes())
+        # Its files go when the search ends.
+        model = loading.load(taken.built.path)
+        replace_tensors(model, partial(_taken_over, Scratch()))
         texts.append(taken.candidate.passes)
         steps += [*search.trunk_of(taken.candidate).built.steps, *taken.built.steps]
     external_data = subject.source.external_data()
@@ -295,6 +308,16 @@ def _run(search: Search, taken: Taken | None, base_steps: Sequence[Step], thread
         validated=True,
         source=subject.source,
     )
+
+
+def _taken_over(scratch: Scratch, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """The same tensor; one in a file that is about to go in another, or in memory."""
+    if not isinstance(tensor, ir.ExternalTensor):
+        return tensor
+    kept = scratch.keep(tensor)
+    if kept is not tensor:
+        return kept
+    return tensor_of(np.array(tensor.numpy()), tensor.name or "", tensor.dtype)
 
 
 def _latency(subject: Subject, path: Path, parts: Parts, cache: ProbeCache) -> float:
