@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from graphopt.allocation import Choice, smallest_within
 from graphopt.probing import Probe
-from graphopt.treatments import Layer, treatment
+from graphopt.treatments import treatment
 
 FIRST_STEP, STEP = 0.6, 0.4
 """From one divergence to the next that is tried, where only one side of the limit was seen."""
@@ -32,13 +32,11 @@ class Growth:
 
     Attributes:
         trunk_bytes: what the trunk takes on disk.
-        layers: of it, by name.
         probes: of each option of each layer.
         limit: the drop that layers may add.
     """
 
     trunk_bytes: int
-    layers: Mapping[str, Layer]
     probes: Sequence[Probe]
     limit: float
     _blamed: dict[tuple[str, str], float] = field(default_factory=dict)
@@ -75,14 +73,6 @@ class Growth:
         """What the model is expected to take on disk."""
         saved = sum(of[i].stored_bytes for of, i in zip(self.choices, at, strict=True))
         return self.trunk_bytes + saved
-
-    def bytes_per_element(self, divergence: float) -> float:
-        """Of weights, if layers together may diverge by so much."""
-        at = self.smallest(divergence)
-        saved = self.trunk_bytes - self.stored_bytes(at)
-        of_layers = [self.layers[name] for name in self._usable]
-        now = sum(one.stored_bytes for one in of_layers)
-        return max(now - saved, 0) / max(sum(one.elements for one in of_layers), 1)
 
     def aims(self, room: float) -> tuple[float, ...]:
         """Divergences to build points at: where the limit is expected, then between what was seen.

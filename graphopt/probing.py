@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import as_completed
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, as_completed
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,7 @@ def probe(
     cache: ProbeCache,
     progress: Callable[[str], None],
     every: bool = False,
+    until_s: float = math.inf,
 ) -> list[Probe]:
     """Try treatments on layers of the base of a trial.
 
@@ -100,6 +102,8 @@ def probe(
         cache: of what was tried before.
         progress: called with a few words.
         every: try all options; else those that each treatment says, and estimate the others.
+        until_s: when the time is over, by `time.monotonic`; layers that were not tried by then, the
+            smallest, are left out.
 
     Returns:
         For each layer, in order, each option of each treatment.
@@ -120,11 +124,13 @@ def probe(
         for name, found in layers.items()
         for few in _chunks([one for one in found if (name, one.name) not in known])
     ]
+    # The large ones first: where time is short, they are what matters.
+    tasks.sort(key=lambda task: -sum(one.elements for one in task.layers))
     total = sum(map(len, layers.values()))
     shared = workers.share(folder) if tasks else ""
     waiting = {workers.submit(run_task, shared, task): task for task in tasks}
     try:
-        for future in as_completed(waiting):
+        for future in _completed(waiting, until_s):
             task = waiting[future]
             results = result_of(future)
             for one, found in zip(task.layers, results, strict=True):
@@ -136,7 +142,14 @@ def probe(
     finally:
         for future in waiting:
             future.cancel()
-    return [Probe(**one) for at in keys for one in known[at]]
+    return [Probe(**one) for at in keys for one in known.get(at, ())]
+
+
+def _completed(waiting: Collection[Future[Any]], until_s: float) -> Iterator[Future[Any]]:
+    """What is done, as it is, until the time is over."""
+    timeout_s = None if math.isinf(until_s) else max(until_s - time.monotonic(), 0.0)
+    with suppress(TimeoutError):
+        yield from as_completed(waiting, timeout_s)
 
 
 def _chunks(layers: Sequence[Layer]) -> Iterator[Sequence[Layer]]:

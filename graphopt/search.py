@@ -40,8 +40,12 @@ ENOUGH = 0.75
 ROUNDS = 4
 """How often points of the front are built, and the next ones chosen by what was seen."""
 
-TRUNKS_SHARE, ROUNDS_SHARE = 0.4, 0.75
-"""Of the time: after it no further trunk, and no further round, is begun."""
+TRUNKS_SHARE, PROBES_SHARE, ROUNDS_SHARE = 0.4, 0.6, 0.75
+"""Of the time: after it no further trunk, no further probe and no further round is begun."""
+
+BITS, BITS_MAXIMUM, ROOM_MINIMUM = 4.0, 8.0, 1e-3
+"""What numbers of weights take in the end if all of the drop is theirs, and the most; and the share
+of the drop that is left at least."""
 
 NEARLY = 1.1
 """Files of so many times the bytes of the smallest are as good, where they are faster."""
@@ -230,23 +234,7 @@ class Search:
             return self._fastest(within)
         if not self.scenario.treatments:
             return min(within, key=lambda c: c.built.stored_bytes)
-        if len(within) == 1:
-            return within[0]
-        growth = self._growth(next(one for one in self.candidates if not one.chosen))
-        if not growth.choices:
-            return min(within, key=lambda c: c.built.stored_bytes)
-
-        def promised(candidate: Candidate) -> float:
-            # What layers of the first trunk bear, those of another bear alike.
-            room = MARGIN * (self.limit - candidate.gauged.drop) / growth.per_divergence
-            treated = self._layers(loading.load(candidate.built.path))
-            layers = {one.name: one for found in treated.values() for one in found}
-            now_bytes = sum(one.stored_bytes for one in layers.values())
-            elements = sum(one.elements for one in layers.values())
-            then_bytes = growth.bytes_per_element(max(room, 0.0)) * elements
-            return candidate.built.stored_bytes - max(now_bytes - then_bytes, 0.0)
-
-        promises = [promised(candidate) for candidate in within]
+        promises = [self._promised_bytes(candidate) for candidate in within]
         nearly = [
             candidate
             for candidate, promise in zip(within, promises, strict=True)
@@ -254,6 +242,20 @@ class Search:
         ]
         # Of what is as small, what is faster, too.
         return self._fastest(nearly) if len(nearly) > 1 else nearly[0]
+
+    def _promised_bytes(self, candidate: Candidate) -> float:
+        """What a trunk may take on disk in the end, as far as can be told before it is probed.
+
+        A bit less for each number makes four times the squared error, and the drop is in proportion
+        to that: so the fewer bits, the more of the drop is left.
+        """
+        room = max(1 - candidate.gauged.drop / self.limit, ROOM_MINIMUM) if self.limit else 1.0
+        bits = min(BITS - math.log2(room) / 2, BITS_MAXIMUM)
+        treated = self._layers(loading.load(candidate.built.path))
+        layers = {one.name: one for found in treated.values() for one in found}
+        now_bytes = sum(one.stored_bytes for one in layers.values())
+        then_bytes = sum(one.elements for one in layers.values()) * bits / 8
+        return candidate.built.stored_bytes - max(now_bytes - then_bytes, 0.0)
 
     def _fastest(self, candidates: Sequence[Candidate]) -> Candidate:
         timed = [replace(c, latency_ratio=self.latency(c.built.path)) for c in candidates]
@@ -268,9 +270,24 @@ class Search:
         model = loading.load(trunk.built.path)
         folder = self.trial(model, trunk.trunk)
         layers = self._layers(model)
-        self.probes = probe(folder, layers, self.workers, self.cache, self.progress)
-        sizes = {one.name: one for found in layers.values() for one in found}
-        return Growth(trunk.built.stored_bytes, sizes, self.probes, self.limit - trunk.gauged.drop)
+        self.probes = probe(
+            folder,
+            layers,
+            self.workers,
+            self.cache,
+            self.progress,
+            until_s=self._until_s(),
+        )
+        probed = {(one.treatment, one.layer) for one in self.probes}
+        missing = sum(map(len, layers.values())) - len(probed)
+        if missing:
+            self.notes.append(f"no time for {missing} layers: more --budget-minutes help")
+        return Growth(trunk.built.stored_bytes, self.probes, self.limit - trunk.gauged.drop)
+
+    def _until_s(self) -> float:
+        """When there is no time left for probes; a trunk that stands in for another gets some."""
+        usual_s = self.started_s + PROBES_SHARE * self.seconds
+        return max(usual_s, time.monotonic() + (1 - ROUNDS_SHARE) / 2 * self.seconds)
 
     def _layers(self, model: ir.Model) -> dict[str, list[Layer]]:
         found = {name: treatment(name).layers(model) for name in self.scenario.treatments}

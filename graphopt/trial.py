@@ -35,7 +35,7 @@ from graphopt.samples import Samples, read_samples
 from graphopt.scores import Judge, Scores
 from graphopt.signature import signature
 from graphopt.treatments import TREATMENTS_GROUP
-from graphopt.variations import varied
+from graphopt.variations import mirrored
 
 ORIGINAL, BASE, SETUP, FITTED, JUDGED, MEMO = (
     "original.onnx",
@@ -81,7 +81,7 @@ class Trial:
         base: the model to begin with; not modified.
         context: for the passes: the original, and the samples to fit by.
         judge: gives the agreement of a model with the original on other samples, and on images
-            also as they are seen mirrored and magnified.
+            also as they are seen in a mirror.
         glance: the same on a few of them, for what is tried on many layers.
     """
 
@@ -258,7 +258,7 @@ def open_trial(folder: Path, progress: Callable[[str], None] = lambda _: None) -
     fitted, judged = feed(FITTED), feed(JUDGED)
     session = Session(original_path, provider=setup.provider, threads=1)
     few = Feed(judged.samples.first(GLANCED_MAXIMUM), inputs, setup.state)
-    seen = None if setup.state else varied(judged.samples)
+    seen = None if setup.state else mirrored(judged.samples)
     many = judged if seen is None else Feed(seen, inputs, setup.state)
     judge, glance = Agreement(setup.sureness).judges(original, session, judged, [many, few])
     context = Context(
