@@ -201,6 +201,8 @@ class Search:
         for one in self.scenario.trunks:
             if one.name in done or one.name in running or self._is_late(TRUNKS_SHARE):
                 continue
+            if len(self.parts.fitted.samples) < one.least_samples:
+                continue
             milder, bolder = (self._is_within(done, name) for name in (one.after, one.unless))
             if (one.after is None or milder) and (one.unless is None or bolder is False):
                 found.append(one)
