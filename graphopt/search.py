@@ -40,15 +40,19 @@ ENOUGH = 0.75
 ROUNDS = 4
 """How often points of the front are built, and the next ones chosen by what was seen."""
 
-TRUNKS_SHARE, PROBES_SHARE, ROUNDS_SHARE = 0.4, 0.6, 0.75
-"""Of the time: after it no further trunk, no further probe and no further round is begun."""
+TRUNKS_SHARE, SECOND_SHARE, PROBES_SHARE, ROUNDS_SHARE = 0.4, 0.45, 0.6, 0.75
+"""Of the time: after it no further trunk is built, no second one gone on with, nothing more is
+probed, and no further round of points is begun."""
 
 BITS, BITS_MAXIMUM, ROOM_MINIMUM = 4.0, 8.0, 1e-3
 """What numbers of weights take in the end if all of the drop is theirs, and the most; and the share
 of the drop that is left at least."""
 
-NEARLY = 1.1
-"""Files of so many times the bytes of the smallest are as good, where they are faster."""
+NEARLY = 1.3
+"""A trunk that promises so many times the bytes of the best may be the best all the same."""
+
+AS_GOOD = 1.05
+"""A file of so many times the bytes of the smallest is as good."""
 
 SURPRISE = 1.25
 """Layers together that diverge by so many times the sum of each alone have offenders among them."""
@@ -153,11 +157,22 @@ class Search:
         """
         self._trunks()
         self.next_best(())
+        # What a trunk promises is a guess: where there is time, the next one is seen, too.
+        rest = [one for one in self._promising() if one.trunk not in self._grown]
+        if rest and not self._is_late(SECOND_SHARE):
+            self._grow(rest[0])
 
     @property
     def within(self) -> list[Candidate]:
         """All candidates within the drop, as far as the search can tell; the best first."""
-        return sorted((c for c in self.candidates if c.gauged.drop <= self.limit), key=self._cost)
+        found = sorted((c for c in self.candidates if c.gauged.drop <= self.limit), key=self._cost)
+        if not found or self.scenario.objective == "latency":
+            return found
+        # What is as good, and faster, comes first.
+        least_bytes = found[0].built.stored_bytes
+        as_good = [c for c in found if c.built.stored_bytes <= AS_GOOD * least_bytes]
+        first = min(as_good, key=lambda c: math.inf if c.latency_ratio is None else c.latency_ratio)
+        return [first, *(one for one in found if one is not first)]
 
     def next_best(self, failed: Collection[str]) -> Candidate | None:
         """The best candidate, but for those that failed; None where none is left.
@@ -233,17 +248,28 @@ class Search:
     def _best_trunk(self, within: Sequence[Candidate]) -> Candidate:
         """The one that promises most: by the clock, or by what its layers would still save."""
         if self.scenario.objective == "latency":
-            return self._fastest(within)
+            return self._timed(within)[0]
         if not self.scenario.treatments:
             return min(within, key=lambda c: c.built.stored_bytes)
-        promises = [self._promised_bytes(candidate) for candidate in within]
+        return self._promising(within)[0]
+
+    def _promising(self, among: Sequence[Candidate] | None = None) -> list[Candidate]:
+        """Trunks that promise nearly as few bytes as the best, the fastest first.
+
+        Args:
+            among: these trunks; by default all that are within the drop.
+        """
+        if among is None:
+            among = [one for one in self.within if not one.chosen]
+        if not among or self.scenario.objective == "latency" or not self.scenario.treatments:
+            return []
+        promises = [self._promised_bytes(candidate) for candidate in among]
         nearly = [
             candidate
-            for candidate, promise in zip(within, promises, strict=True)
+            for candidate, promise in zip(among, promises, strict=True)
             if promise <= NEARLY * min(promises)
         ]
-        # Of what is as small, what is faster, too.
-        return self._fastest(nearly) if len(nearly) > 1 else nearly[0]
+        return self._timed(nearly) if len(nearly) > 1 else nearly
 
     def _promised_bytes(self, candidate: Candidate) -> float:
         """What a trunk may take on disk in the end, as far as can be told before it is probed.
@@ -259,11 +285,17 @@ class Search:
         then_bytes = sum(one.elements for one in layers.values()) * bits / 8
         return candidate.built.stored_bytes - max(now_bytes - then_bytes, 0.0)
 
-    def _fastest(self, candidates: Sequence[Candidate]) -> Candidate:
-        timed = [replace(c, latency_ratio=self.latency(c.built.path)) for c in candidates]
-        for old, new in zip(candidates, timed, strict=True):
+    def _timed(self, trunks: Sequence[Candidate]) -> list[Candidate]:
+        """With what the clock says of them, the fastest first."""
+        timed = [
+            one
+            if one.latency_ratio is not None
+            else replace(one, latency_ratio=self.latency(one.built.path))
+            for one in trunks
+        ]
+        for old, new in zip(trunks, timed, strict=True):
             self.candidates[self.candidates.index(old)] = new
-        return min(timed, key=lambda c: (c.latency_ratio, c.built.stored_bytes))
+        return sorted(timed, key=lambda c: (c.latency_ratio, c.built.stored_bytes))
 
     # -------------------------------------------------------------- layers
 

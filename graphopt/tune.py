@@ -198,7 +198,7 @@ def tune(
             subject=subject,
             base=base,
             scenario=chosen,
-            limit=limit,
+            limit=_cautious(limit, len(parts.judged.samples.sequences)),
             parts=parts,
             gauge=gauge,
             folder=Path(folder),
@@ -251,6 +251,11 @@ def _limit(max_drop: float | str, original: Scores) -> float:
             "a share of the original's value, as 2%"
         )
     return limit
+
+
+def _cautious(limit: float, items: int) -> float:
+    """What the search aims at: the fewer items it sees, the more they may differ from others."""
+    return limit * (1 - 1 / math.sqrt(items)) if items > 1 else limit / 2
 
 
 def _scenario(

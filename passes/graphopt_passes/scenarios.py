@@ -10,8 +10,8 @@ _SMALL = "drop-metadata,shorten-names,pack-constants{weights=false}"
 
 
 _FITTED_SAMPLES = 100
-"""By fewer, a layer is refitted to what few inputs have in common: fitted by 34 images, a quarter of
-a model of digits seemed to lose nothing, and lost 6 points on others."""
+"""By fewer, a layer is refitted to what few inputs have in common: a quarter of a model of digits,
+fitted by 34 images, seemed to lose nothing, and lost 6 points on others."""
 
 
 def _int8(price: float, error: float = 1.0) -> str:
