@@ -145,7 +145,7 @@ def build_model(shared: str | bytes, passes: str, into: str, sends: bool) -> dic
             "steps": [asdict(step) for step in steps],
             "stored_bytes": trial.stored_bytes(model),
             "divergence": glanced.divergence,
-            "loss": 100.0 - scores.value,
+            "loss": trial.loss(model),
             "disagreement": scores.disagreement,
             "files": _saved(model, Path(into), trial.setup.external_data, sends),
         }

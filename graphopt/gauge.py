@@ -51,12 +51,14 @@ class Gauge:
         expects_regret: the metric is of answers, of which the regret of agreement foretells the
             drop.
         provider: "cpu" or "cuda".
+        items: how many losses of agreement are seen on.
     """
 
     original: Scores
     judge: Judge | None
     expects_regret: bool
     provider: str
+    items: int
     evaluations: int = 0
     _seen: list[tuple[float, float]] = field(default_factory=list)
 
@@ -85,11 +87,9 @@ class Gauge:
 
     def _loss(self, built: Built) -> float:
         """Of agreement; not less than what few items cannot show, but let expect."""
-        if self.original.per_item is None:
-            return built.loss
-        items = len(self.original.per_item)
         expected = DROP_PER_DIVERGENCE * built.divergence
-        shrunk = (items * built.loss + EXPECTED_ITEMS * expected) / (items + EXPECTED_ITEMS)
+        known, more = self.items * built.loss, EXPECTED_ITEMS * expected
+        shrunk = (known + more) / (self.items + EXPECTED_ITEMS)
         return max(built.loss, shrunk)
 
     @property

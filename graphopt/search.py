@@ -51,7 +51,7 @@ of the drop that is left at least."""
 NEARLY = 1.3
 """A trunk that promises so many times the bytes of the best may be the best all the same."""
 
-AS_GOOD = 1.05
+AS_GOOD = 1.1
 """A file of so many times the bytes of the smallest is as good."""
 
 SURPRISE = 1.25

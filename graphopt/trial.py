@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
@@ -83,6 +84,8 @@ class Trial:
         judge: gives the agreement of a model with the original on other samples, and on images
             also as they are seen in a mirror.
         glance: the same on a few of them, for what is tried on many layers.
+        recall: the same on the samples to fit by.
+        items: how many are judged and how many fitted by.
     """
 
     setup: Setup
@@ -90,6 +93,8 @@ class Trial:
     context: Context
     judge: Judge
     glance: Judge
+    recall: Judge
+    items: tuple[int, int]
     _known: dict[str, Scores] = field(default_factory=dict)
 
     def rewritten(self, passes: str, loads: bool = False) -> tuple[ir.Model, tuple[Step, ...]]:
@@ -121,6 +126,24 @@ class Trial:
             GraphoptError: onnxruntime does not run it.
         """
         return self.judge(self._session(model))
+
+    def loss(self, model: ir.Model) -> float:
+        """What a model loses of agreement, in points, as well as all samples can tell.
+
+        On samples that it was fitted by it loses less than on others: by how much less, the
+        divergences on both say, which vary little. So these samples count, too.
+
+        Raises:
+            GraphoptError: onnxruntime does not run it.
+        """
+        session = self._session(model)
+        unseen, glanced, seen = self.judge(session), self.glance(session), self.recall(session)
+        ratio = 1.0
+        if seen.divergence and glanced.divergence and math.isfinite(glanced.divergence):
+            ratio = max(glanced.divergence / seen.divergence, 1.0)
+        losses = 100.0 - unseen.value, ratio * (100.0 - seen.value)
+        judged, fitted = self.items
+        return (judged * losses[0] + fitted * losses[1]) / (judged + fitted)
 
     def glanced(self, model: ir.Model) -> Scores:
         """The same, on a few samples.
@@ -260,7 +283,9 @@ def open_trial(folder: Path, progress: Callable[[str], None] = lambda _: None) -
     few = Feed(judged.samples.first(GLANCED_MAXIMUM), inputs, setup.state)
     seen = None if setup.state else mirrored(judged.samples)
     many = judged if seen is None else Feed(seen, inputs, setup.state)
-    judge, glance = Agreement(setup.sureness).judges(original, session, judged, [many, few])
+    parts = [many, few, fitted]
+    judge, glance, recall = Agreement(setup.sureness).judges(original, session, judged, parts)
+    items = len(judged.samples.sequences), len(fitted.samples.sequences)
     context = Context(
         read_original=lambda: original,
         samples=fitted.samples,
@@ -269,7 +294,7 @@ def open_trial(folder: Path, progress: Callable[[str], None] = lambda _: None) -
         observer=Observer(fitted, setup.provider, threads=1),
         memo=Memo(folder / MEMO),
     )
-    return Trial(setup, base, context, judge, glance)
+    return Trial(setup, base, context, judge, glance, recall, items)
 
 
 def packed(folder: Path) -> bytes:

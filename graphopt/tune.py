@@ -188,6 +188,7 @@ def tune(
         None if is_agreement else searched,
         isinstance(measure, Accuracy),
         chosen.provider,
+        len(parts.searched.samples.sequences),
     )
     with (
         tempfile.TemporaryDirectory(prefix="graphopt-") as folder,
@@ -198,7 +199,7 @@ def tune(
             subject=subject,
             base=base,
             scenario=chosen,
-            limit=_cautious(limit, len(parts.judged.samples.sequences)),
+            limit=_cautious(limit, len(parts.searched.samples.sequences)),
             parts=parts,
             gauge=gauge,
             folder=Path(folder),
