@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -69,18 +69,31 @@ class Accuracy:
         judges = tuple(_Judge(part, answers, output, self.labels) for part in parts)
         if judges and _highest(answers) + 1 < rows_of(known[output]).shape[-1]:
             other = _Judge(parts[0], shifted, output, self.labels)
-            self._check_background(judges[0](session).value, other(session).value)
+            value, better = judges[0](session).value, other(session).value
+            if better > BACKGROUND_RATIO * value and better > value + BACKGROUND_POINTS:
+                word = self.name.replace("accuracy", "accuracy+1", 1)
+                raise BackgroundClass(
+                    f"by {self.labels} the original has an accuracy of {value:.1f} %, and of "
+                    f"{better:.1f} % if every label is one more: if its first class is a "
+                    f"background, which the labels leave out, say so with --metric {word}"
+                )
         return judges
 
-    def _check_background(self, value: float, shifted: float) -> None:
-        """Raise SampleError when labels that are one more make the original far better."""
-        if shifted > BACKGROUND_RATIO * value and shifted > value + BACKGROUND_POINTS:
-            word = self.name.replace("accuracy", "accuracy+1", 1)
-            raise SampleError(
-                f"by {self.labels} the original has an accuracy of {value:.1f} %, and of "
-                f"{shifted:.1f} % if every label is one more: if its first class is a background, "
-                f"which the labels leave out, say so with --metric {word}"
-            )
+    def suited(self, original: ir.Model, session: Session, feed: Feed) -> Accuracy:
+        """The same, with a background class where labels make no sense without.
+
+        Raises:
+            SampleError: as `judges`.
+        """
+        try:
+            self.judges(original, session, feed, [feed])
+        except BackgroundClass:
+            return replace(self, background=True)
+        return self
+
+
+class BackgroundClass(SampleError):
+    """By their labels, the first class is none of those that are labelled."""
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,10 @@ relative L2 error: scores of a detector lie on a floor that says nothing, and wo
 look small. Integers and strings lose the share of them that differ. What cannot be compared
 (another shape, NaN) loses 1. State that is carried on is judged by the outputs that come of it.
 
-A sample loses what its worst output does. The largest of the means of the outputs would be less,
-and would be no mean over samples: nothing could be proven by it. The mean of the largest is, and
-bounds the mean of every output at once.
+A sample loses the mean over its outputs of a kind (the scales of a detector, the heads of a
+classifier say parts of one thing), and of the kinds what the worst does: so neither do the many
+states of a language model hide its scores, nor has one of many scales all the say. The largest of
+the means over samples would be less, and no mean over samples: nothing could be proven by it.
 
 Beside the loss there is the divergence (`graphopt.output_distance`), a mean over outputs, too. Both
 grow with the square of a small change, but a loss only where an answer changes.
@@ -166,19 +167,20 @@ class _Judge:
         return float(np.mean(found)) if found else 0.0
 
     def _loss(self, old: Outputs, new: Outputs, changed: _Changed) -> float:
-        losses = [0.0]
+        by_kind: dict[Kind, list[float]] = {}
         for name, scale in self.scales.items():
-            array = old.get(name)
-            if array is None:
-                # An element of a sequence, of which there are not as many for each sample.
-                losses.append(float(name in new))
-                continue
-            if name not in new or new[name].shape != array.shape:
-                changed.add(name, 1, 1)
-                losses.append(1.0)
-                continue
-            losses.append(_loss(scale, array, plain(new[name]), name, changed))
-        return max(losses)
+            by_kind.setdefault(scale.kind, []).append(self._of_output(name, old, new, changed))
+        return max(float(np.mean(losses)) for losses in by_kind.values()) if by_kind else 0.0
+
+    def _of_output(self, name: str, old: Outputs, new: Outputs, changed: _Changed) -> float:
+        array = old.get(name)
+        if array is None:
+            # An element of a sequence, of which there are not as many for each sample.
+            return float(name in new)
+        if name not in new or new[name].shape != array.shape:
+            changed.add(name, 1, 1)
+            return 1.0
+        return _loss(self.scales[name], array, plain(new[name]), name, changed)
 
 
 @dataclass

@@ -1,11 +1,13 @@
 """Models built for a search, in workers: what passes make of the base of a trial, judged.
 
-What was built is kept on disk until the search ends, and what was found of it for good.
+What was built is kept on disk until the search ends (`graphopt.kept_models`), and what was found of
+it for good.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,11 +16,13 @@ from typing import Any
 import onnx_ir as ir
 from threadpoolctl import threadpool_limits
 
-from graphopt import loading, saving
+from graphopt import saving
 from graphopt.contract import Effect, Skip
-from graphopt.executors import Workers
+from graphopt.errors import ModelError, SearchStopped
+from graphopt.executors import Workers, result_of
 from graphopt.ledger import Step
-from graphopt.probe_cache import ProbeCache, cache_key
+from graphopt.pipeline import RAISED
+from graphopt.probe_cache import ProbeCache, cache_key, whole_file
 from graphopt.probing import shared_folder
 from graphopt.trial import open_trial, read_setup
 
@@ -32,7 +36,7 @@ class Built:
         passes: in text form.
         steps: the ledger.
         stored_bytes: that it takes on disk.
-        divergence: of its outputs from the original's.
+        divergence: of its outputs from the original's, on the samples on which layers are probed.
         loss: of agreement with the original, in points.
         disagreement: share of answers that differ, or None.
     """
@@ -75,20 +79,34 @@ def build(folder: Path, passes: str, models: Path, workers: Workers, cache: Prob
     if known is not None and path.exists():
         found = _built(path, passes, known)
         return Build(lambda: found, lambda: True)
-    into = str(path) if workers.shares_disk else None
-    future = workers.executor.submit(build_model, workers.share(folder), passes, into)
+    shared = workers.share(folder)
+    future = workers.submit(build_model, shared, passes, str(path), not workers.shares_disk)
     return Build(lambda: _taken(future, path, passes, key, cache), future.done)
 
 
 def _taken(
     future: Future[dict[str, Any]], path: Path, passes: str, key: str, cache: ProbeCache
 ) -> Built:
-    found = dict(future.result())
-    content = found.pop("model", None)
-    if content is not None:
-        saving.save(loading.load(content), path)
-    cache.put(key, found)
-    return _built(path, passes, found)
+    found = result_of(future)
+    _keep(found["files"], path.parent)
+    found = {name: value for name, value in found.items() if name != "files"}
+    built = _built(path, passes, found)
+    if not any((step.reason or "").startswith(RAISED) for step in built.steps):
+        cache.put(key, found)
+    return built
+
+
+def _keep(files: Mapping[str, bytes], folder: Path) -> None:
+    """Write the files of a model that was built elsewhere, the graph last: then all are there."""
+    try:
+        for name, content in files.items():
+            with whole_file(folder / name) as file:
+                file.write(content)
+    except OSError as error:
+        raise SearchStopped(
+            f"a model cannot be kept in {folder} ({error.strerror}); make room there, or give "
+            "another folder with --cache"
+        ) from error
 
 
 def _built(path: Path, passes: str, found: dict[str, Any]) -> Built:
@@ -110,30 +128,41 @@ def _step(content: dict[str, Any]) -> Step:
 # ------------------------------------------------------------------ in the worker
 
 
-def build_model(shared: str | bytes, passes: str, into: str | None) -> dict[str, Any]:
+def build_model(shared: str | bytes, passes: str, into: str, sends: bool) -> dict[str, Any]:
     """Build a model and judge it; the result as plain data.
 
     Args:
         shared: see `graphopt.probing.run_task`.
         passes: in text form.
-        into: path to write the model to; None returns its bytes.
+        into: path to write the model to.
+        sends: that is on another machine: return what would be in its files, by their names.
     """
     with shared_folder(shared) as folder, threadpool_limits(1):
         trial = open_trial(folder)
         model, steps = trial.rewritten(passes, loads=True)
-        scores = trial.scores(model)
-        found = {
+        scores, glanced = trial.scores(model), trial.glanced(model)
+        return {
             "steps": [asdict(step) for step in steps],
             "stored_bytes": trial.stored_bytes(model),
-            "divergence": scores.divergence,
-            "loss": 100.0 - scores.value,
+            "divergence": glanced.divergence,
+            "loss": trial.loss(model),
             "disagreement": scores.disagreement,
+            "files": _saved(model, Path(into), trial.setup.external_data, sends),
         }
-        if into is not None:
-            saving.save(model, into, external_data=trial.setup.external_data)
-            return found
-        return {**found, "model": _bytes_of(model)}
 
 
-def _bytes_of(model: ir.Model) -> bytes:
-    return ir.to_proto(model).SerializeToString()
+def _saved(
+    model: ir.Model, path: Path, external_data: bool | None, sends: bool
+) -> dict[str, bytes]:
+    """Write a model; what is to be sent, the graph last, or nothing."""
+    if not sends:
+        try:
+            saving.save(model, path, external_data=external_data)
+        except ModelError as error:
+            raise SearchStopped(f"a model cannot be kept for the search: {error}") from error
+        return {}
+    with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
+        graph = Path(folder) / path.name
+        saving.save(model, graph, external_data=external_data)
+        files = sorted(Path(folder).iterdir(), key=lambda file: file == graph)
+        return {file.name: file.read_bytes() for file in files}

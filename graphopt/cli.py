@@ -1,7 +1,8 @@
 """The command line: arguments in, calls, exit code out.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 done; 1 a budget, a requirement
-or a strict check failed, or every lossy pass was dropped; 2 the user's input is at fault.
+or a strict check failed, every lossy pass was dropped, or a search stopped (what it found is kept);
+2 the user's input is at fault.
 """
 
 from __future__ import annotations

@@ -41,6 +41,12 @@ class RuntimeUnavailable(GraphoptError):
     """onnxruntime, or the provider that was asked for, is not there."""
 
 
+class SearchStopped(GraphoptError):
+    """A worker was lost, or there is no room for what a search keeps; what was found is kept."""
+
+    exit_code = 1
+
+
 class CheckFailed(GraphoptError):
     """A budget, a requirement or a strict check failed; nothing is wrong with the input."""
 

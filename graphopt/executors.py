@@ -1,6 +1,6 @@
-"""Where probes run: processes of this machine, or a Dask cluster.
+"""Where probes run: processes of this machine, a Dask cluster, or an executor of the caller's.
 
-Both are executors as `concurrent.futures` defines them, so any other one serves too. Every worker
+All are executors as `concurrent.futures` defines them. Every worker
 computes with one thread, so that what it finds does not depend on where it runs.
 """
 
@@ -9,19 +9,24 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
+from asyncio import CancelledError
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from graphopt.errors import GraphoptError, SpecError
+from threadpoolctl import threadpool_limits
+
+from graphopt.errors import GraphoptError, SearchStopped, SpecError
 from graphopt.trial import packed
 
 PROCESSES, DASK = "processes", "dask://"
 
 CONNECT_SECONDS = 20
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -40,22 +45,64 @@ class Workers:
     share: Callable[[Path], Any]
     shares_disk: bool
 
+    def submit(self, work: Callable[..., Result], *args: Any) -> Future[Result]:
+        """Begin with work.
+
+        Raises:
+            SearchStopped: there is no worker left to do it.
+        """
+        try:
+            return self.executor.submit(work, *args)
+        except RuntimeError as error:
+            raise _lost(error) from error
+
+
+def result_of(future: Future[Result]) -> Result:
+    """What came of the work.
+
+    Raises:
+        SearchStopped: its worker was lost, or failed in a way that is not the model's.
+        GraphoptError: what the work itself raised.
+    """
+    try:
+        return future.result()
+    except GraphoptError:
+        raise
+    except (Exception, CancelledError) as error:  # an executor's own: they differ in all of them
+        raise _lost(error) from error
+
+
+def _lost(error: BaseException) -> SearchStopped:
+    return SearchStopped(
+        f"a worker was lost, or failed ({type(error).__name__}: {error}); what was found is kept, "
+        "and the same call goes on from there (called from a script, it has to stand under "
+        "`if __name__ == '__main__':`)"
+    )
+
 
 @contextmanager
-def open_workers(spec: str | None, count: int | None = None) -> Iterator[Workers]:
+def open_workers(spec: str | Executor | None, count: int | None = None) -> Iterator[Workers]:
     """Workers for as long as they are needed.
 
     Args:
-        spec: "processes" (also None), or "dask://HOST:PORT" of a scheduler.
+        spec: "processes" (also None), "dask://HOST:PORT" of a scheduler, or an executor that sees
+            the files of this machine; it stays open.
         count: of processes; by default as many as this process may use cores.
 
     Raises:
-        SpecError: the text is neither.
+        SpecError: the text is neither, or the count is not above 0.
         GraphoptError: Dask is not installed, or there is no cluster.
     """
+    if count is not None and count < 1:
+        raise SpecError(f"jobs is {count}; it must be 1 or more")
+    cores = len(os.sched_getaffinity(0))
     spec = spec or PROCESSES
-    if spec == PROCESSES:
-        yield from _processes(count or len(os.sched_getaffinity(0)))
+    if isinstance(spec, Executor):
+        # Threads share one limit: those that end must not lift it for others.
+        with threadpool_limits(1):
+            yield Workers(spec, count or cores, str, shares_disk=True)
+    elif spec == PROCESSES:
+        yield from _processes(count or cores)
     elif spec.startswith(DASK):
         yield from _cluster(spec.removeprefix(DASK))
     else:
@@ -107,9 +154,11 @@ def _cluster(address: str) -> Iterator[Workers]:
             raise GraphoptError(
                 f"the Dask cluster at {address} has no workers; start `dask worker`"
             )
-        yield Workers(
-            client.get_executor(),
-            count,
-            lambda folder: client.scatter(packed(folder), broadcast=True),
-            shares_disk=False,
-        )
+        sent: dict[Path, Any] = {}
+
+        def share(folder: Path) -> Any:
+            if folder not in sent:
+                sent[folder] = client.scatter(packed(folder), broadcast=True)
+            return sent[folder]
+
+        yield Workers(client.get_executor(), count, share, shares_disk=False)

@@ -3,21 +3,27 @@
 Few items tell little of a metric: of 30, one is three points. So what is known of each is used.
 The regret of an item whose answer changed is what a calibrated original expects this to cost, and
 its mean varies much less than that of labels; by labels, where there are any, the original is
-calibrated. And they have the last word where they say, beyond their standard error, that it is
-worse.
+calibrated. Where few items are, and none of their answers changed, what the divergence lets expect
+counts as so many items more. And labels have the last word where they say, beyond their standard
+error, that it is worse.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import numpy as np
 
 from graphopt.building import Built
 from graphopt.certificate import paired_standard_error
 from graphopt.runtime import Session
 from graphopt.scores import Judge, Scores
+
+DROP_PER_DIVERGENCE = 50.0
+"""Points that classifiers lose for each nat of divergence: 12, 15, 45 and 60 were seen of four."""
+
+EXPECTED_ITEMS = 30
+"""What is expected counts as so many items."""
 
 
 @dataclass(frozen=True)
@@ -45,38 +51,53 @@ class Gauge:
         expects_regret: the metric is of answers, of which the regret of agreement foretells the
             drop.
         provider: "cpu" or "cuda".
+        items: how many losses of agreement are seen on.
     """
 
     original: Scores
     judge: Judge | None
     expects_regret: bool
     provider: str
+    items: int
     evaluations: int = 0
     _seen: list[tuple[float, float]] = field(default_factory=list)
 
-    def __call__(self, built: Built) -> Gauged:
-        """What a candidate has lost."""
+    def __call__(self, built: Built, smooths: bool = True) -> Gauged:
+        """What a candidate has lost.
+
+        Args:
+            built: the candidate.
+            smooths: what others were found to lose counts, too, where only the metric tells.
+        """
         self.evaluations += 1
+        loss = self._loss(built)
         if self.judge is None:
-            return Gauged(built.loss, built.loss, 0.0)
+            return Gauged(loss, built.loss, 0.0)
         scores = self.judge(Session(built.path, provider=self.provider))
         measured = self.original.value - scores.value
         error = _paired_error(self.original, scores)
         if self.expects_regret:
-            return Gauged(max(built.loss, measured - error), measured, error)
+            return Gauged(max(loss, measured - error), measured, error)
         self._seen.append((built.divergence, measured))
+        if not smooths:
+            return Gauged(measured, measured, error)
         smooth = self.per_divergence * built.divergence
-        return Gauged(
-            max(smooth, measured - error if np.isfinite(error) else measured), measured, error
-        )
+        sure = measured - error if math.isfinite(error) else measured
+        return Gauged(max(smooth, sure), measured, error)
+
+    def _loss(self, built: Built) -> float:
+        """Of agreement; not less than what few items cannot show, but let expect."""
+        expected = DROP_PER_DIVERGENCE * built.divergence
+        known, more = self.items * built.loss, EXPECTED_ITEMS * expected
+        shrunk = (known + more) / (self.items + EXPECTED_ITEMS)
+        return max(built.loss, shrunk)
 
     @property
     def per_divergence(self) -> float:
         """Drop for each unit of divergence, by least squares over all candidates; not below 0."""
-        divergences, drops = (np.array(column) for column in zip(*self._seen, strict=True))
-        finite = np.isfinite(divergences)
-        square = float((divergences[finite] ** 2).sum())
-        return max(float((divergences * drops)[finite].sum()) / square, 0.0) if square else 0.0
+        finite = [(d, drop) for d, drop in self._seen if math.isfinite(d) and math.isfinite(drop)]
+        square = math.fsum(d * d for d, _ in finite)
+        return max(math.fsum(d * drop for d, drop in finite) / square, 0.0) if square else 0.0
 
 
 def _paired_error(original: Scores, other: Scores) -> float:

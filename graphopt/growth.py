@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from graphopt.allocation import Choice, smallest_within
 from graphopt.probing import Probe
-from graphopt.treatments import Layer, treatment
+from graphopt.treatments import treatment
 
 FIRST_STEP, STEP = 0.6, 0.4
 """From one divergence to the next that is tried, where only one side of the limit was seen."""
@@ -32,23 +32,21 @@ class Growth:
 
     Attributes:
         trunk_bytes: what the trunk takes on disk.
-        layers: of it, by name.
         probes: of each option of each layer.
         limit: the drop that layers may add.
     """
 
     trunk_bytes: int
-    layers: Mapping[str, Layer]
     probes: Sequence[Probe]
     limit: float
     _blamed: dict[tuple[str, str], float] = field(default_factory=dict)
-    _drops: list[tuple[float, float]] = field(default_factory=list)
+    _seen: list[tuple[Mapping[str, str], float]] = field(default_factory=list)
 
     @property
     def _usable(self) -> dict[str, list[Probe]]:
         found: dict[str, list[Probe]] = {}
         for one in self.probes:
-            if one.reason is None and one.saved_bytes > 0 and math.isfinite(one.divergence):
+            if one.reason is None and _saved(one) > 0 and math.isfinite(one.divergence):
                 found.setdefault(one.layer, []).append(one)
         return found
 
@@ -56,7 +54,7 @@ class Growth:
     def choices(self) -> list[list[Choice]]:
         """For each layer as it is, then each option that saves something: bytes and divergence."""
         return [
-            [Choice(0, 0.0), *(Choice(-one.saved_bytes, self._square(one)) for one in options)]
+            [Choice(0, 0.0), *(Choice(-_saved(one), self._square(one)) for one in options)]
             for options in self._usable.values()
         ]
 
@@ -76,21 +74,13 @@ class Growth:
         saved = sum(of[i].stored_bytes for of, i in zip(self.choices, at, strict=True))
         return self.trunk_bytes + saved
 
-    def bytes_per_element(self, divergence: float) -> float:
-        """Of weights, if layers together may diverge by so much."""
-        at = self.smallest(divergence)
-        saved = self.trunk_bytes - self.stored_bytes(at)
-        of_layers = [self.layers[name] for name in self._usable]
-        now = sum(one.stored_bytes for one in of_layers)
-        return max(now - saved, 0) / max(sum(one.elements for one in of_layers), 1)
-
     def aims(self, room: float) -> tuple[float, ...]:
         """Divergences to build points at: where the limit is expected, then between what was seen.
 
         Args:
             room: the drop that layers may add.
         """
-        if not self._drops:
+        if not self._seen:
             aim = room / self.per_divergence
             return aim, FIRST_STEP * aim
         low, high = self._bracket
@@ -103,8 +93,9 @@ class Growth:
     @property
     def _bracket(self) -> tuple[float, float]:
         """The most divergence that was within the limit, and the least that was not; 0 for none."""
-        within = [at for at, drop in self._drops if drop <= self.limit]
-        high = min((at for at, drop in self._drops if drop > self.limit), default=0.0)
+        seen = self._drops
+        within = [at for at, drop in seen if drop <= self.limit]
+        high = min((at for at, drop in seen if drop > self.limit), default=0.0)
         return max((at for at in within if not high or at < high), default=0.0), high
 
     @property
@@ -124,12 +115,8 @@ class Growth:
             if index
         }
 
-    def passes(self, at: Sequence[int]) -> str:
-        """The passes, in text form, that give it to them."""
-        return self.passes_of(self.options(at))
-
-    def passes_of(self, chosen: dict[str, str]) -> str:
-        """The same of what layers get by name."""
+    def passes_of(self, chosen: Mapping[str, str]) -> str:
+        """The passes, in text form, that give layers what is chosen."""
         texts = []
         for name in dict.fromkeys(one.treatment for one in self.probes):
             of_this = {
@@ -147,28 +134,39 @@ class Growth:
 
         By the probes at first, then by what was built, the nearest to the limit counting most.
         """
-        if self._drops:
-            weights = [(1 / (abs(drop - self.limit) + 0.1 * self.limit)) for _, drop in self._drops]
-            drops = math.fsum(
-                w * max(d, 0.0) for w, (_, d) in zip(weights, self._drops, strict=True)
-            )
-            sums = math.fsum(w * e for w, (e, _) in zip(weights, self._drops, strict=True))
-            return max(drops / max(sums, DIVERGENCE_MINIMUM), DIVERGENCE_MINIMUM)
+        seen = self._drops
+        if seen:
+            weights = [1 / (abs(drop - self.limit) + 0.1 * abs(self.limit)) for _, drop in seen]
+            weighed = list(zip(weights, seen, strict=True))
+            drops = math.fsum(weight * max(drop, 0.0) for weight, (_, drop) in weighed)
+            divergences = math.fsum(weight * expected for weight, (expected, _) in weighed)
+            return max(drops / max(divergences, DIVERGENCE_MINIMUM), DIVERGENCE_MINIMUM)
         measured = [one for one in self.probes if one.loss is not None and one.reason is None]
         losses = math.fsum(max(one.loss or 0.0, 0.0) for one in measured)
         divergences = math.fsum(one.divergence for one in measured)
         return max(losses / max(divergences, DIVERGENCE_MINIMUM), DIVERGENCE_MINIMUM)
 
-    def learn(self, expected: float, drop: float) -> None:
+    def learn(self, chosen: Mapping[str, str], drop: float) -> None:
         """Take in by how much a point was found to be worse than the trunk.
 
         Args:
-            expected: the divergence that it was expected to add.
-            drop: that was found, in points.
+            chosen: what its layers got.
+            drop: that was found.
         """
-        self._drops.append((expected, drop))
+        self._seen.append((chosen, drop))
 
-    def suspects(self, chosen: dict[str, str], count: int) -> list[str]:
+    def expected(self, chosen: Mapping[str, str]) -> float:
+        """The divergence that is expected of what layers get."""
+        return math.fsum(
+            self._square(one) for one in self.probes if chosen.get(one.layer) == _named(one)
+        )
+
+    @property
+    def _drops(self) -> list[tuple[float, float]]:
+        """The divergence that is expected of each point that was seen, and its drop."""
+        return [(self.expected(chosen), drop) for chosen, drop in self._seen]
+
+    def suspects(self, chosen: Mapping[str, str], count: int) -> list[str]:
         """The layers that are expected to diverge most."""
         squares = {
             one.layer: self._square(one)
@@ -182,10 +180,17 @@ class Growth:
         own = [one for one in self.probes if one.layer == layer]
         (seen,) = (one for one in own if _named(one) == option)
         growth = divergence / max(self._square(seen), DIVERGENCE_MINIMUM)
-        if growth <= 1:
+        if not growth > 1:
+            # NaN, too: of two that cannot be compared nothing is seen.
             return
         for one in own:
-            self._blamed[layer, _named(one)] = growth * self._square(one)
+            square = max(self._square(one), DIVERGENCE_MINIMUM)
+            self._blamed[layer, _named(one)] = growth * square
+
+
+def _saved(one: Probe) -> int:
+    """Bytes, where other layers are treated too."""
+    return one.saved_bytes if one.joint_saved_bytes is None else one.joint_saved_bytes
 
 
 def _named(one: Probe) -> str:

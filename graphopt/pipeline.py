@@ -27,6 +27,9 @@ from graphopt.skeleton import infer_shapes, known_shape
 MESSAGE_MAXIMUM = 300
 """Characters of the message of a pass that raised an error."""
 
+RAISED = "it raised"
+"""So begins the reason of a step whose pass is at fault, or what it ran on."""
+
 logger = logging.getLogger("graphopt")
 
 _GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
@@ -244,7 +247,7 @@ class Pipeline:
             reason = str(error)
         except Exception as error:  # a pass may be anyone's code: its faults belong in the ledger
             logger.debug("%s raised", one, exc_info=True)
-            reason = f"it raised {type(error).__name__}: {_first_words(str(error))}"
+            reason = f"{RAISED} {type(error).__name__}: {_first_words(str(error))}"
         made = None if index is None else candidate
         if not self._goes_on_from(made, one, reason) or index is None:
             self._spare = None

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from graphopt.errors import GraphoptError
+from graphopt.errors import SearchStopped
+
+SCHEMA_VERSION = 1
 
 
 def cache_key(*parts: str) -> str:
@@ -31,49 +35,68 @@ class ProbeCache:
     folder: Path
 
     def get(self, key: str) -> Any | None:
-        """The result of that key; None where there is none, or what is there is damaged."""
+        """The result of that key; None where there is none, or what is there is damaged.
+
+        Raises:
+            SearchStopped: the folder cannot be read.
+        """
         try:
-            return json.loads(self._path(key).read_text())
+            content = json.loads(self._path(key).read_text())
         except (FileNotFoundError, ValueError):
             return None
+        except OSError as error:
+            raise self._unusable(error) from error
+        is_whole = isinstance(content, dict) and content.get("schema_version") == SCHEMA_VERSION
+        return content.get("result") if is_whole else None
 
     def put(self, key: str, result: Any) -> None:
         """Keep a result.
 
         Raises:
-            GraphoptError: the folder cannot be written.
+            SearchStopped: the folder is full, or cannot be written.
         """
         path = self._path(key)
+        content = json.dumps({"schema_version": SCHEMA_VERSION, "result": result})
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
-            with os.fdopen(handle, "w") as file:
-                json.dump(result, file)
-            Path(name).replace(path)
+            with whole_file(path) as file:
+                file.write(content.encode())
         except OSError as error:
-            raise self._unwritable(error) from error
+            raise self._unusable(error) from error
 
     def check(self) -> None:
-        """See that the folder can be written, before hours of work are to be kept in it.
+        """See that results can be kept, before any is computed.
 
         Raises:
-            GraphoptError: it cannot.
+            SearchStopped: the folder cannot be written.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.folder):
                 pass
         except OSError as error:
-            raise self._unwritable(error) from error
+            raise self._unusable(error) from error
 
-    def _unwritable(self, error: OSError) -> GraphoptError:
-        return GraphoptError(
-            f"the cache {self.folder} cannot be written ({error.strerror}); "
-            "give another folder with --cache"
+    def _unusable(self, error: OSError) -> SearchStopped:
+        return SearchStopped(
+            f"the cache {self.folder} cannot be used ({error.strerror}); give another folder with "
+            "--cache"
         )
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.json"
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to that appears at its path whole, or not at all."""
+    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+        Path(name).replace(path)
+    finally:
+        Path(name).unlink(missing_ok=True)
 
 
 def default_folder() -> Path:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from typing import Any
 from threadpoolctl import threadpool_limits
 
 from graphopt.errors import GraphoptError
-from graphopt.executors import Workers
+from graphopt.executors import Workers, result_of
+from graphopt.pipeline import RAISED
 from graphopt.probe_cache import ProbeCache, cache_key
 from graphopt.treatments import Estimate, Layer, treatment
 from graphopt.trial import Trial, open_trial, read_setup, unpacked
@@ -44,6 +46,9 @@ class Probe:
         divergence: by how much that of the outputs grows; see `graphopt.scores.Scores`.
         loss: of agreement, in points; None where it was not measured.
         reason: why the layer could not be given the option, or None; then there are no figures.
+        joint_saved_bytes: expected of the file where other layers get such options too: what layers
+            share, like the tables by which codes are read, counts for none. None where the
+            treatment does not say.
     """
 
     treatment: str
@@ -54,6 +59,7 @@ class Probe:
     divergence: float
     loss: float | None
     reason: str | None = None
+    joint_saved_bytes: int | None = None
 
     @property
     def measured(self) -> bool:
@@ -85,6 +91,7 @@ def probe(
     cache: ProbeCache,
     progress: Callable[[str], None],
     every: bool = False,
+    until_s: float = math.inf,
 ) -> list[Probe]:
     """Try treatments on layers of the base of a trial.
 
@@ -95,12 +102,15 @@ def probe(
         cache: of what was tried before.
         progress: called with a few words.
         every: try all options; else those that each treatment says, and estimate the others.
+        until_s: when the time is over, by `time.monotonic`; layers that were not tried by then, the
+            smallest, are left out.
 
     Returns:
         For each layer, in order, each option of each treatment.
 
     Raises:
-        GraphoptError: the original does not run on the samples; or a worker was lost.
+        SearchStopped: a worker was lost, or the cache cannot be written.
+        GraphoptError: the original does not run on the samples.
     """
     setup = read_setup(folder)
     keys = {
@@ -114,39 +124,37 @@ def probe(
         for name, found in layers.items()
         for few in _chunks([one for one in found if (name, one.name) not in known])
     ]
+    # The large ones first: where time is short, they are what matters.
+    tasks.sort(key=lambda task: -sum(one.elements for one in task.layers))
     total = sum(map(len, layers.values()))
     shared = workers.share(folder) if tasks else ""
-    waiting = {workers.executor.submit(run_task, shared, task): task for task in tasks}
+    waiting = {workers.submit(run_task, shared, task): task for task in tasks}
     try:
-        for future in as_completed(waiting):
+        for future in _completed(waiting, until_s):
             task = waiting[future]
-            for one, found in zip(task.layers, _result(future), strict=True):
+            results = result_of(future)
+            for one, found in zip(task.layers, results, strict=True):
                 at = task.treatment, one.name
                 known[at] = found
-                if task.cache is None:
+                if task.cache is None and _is_lasting(found):
                     cache.put(keys[at], found)
             progress(f"probed {len(known)} of {total} layers")
     finally:
         for future in waiting:
             future.cancel()
-    return [Probe(**one) for at in keys for one in known[at]]
+    return [Probe(**one) for at in keys for one in known.get(at, ())]
+
+
+def _completed(waiting: Collection[Future[Any]], until_s: float) -> Iterator[Future[Any]]:
+    """What is done, as it is, until the time is over."""
+    timeout_s = None if math.isinf(until_s) else max(until_s - time.monotonic(), 0.0)
+    with suppress(TimeoutError):
+        yield from as_completed(waiting, timeout_s)
 
 
 def _chunks(layers: Sequence[Layer]) -> Iterator[Sequence[Layer]]:
     for start in range(0, len(layers), LAYERS_OF_TASK):
         yield layers[start : start + LAYERS_OF_TASK]
-
-
-def _result(future: Future[list[list[dict[str, Any]]]]) -> list[list[dict[str, Any]]]:
-    try:
-        return future.result()
-    except GraphoptError:
-        raise
-    except Exception as error:  # an executor's own: workers may be lost in many ways
-        raise GraphoptError(
-            f"a probe failed in its worker ({type(error).__name__}: {error}); what was found is "
-            "kept, and the same command goes on from there"
-        ) from error
 
 
 # ------------------------------------------------------------------ in the worker
@@ -164,11 +172,16 @@ def run_task(shared: str | bytes, task: Task) -> list[list[dict[str, Any]]]:
         for one in task.layers:
             probes = _probes(trial, task, one, estimates.get(one.name, {}))
             content = [asdict(p) for p in probes]
-            if cache is not None:
+            if cache is not None and _is_lasting(content):
                 key = cache_key("probe", trial.setup.key, task.treatment, one.name, str(task.every))
                 cache.put(key, content)
             found.append(content)
         return found
+
+
+def _is_lasting(probes: Sequence[Mapping[str, Any]]) -> bool:
+    """Not the fault of a pass, or of what it ran on: that may be mended, and is tried again."""
+    return not any((one["reason"] or "").startswith(RAISED) for one in probes)
 
 
 @contextmanager
@@ -188,10 +201,17 @@ def _probes(
     method = treatment(task.treatment)
     tried = method.options if task.every or not estimates else method.probed
     measured = {option: _tried(trial, task.treatment, layer, option) for option in tried}
-    return [
+    found = [
         measured[option] if option in measured else _estimated(option, measured, estimates)
         for option in method.options
     ]
+    return [_with_joint_bytes(one, layer, estimates.get(one.option)) for one in found]
+
+
+def _with_joint_bytes(one: Probe, layer: Layer, estimate: Estimate | None) -> Probe:
+    if estimate is None or one.reason is not None:
+        return one
+    return replace(one, joint_saved_bytes=layer.stored_bytes - estimate.stored_bytes)
 
 
 def _tried(trial: Trial, name: str, layer: Layer, option: str) -> Probe:
@@ -203,10 +223,10 @@ def _tried(trial: Trial, name: str, layer: Layer, option: str) -> Probe:
         reason = next((t for t in told if t is not None), "there was nothing to do")
         return Probe(name, layer.name, layer.operator, option, 0, 0.0, None, reason)
     try:
-        scores = trial.scores(model)
+        scores = trial.glanced(model)
     except GraphoptError as error:
         return Probe(name, layer.name, layer.operator, option, 0, 0.0, None, str(error))
-    before = trial.base_scores
+    before = trial.base_glanced
     return Probe(
         name,
         layer.name,

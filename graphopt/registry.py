@@ -34,6 +34,12 @@ def entry_points_by_name(group: str) -> dict[str, EntryPoint]:
     return found
 
 
+def versions(group: str) -> list[str]:
+    """What is installed that registers in a group, as `NAME VERSION`, sorted."""
+    found = {point.dist for point in entry_points(group=group) if point.dist is not None}
+    return sorted({f"{one.name} {one.version}" for one in found})
+
+
 def pass_names() -> list[str]:
     """The names of all registered passes, sorted."""
     return list(entry_points_by_name(PASSES_GROUP))

@@ -27,12 +27,14 @@ class Trunk:
         passes: in text form, after the recipe basic; may be none.
         after: name of a milder trunk; this one is tried only if that keeps within the drop.
         unless: name of a bolder trunk; this one is tried only if that does not.
+        least_samples: to fit by, without which it is not tried: what it does to others, few say.
     """
 
     name: str
     passes: str
     after: str | None = None
     unless: str | None = None
+    least_samples: int = 0
 
 
 @dataclass(frozen=True)

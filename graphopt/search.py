@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import onnx_ir as ir
 from graphopt import loading
 from graphopt.allocation import front
 from graphopt.building import Build, Built, build
-from graphopt.errors import GraphoptError
+from graphopt.errors import GraphoptError, SearchStopped
 from graphopt.executors import Workers
 from graphopt.gauge import Gauge, Gauged
 from graphopt.growth import Growth
@@ -40,8 +40,19 @@ ENOUGH = 0.75
 ROUNDS = 4
 """How often points of the front are built, and the next ones chosen by what was seen."""
 
-TRUNKS_SHARE, ROUNDS_SHARE = 0.4, 0.75
-"""Of the time: after it no further trunk, and no further round, is begun."""
+TRUNKS_SHARE, SECOND_SHARE, PROBES_SHARE, ROUNDS_SHARE = 0.4, 0.45, 0.6, 0.75
+"""Of the time: after it no further trunk is built, no second one gone on with, nothing more is
+probed, and no further round of points is begun."""
+
+BITS, BITS_MAXIMUM, ROOM_MINIMUM = 4.0, 8.0, 1e-3
+"""What numbers of weights take in the end if all of the drop is theirs, and the most; and the share
+of the drop that is left at least."""
+
+NEARLY = 1.3
+"""A trunk that promises so many times the bytes of the best may be the best all the same."""
+
+AS_GOOD = 1.1
+"""A file of so many times the bytes of the smallest is as good."""
 
 SURPRISE = 1.25
 """Layers together that diverge by so many times the sum of each alone have offenders among them."""
@@ -102,7 +113,8 @@ class Search:
         limit: the drop that is allowed, in the unit of the metric.
         parts: of the samples.
         gauge: estimates drops.
-        folder: for what is built.
+        folder: for trials.
+        models: folder in which models are kept until the search ends.
         workers: that build and probe.
         cache: of what was found before.
         latency: of the model in a file, over that of the original.
@@ -122,6 +134,7 @@ class Search:
     parts: Parts
     gauge: Gauge
     folder: Path
+    models: Path
     workers: Workers
     cache: ProbeCache
     latency: Callable[[Path], float]
@@ -134,25 +147,52 @@ class Search:
     probes: list[Probe] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     _trials: dict[tuple[str, bool], Path] = field(default_factory=dict)
+    _grown: set[str] = field(default_factory=set)
 
-    def run(self) -> list[Candidate]:
-        """All candidates within the drop, the best last; none where even the base is not.
+    def run(self) -> None:
+        """Build trunks, and points of the best of them.
 
         Raises:
             GraphoptError: a worker was lost, or a model does not run.
         """
-        trunks = self._trunks()
-        within = [one for one in trunks if one.gauged.drop <= self.limit]
-        if not within:
-            return []
-        self._grow(self._best_trunk(within))
-        fit = [one for one in self.candidates if one.gauged.drop <= self.limit]
-        return sorted(fit, key=self._cost, reverse=True)
+        self._trunks()
+        self.next_best(())
+        # What a trunk promises is a guess: where there is time, the next one is seen, too.
+        rest = [one for one in self._promising() if one.trunk not in self._grown]
+        if rest and not self._is_late(SECOND_SHARE):
+            self._grow(rest[0])
+
+    @property
+    def within(self) -> list[Candidate]:
+        """All candidates within the drop, as far as the search can tell; the best first."""
+        found = sorted((c for c in self.candidates if c.gauged.drop <= self.limit), key=self._cost)
+        if not found or self.scenario.objective == "latency":
+            return found
+        # What is as good, and faster, comes first.
+        least_bytes = found[0].built.stored_bytes
+        as_good = [c for c in found if c.built.stored_bytes <= AS_GOOD * least_bytes]
+        first = min(as_good, key=lambda c: math.inf if c.latency_ratio is None else c.latency_ratio)
+        return [first, *(one for one in found if one is not first)]
+
+    def next_best(self, failed: Collection[str]) -> Candidate | None:
+        """The best candidate, but for those that failed; None where none is left.
+
+        Where all that was built of layers failed, the next trunk is gone on with.
+
+        Args:
+            failed: their passes.
+        """
+        left = [one for one in self.within if one.passes not in failed]
+        trunks = [one for one in left if not one.chosen and one.trunk not in self._grown]
+        if trunks and not any(one.chosen for one in left) and not self._is_late(ROUNDS_SHARE):
+            self._grow(self._best_trunk(trunks))
+            left = [one for one in self.within if one.passes not in failed]
+        return left[0] if left else None
 
     # -------------------------------------------------------------- trunks
 
-    def _trunks(self) -> list[Candidate]:
-        """The trunks that were built; a bolder one only where the milder is within the drop."""
+    def _trunks(self) -> None:
+        """Build trunks; a bolder one only where the milder is within the drop."""
         done: dict[str, Candidate | None] = {}
         running: dict[str, Build] = {}
         folder = self.trial(self.base, "base")
@@ -164,15 +204,19 @@ class Search:
             if self._is_late(TRUNKS_SHARE) and any(done.values()):
                 self.notes.append(f"no time for {', '.join(running)}: more --budget-minutes help")
                 break
-            for name in [name for name, one in running.items() if one.is_done()]:
+            name = next((name for name, one in running.items() if one.is_done()), None)
+            if name is not None:
                 done[name] = self._judged_trunk(name, running.pop(name))
-            time.sleep(0.02)
-        return [done[one.name] for one in self.scenario.trunks if done.get(one.name)]  # type: ignore[misc]
+            else:
+                time.sleep(0.02)
+        self.candidates = [c for one in self.scenario.trunks if (c := done.get(one.name))]
 
     def _ready(self, done: dict[str, Candidate | None], running: dict[str, Build]) -> list[Trunk]:
         found = []
         for one in self.scenario.trunks:
             if one.name in done or one.name in running or self._is_late(TRUNKS_SHARE):
+                continue
+            if len(self.parts.fitted.samples) < one.least_samples:
                 continue
             milder, bolder = (self._is_within(done, name) for name in (one.after, one.unless))
             if (one.after is None or milder) and (one.unless is None or bolder is False):
@@ -190,10 +234,13 @@ class Search:
         (trunk,) = (one for one in self.scenario.trunks if one.name == name)
         try:
             built = running.wait()
+        except SearchStopped:
+            raise
         except GraphoptError as error:
             self.notes.append(f"{name} cannot be built: {error}")
             return None
-        found = Candidate(name, replace(built, passes=""), self.gauge(built), {}, trunk.passes)
+        gauged = self.gauge(built, smooths=False)
+        found = Candidate(name, replace(built, passes=""), gauged, {}, trunk.passes)
         self.progress(f"{name}: {built.stored_bytes:,} bytes, drop {found.gauged.drop:.3g}")
         self.candidates.append(found)
         return found
@@ -201,28 +248,54 @@ class Search:
     def _best_trunk(self, within: Sequence[Candidate]) -> Candidate:
         """The one that promises most: by the clock, or by what its layers would still save."""
         if self.scenario.objective == "latency":
-            timed = [replace(c, latency_ratio=self.latency(c.built.path)) for c in within]
-            for old, new in zip(within, timed, strict=True):
-                self.candidates[self.candidates.index(old)] = new
-            return min(timed, key=lambda c: (c.latency_ratio, c.built.stored_bytes))
+            return self._timed(within)[0]
         if not self.scenario.treatments:
             return min(within, key=lambda c: c.built.stored_bytes)
-        reference, others = within[0], within[1:]
-        growth = self._growth(reference)
-        if not growth.choices or not others:
-            return reference
+        return self._promising(within)[0]
 
-        def promised(candidate: Candidate) -> float:
-            # What layers of the first trunk bear, those of another bear alike.
-            room = (MARGIN * self.limit - candidate.gauged.drop) / growth.per_divergence
-            treated = self._layers(loading.load(candidate.built.path))
-            layers = {one.name: one for found in treated.values() for one in found}
-            now_bytes = sum(one.stored_bytes for one in layers.values())
-            elements = sum(one.elements for one in layers.values())
-            then_bytes = growth.bytes_per_element(max(room, 0.0)) * elements
-            return candidate.built.stored_bytes - max(now_bytes - then_bytes, 0.0)
+    def _promising(self, among: Sequence[Candidate] | None = None) -> list[Candidate]:
+        """Trunks that promise nearly as few bytes as the best, the fastest first.
 
-        return min(within, key=promised)
+        Args:
+            among: these trunks; by default all that are within the drop.
+        """
+        if among is None:
+            among = [one for one in self.within if not one.chosen]
+        if not among or self.scenario.objective == "latency" or not self.scenario.treatments:
+            return []
+        promises = [self._promised_bytes(candidate) for candidate in among]
+        nearly = [
+            candidate
+            for candidate, promise in zip(among, promises, strict=True)
+            if promise <= NEARLY * min(promises)
+        ]
+        return self._timed(nearly) if len(nearly) > 1 else nearly
+
+    def _promised_bytes(self, candidate: Candidate) -> float:
+        """What a trunk may take on disk in the end, as far as can be told before it is probed.
+
+        A bit less for each number makes four times the squared error, and the drop is in proportion
+        to that: so the fewer bits, the more of the drop is left.
+        """
+        room = max(1 - candidate.gauged.drop / self.limit, ROOM_MINIMUM) if self.limit else 1.0
+        bits = min(BITS - math.log2(room) / 2, BITS_MAXIMUM)
+        treated = self._layers(loading.load(candidate.built.path))
+        layers = {one.name: one for found in treated.values() for one in found}
+        now_bytes = sum(one.stored_bytes for one in layers.values())
+        then_bytes = sum(one.elements for one in layers.values()) * bits / 8
+        return candidate.built.stored_bytes - max(now_bytes - then_bytes, 0.0)
+
+    def _timed(self, trunks: Sequence[Candidate]) -> list[Candidate]:
+        """With what the clock says of them, the fastest first."""
+        timed = [
+            one
+            if one.latency_ratio is not None
+            else replace(one, latency_ratio=self.latency(one.built.path))
+            for one in trunks
+        ]
+        for old, new in zip(trunks, timed, strict=True):
+            self.candidates[self.candidates.index(old)] = new
+        return sorted(timed, key=lambda c: (c.latency_ratio, c.built.stored_bytes))
 
     # -------------------------------------------------------------- layers
 
@@ -231,9 +304,24 @@ class Search:
         model = loading.load(trunk.built.path)
         folder = self.trial(model, trunk.trunk)
         layers = self._layers(model)
-        self.probes = probe(folder, layers, self.workers, self.cache, self.progress)
-        sizes = {one.name: one for found in layers.values() for one in found}
-        return Growth(trunk.built.stored_bytes, sizes, self.probes, self.limit - trunk.gauged.drop)
+        self.probes = probe(
+            folder,
+            layers,
+            self.workers,
+            self.cache,
+            self.progress,
+            until_s=self._until_s(),
+        )
+        probed = {(one.treatment, one.layer) for one in self.probes}
+        missing = sum(map(len, layers.values())) - len(probed)
+        if missing:
+            self.notes.append(f"no time for {missing} layers: more --budget-minutes help")
+        return Growth(trunk.built.stored_bytes, self.probes, self.limit - trunk.gauged.drop)
+
+    def _until_s(self) -> float:
+        """When there is no time left for probes; a trunk that stands in for another gets some."""
+        usual_s = self.started_s + PROBES_SHARE * self.seconds
+        return max(usual_s, time.monotonic() + (1 - ROUNDS_SHARE) / 2 * self.seconds)
 
     def _layers(self, model: ir.Model) -> dict[str, list[Layer]]:
         found = {name: treatment(name).layers(model) for name in self.scenario.treatments}
@@ -241,6 +329,7 @@ class Search:
 
     def _grow(self, trunk: Candidate) -> None:
         """Build points of the front of a trunk's layers, nearer and nearer to the limit."""
+        self._grown.add(trunk.trunk)
         if not self.scenario.treatments:
             return
         growth = self._growth(trunk)
@@ -250,10 +339,10 @@ class Search:
             if number and self._is_late(ROUNDS_SHARE):
                 self.notes.append("no time for another round of points: more --budget-minutes help")
                 break
-            room = MARGIN * self.limit - trunk.gauged.drop
+            room = MARGIN * (self.limit - trunk.gauged.drop)
             found = self._built_points(trunk, growth, growth.aims(room))
-            for candidate, expected in found:
-                growth.learn(expected, candidate.gauged.drop - trunk.gauged.drop)
+            for candidate in found:
+                growth.learn(candidate.chosen, candidate.gauged.drop - trunk.gauged.drop)
             self._find_offenders(trunk, growth, found)
             if not found or self._is_near(growth):
                 break
@@ -271,72 +360,63 @@ class Search:
 
     def _built_points(
         self, trunk: Candidate, growth: Growth, aims: Sequence[float]
-    ) -> list[tuple[Candidate, float]]:
-        """Points that were not built before, each with the divergence it was expected to add."""
-        folder, wanted = self.trial_of(trunk), {}
+    ) -> list[Candidate]:
+        """Points of the front that were not built before."""
         known = {c.built.passes for c in self.candidates}
+        wanted = {}
         for aim in aims:
-            at = growth.smallest(aim)
-            passes = growth.passes(at)
+            chosen = growth.options(growth.smallest(aim))
+            passes = growth.passes_of(chosen)
             if passes and passes not in known:
-                wanted[passes] = at
-        running = {
-            passes: build(folder, passes, self.models, self.workers, self.cache)
-            for passes in wanted
-        }
+                wanted[passes] = chosen
         found = []
-        for passes, at in wanted.items():
-            built = running[passes].wait()
-            candidate = Candidate(
-                trunk.trunk,
-                built,
-                self.gauge(built),
-                growth.options(at),
-                trunk.trunk_passes,
-                trunk.latency_ratio,
+        for passes, built in self._built(trunk, list(wanted)).items():
+            gauged = self.gauge(built)
+            self.progress(f"{trunk.trunk}: {built.stored_bytes:,} bytes, drop {gauged.drop:.3g}")
+            found.append(
+                Candidate(
+                    trunk.trunk,
+                    built,
+                    gauged,
+                    wanted[passes],
+                    trunk.trunk_passes,
+                    trunk.latency_ratio,
+                )
             )
-            self.progress(
-                f"{trunk.trunk}: {built.stored_bytes:,} bytes, drop {candidate.gauged.drop:.3g}"
-            )
-            self.candidates.append(candidate)
-            found.append((candidate, growth.divergence(at)))
+        self.candidates += found
         return found
 
-    def _find_offenders(
-        self, trunk: Candidate, growth: Growth, found: Sequence[tuple[Candidate, float]]
-    ) -> None:
+    def _built(self, trunk: Candidate, passes: Sequence[str]) -> dict[str, Built]:
+        """What passes make of a trunk, built side by side; without what cannot be built."""
+        folder, found = self.trial_of(trunk), {}
+        running = {
+            text: build(folder, text, self.models, self.workers, self.cache) for text in passes
+        }
+        for text, one in running.items():
+            try:
+                found[text] = one.wait()
+            except GraphoptError as error:
+                self.notes.append(f"a point of {trunk.trunk} cannot be built: {error}")
+        return found
+
+    def _find_offenders(self, trunk: Candidate, growth: Growth, found: Sequence[Candidate]) -> None:
         """Where layers diverge by more together than alone, see by how much each one does."""
-        for candidate, expected in found:
+        for candidate in found:
             added = candidate.built.divergence - trunk.built.divergence
-            if added <= SURPRISE * expected:
+            if added <= SURPRISE * growth.expected(candidate.chosen):
                 continue
-            suspects = growth.suspects(candidate.chosen, OFFENDERS)
-            running = {}
-            for layer in suspects:
+            rests = {}
+            for layer in growth.suspects(candidate.chosen, OFFENDERS):
                 rest = {k: v for k, v in candidate.chosen.items() if k != layer}
                 if rest:
-                    running[layer] = build(
-                        self.trial_of(trunk),
-                        growth.passes_of(rest),
-                        self.models,
-                        self.workers,
-                        self.cache,
-                    )
-            for layer, one in running.items():
-                without = one.wait()
-                growth.blame(
-                    layer, candidate.chosen[layer], candidate.built.divergence - without.divergence
-                )
+                    rests[growth.passes_of(rest)] = layer
+            for passes, without in self._built(trunk, list(rests)).items():
+                layer = rests[passes]
+                divergence = candidate.built.divergence - without.divergence
+                growth.blame(layer, candidate.chosen[layer], divergence)
             return
 
     # -------------------------------------------------------------- what they share
-
-    @property
-    def models(self) -> Path:
-        """Where models are kept until the search ends."""
-        path = self.folder / "models"
-        path.mkdir(exist_ok=True)
-        return path
 
     def trial(self, model: ir.Model, name: str, refit: bool = False) -> Path:
         """The folder of a trial on a model.

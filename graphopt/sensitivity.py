@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
 
+from graphopt import saving
 from graphopt.errors import SpecError
 from graphopt.executors import open_workers
 from graphopt.loading import ModelLike
@@ -67,7 +69,7 @@ def sensitivity(
     provider: str = "cpu",
     state: State = (),
     cache: str | Path | None = None,
-    executor: str | None = None,
+    executor: str | Executor | None = None,
     jobs: int | None = None,
     progress: Progress = lambda _: None,
 ) -> Sensitivity:
@@ -88,11 +90,12 @@ def sensitivity(
 
     Raises:
         SpecError: there is no such treatment, or no such executor.
-        GraphoptError: the input is at fault, or a worker was lost.
+        SearchStopped: a worker was lost, or there is no room; what was found is kept.
+        GraphoptError: the input is at fault.
     """
-    chosen = _chosen(treatments, provider)
     store = ProbeCache(Path(cache) if cache is not None else default_folder())
     store.check()
+    chosen = _chosen(treatments, provider)
     subject = open_subject(model, provider, True, True, progress)
     feed = subject.feed(samples, random_samples, state)
     fitted, judged = parted(feed)
@@ -113,11 +116,10 @@ def sensitivity(
             subject.source.external_data(),
         )
         probes = probe(Path(folder), layers, workers, store, progress, every)
-        stored_bytes = (Path(folder) / "base.onnx").stat().st_size
     return Sensitivity(
         tuple(probes),
         {name: treatment(name).summary for name in layers},
-        stored_bytes,
+        saving.stored_bytes(base, subject.source.external_data()),
         (len(fitted.samples), len(judged.samples)),
         tuple(subject.notes),
     )

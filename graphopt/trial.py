@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
 
 import onnx_ir as ir
 
-from graphopt import loading, saving
+from graphopt import loading, runtime, saving
 from graphopt.agreement import Agreement
 from graphopt.contract import Context
+from graphopt.errors import SearchStopped
 from graphopt.gate import Gate, interface_of
 from graphopt.ledger import Step, size_of
 from graphopt.memo import Memo
@@ -28,11 +29,14 @@ from graphopt.observe import Observer, content_key
 from graphopt.pipeline import Pipeline
 from graphopt.recipes import plan
 from graphopt.recording import Feed
+from graphopt.registry import PASSES_GROUP, versions
 from graphopt.runtime import Session
 from graphopt.sample_files import write_npz
 from graphopt.samples import Samples, read_samples
 from graphopt.scores import Judge, Scores
 from graphopt.signature import signature
+from graphopt.treatments import TREATMENTS_GROUP
+from graphopt.variations import mirrored
 
 ORIGINAL, BASE, SETUP, FITTED, JUDGED, MEMO = (
     "original.onnx",
@@ -43,6 +47,9 @@ ORIGINAL, BASE, SETUP, FITTED, JUDGED, MEMO = (
     "memo",
 )
 """Names in the folder of a trial."""
+
+GLANCED_MAXIMUM = 32
+"""Samples by which single layers are compared."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +81,20 @@ class Trial:
         setup: what it is made of.
         base: the model to begin with; not modified.
         context: for the passes: the original, and the samples to fit by.
-        judge: gives the agreement of a model with the original on other samples.
+        judge: gives the agreement of a model with the original on other samples, and on images
+            also as they are seen in a mirror.
+        glance: the same on a few of them, for what is tried on many layers.
+        recall: the same on the samples to fit by.
+        items: how many are judged and how many fitted by.
     """
 
     setup: Setup
     base: ir.Model
     context: Context
     judge: Judge
+    glance: Judge
+    recall: Judge
+    items: tuple[int, int]
     _known: dict[str, Scores] = field(default_factory=dict)
 
     def rewritten(self, passes: str, loads: bool = False) -> tuple[ir.Model, tuple[Step, ...]]:
@@ -89,7 +103,7 @@ class Trial:
         They are judged on structure alone: what comes out is what they did, however bad.
 
         Args:
-            passes: in text form.
+            passes: in text form; may be none.
             loads: each step is loaded into onnxruntime, and rolled back where that fails.
         """
         model = self.base.clone()
@@ -101,7 +115,8 @@ class Trial:
             self.context,
             self.base.clone,
         )
-        pipeline.run(plan(None, passes, None))
+        if passes:
+            pipeline.run(plan(None, passes, None))
         return pipeline.model, tuple(pipeline.steps)
 
     def scores(self, model: ir.Model) -> Scores:
@@ -110,14 +125,43 @@ class Trial:
         Raises:
             GraphoptError: onnxruntime does not run it.
         """
-        return self.judge(Session(model, provider=self.setup.provider, threads=1))
+        return self.judge(self._session(model))
+
+    def loss(self, model: ir.Model) -> float:
+        """What a model loses of agreement, in points, as well as all samples can tell.
+
+        On samples that it was fitted by it loses less than on others: by how much less, the
+        divergences on both say, which vary little. So these samples count, too.
+
+        Raises:
+            GraphoptError: onnxruntime does not run it.
+        """
+        session = self._session(model)
+        unseen, glanced, seen = self.judge(session), self.glance(session), self.recall(session)
+        ratio = 1.0
+        if seen.divergence and glanced.divergence and math.isfinite(glanced.divergence):
+            ratio = max(glanced.divergence / seen.divergence, 1.0)
+        losses = 100.0 - unseen.value, ratio * (100.0 - seen.value)
+        judged, fitted = self.items
+        return (judged * losses[0] + fitted * losses[1]) / (judged + fitted)
+
+    def glanced(self, model: ir.Model) -> Scores:
+        """The same, on a few samples.
+
+        Raises:
+            GraphoptError: onnxruntime does not run it.
+        """
+        return self.glance(self._session(model))
 
     @property
-    def base_scores(self) -> Scores:
-        """The agreement of the base."""
+    def base_glanced(self) -> Scores:
+        """That of the base."""
         if "base" not in self._known:
-            self._known["base"] = self.scores(self.base)
+            self._known["base"] = self.glanced(self.base)
         return self._known["base"]
+
+    def _session(self, model: ir.Model) -> Session:
+        return Session(model, provider=self.setup.provider, threads=1)
 
     def stored_bytes(self, model: ir.Model) -> int:
         """What a model takes on disk."""
@@ -150,20 +194,31 @@ def write_trial(
 
     Returns:
         The folder.
+
+    Raises:
+        SearchStopped: it is full, or cannot be written.
     """
     path = given.absolute() if isinstance(given, Path) else None
-    if path is None:
-        saving.save(original, folder / ORIGINAL, external_data=external_data)
-    saving.save(base, folder / BASE, external_data=external_data)
-    for feed, name in ((fitted, FITTED), (judged, JUDGED)):
-        _write_samples(feed, folder / name)
+    try:
+        if path is None:
+            saving.save(original, folder / ORIGINAL, external_data=external_data)
+        saving.save(base, folder / BASE, external_data=external_data)
+        for feed, name in ((fitted, FITTED), (judged, JUDGED)):
+            _write_samples(feed, folder / name)
+    except OSError as error:
+        raise SearchStopped(
+            f"samples cannot be kept in {folder} ({error.strerror}); make room there, or set "
+            "TMPDIR to another folder"
+        ) from error
     parts = (
-        version("graphopt"),
-        version("onnxruntime") if provider == "cpu" else provider,
+        *versions(PASSES_GROUP),
+        *versions(TREATMENTS_GROUP),
+        runtime.version() or "",
+        provider,
         content_key(original),
         content_key(base),
         *(digest for feed in (fitted, judged) for digest in ("|", *feed.samples.digests)),
-        repr((fitted.state, sureness)),
+        repr((fitted.state, sureness, external_data)),
     )
     key = sha256("\0".join(parts).encode()).hexdigest()
     setup = {
@@ -191,8 +246,18 @@ def _write_samples(feed: Feed, folder: Path) -> None:
 
 
 def read_setup(folder: Path) -> Setup:
-    """What a trial in a folder is made of."""
-    content = json.loads((folder / SETUP).read_text())
+    """What a trial in a folder is made of.
+
+    Raises:
+        SearchStopped: the folder is gone.
+    """
+    try:
+        content = json.loads((folder / SETUP).read_text())
+    except OSError as error:
+        raise SearchStopped(
+            f"the folder of a trial, {folder}, cannot be read ({error.strerror}); is something "
+            "clearing the folder for temporary files (TMPDIR)?"
+        ) from error
     content["state"] = tuple((a, b) for a, b in content["state"])
     return Setup(**content)
 
@@ -211,11 +276,16 @@ def open_trial(folder: Path, progress: Callable[[str], None] = lambda _: None) -
 
     def feed(name: str) -> Feed:
         read = read_samples(folder / name, inputs, setup.state)
-        return Feed(_in_order(read), inputs, setup.state)
+        return Feed(read, inputs, setup.state)
 
     fitted, judged = feed(FITTED), feed(JUDGED)
     session = Session(original_path, provider=setup.provider, threads=1)
-    (judge,) = Agreement(setup.sureness).judges(original, session, judged, [judged])
+    few = Feed(judged.samples.first(GLANCED_MAXIMUM), inputs, setup.state)
+    seen = None if setup.state else mirrored(judged.samples)
+    many = judged if seen is None else Feed(seen, inputs, setup.state)
+    parts = [many, few, fitted]
+    judge, glance, recall = Agreement(setup.sureness).judges(original, session, judged, parts)
+    items = len(judged.samples.sequences), len(fitted.samples.sequences)
     context = Context(
         read_original=lambda: original,
         samples=fitted.samples,
@@ -224,12 +294,7 @@ def open_trial(folder: Path, progress: Callable[[str], None] = lambda _: None) -
         observer=Observer(fitted, setup.provider, threads=1),
         memo=Memo(folder / MEMO),
     )
-    return Trial(setup, base, context, judge)
-
-
-def _in_order(samples: Samples) -> Samples:
-    """Without the empty sequence that the folder of sequences itself is."""
-    return samples.select([n for n, sequence in enumerate(samples.sequences) if sequence])
+    return Trial(setup, base, context, judge, glance, recall, items)
 
 
 def packed(folder: Path) -> bytes:

@@ -7,8 +7,13 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
 
 from graphopt import loading
 from graphopt.accuracy import Accuracy
@@ -20,6 +25,7 @@ from graphopt.errors import SampleError, SpecError
 from graphopt.executors import open_workers
 from graphopt.gate import Gate, interface_of
 from graphopt.gauge import Gauge
+from graphopt.kept_models import kept_models
 from graphopt.ledger import Run, Step, size_as_given, size_of, stamp
 from graphopt.loading import ModelLike
 from graphopt.metric import parse_metric
@@ -30,8 +36,11 @@ from graphopt.probing import Probe
 from graphopt.recipes import plan, recipe
 from graphopt.recording import Feed
 from graphopt.requirements import parse_requirements, unmet
+from graphopt.rewriting import replace_tensors, tensor_of
 from graphopt.runtime import Session
 from graphopt.scenarios import Scenario, scenario, scenario_for
+from graphopt.scores import Scores
+from graphopt.scratch import Scratch
 from graphopt.search import Search
 from graphopt.subject import Progress, SamplesLike, State, Subject, open_subject
 from graphopt.verifying import Certificate, Taken, Verifier, range_of_drops
@@ -138,7 +147,7 @@ def tune(
     seed: int = 0,
     state: State = (),
     cache: str | Path | None = None,
-    executor: str | None = None,
+    executor: str | Executor | None = None,
     jobs: int | None = None,
     require: str | None = None,
     details: bool = False,
@@ -178,7 +187,8 @@ def tune(
 
     Raises:
         SpecError: an option does not fit, or there is no such scenario, objective or metric.
-        GraphoptError: the input is at fault, or a worker was lost.
+        SearchStopped: a worker was lost, or there is no room; what was found is kept.
+        GraphoptError: the input is at fault.
     """
     started_s = time.monotonic()
     amount, is_share = _amount(max_drop)
@@ -187,15 +197,17 @@ def tune(
         raise SpecError(f"confidence is {confidence:g}; it must be between 0 and 1, as 0.95")
     if not budget_minutes > 0:
         raise SpecError(f"budget_minutes is {budget_minutes:g}; it must be above 0")
-    named, chosen = _scenario(scenario, objective, provider)
     store = ProbeCache(Path(cache) if cache is not None else default_folder())
     store.check()
+    named, chosen = _scenario(scenario, objective, provider)
     measure = parse_metric(metric, samples if isinstance(samples, str | Path) else None, labels)
     subject = open_subject(model, chosen.provider, True, True, progress)
     if subject.is_random():
         raise SampleError("the model is random: no drop can be measured of it")
     feed = subject.feed(samples, None, state)
     session = Session(subject.given, provider=chosen.provider)
+    if metric is None and isinstance(measure, Accuracy):
+        measure = measure.suited(subject.source.model, session, feed)
     (whole,) = measure.judges(subject.source.model, session, feed, [feed])
     progress("the original")
     original = whole(session)
@@ -203,8 +215,8 @@ def tune(
     low, high = range_of_drops(original)
     least = items_to_prove(limit, 1 - confidence, low, high)
     parts = part(feed, least, seed)
-    searched, verified = measure.judges(
-        subject.source.model, session, feed, [parts.judged, parts.verified]
+    searched, verified, known = measure.judges(
+        subject.source.model, session, feed, [parts.judged, parts.verified, parts.searched]
     )
     base, base_steps = lossless(subject, progress)
     is_agreement = isinstance(measure, Agreement)
@@ -213,32 +225,35 @@ def tune(
         None if is_agreement else searched,
         isinstance(measure, Accuracy),
         chosen.provider,
+        len(parts.searched.samples.sequences),
     )
     with (
         tempfile.TemporaryDirectory(prefix="graphopt-") as folder,
+        kept_models(store.folder, subject.source.sha256()) as models,
         open_workers(executor, jobs) as workers,
     ):
         search = Search(
             subject=subject,
             base=base,
             scenario=chosen,
-            limit=limit,
+            limit=_cautious(limit, len(parts.searched.samples.sequences)),
             parts=parts,
             gauge=gauge,
             folder=Path(folder),
+            models=models,
             workers=workers,
             cache=store,
             latency=lambda path: _latency(subject, path, parts, store),
             seconds=60 * budget_minutes,
             progress=progress,
-            sureness=gauge.original.value / 100 if isinstance(measure, Accuracy) else None,
+            sureness=_sureness(known(session)) if isinstance(measure, Accuracy) else None,
         )
-        fit = search.run()
+        search.run()
         verifier = Verifier(
             search, verified, verified(session), limit, 1 - confidence, least, not parts.shared
         )
         progress("verifying")
-        taken, certificate = verifier.by_proof(fit) if certify else verifier.by_estimate(fit)
+        taken, certificate = verifier.by_proof() if certify else verifier.by_estimate()
         run = _run(search, taken, base_steps, threads, details)
         reasons = _failures(run, certify, certificate, original.unit)
         run = replace(run, failures=(*reasons, *unmet(requirements, run)))
@@ -279,6 +294,11 @@ def _amount(max_drop: float | str) -> tuple[float, bool]:
     return amount, match is not None
 
 
+def _cautious(limit: float, items: int) -> float:
+    """What the search aims at: the fewer items it sees, the more they may differ from others."""
+    return limit * (1 - 1 / math.sqrt(items)) if items > 1 else limit / 2
+
+
 def _scenario(
     name: str | None, objective: str | None, provider: str | None
 ) -> tuple[str, Scenario]:
@@ -291,6 +311,13 @@ def _scenario(
     if provider not in (None, found.provider):
         raise SpecError(f"the scenario {name!r} is for {found.provider}, and not for {provider}")
     return name, found
+
+
+def _sureness(scores: Scores) -> float:
+    """How often the original is right, by Laplace's rule: a few items that are say little."""
+    assert scores.per_item is not None
+    right = float((scores.per_item > 0).sum())
+    return (right + 1) / (len(scores.per_item) + 2)
 
 
 # ------------------------------------------------------------------ what comes out
@@ -307,8 +334,9 @@ def _run(
     subject, judged = search.subject, search.parts.verified
     model, texts, steps = search.base.clone(), [recipe("basic").passes], list(base_steps)
     if taken is not None:
-        # Its file goes with the folder of the search.
-        model = loading.load(taken.built.path.read_bytes())
+        # Its files go when the search ends.
+        model = loading.load(taken.built.path)
+        replace_tensors(model, partial(_taken_over, Scratch()))
         texts.append(taken.candidate.passes)
         steps += [*search.trunk_of(taken.candidate).built.steps, *taken.built.steps]
     external_data = subject.source.external_data()
@@ -355,6 +383,16 @@ def _failures(run: Run, certify: bool, certificate: Certificate, unit: str) -> I
 def drop_text(drop: float, unit: str) -> str:
     """A drop in words: of a metric in per cent, points."""
     return f"{drop:.3g}" if unit != "%" else f"{drop:.3g} point{'' if drop == 1 else 's'}"
+
+
+def _taken_over(scratch: Scratch, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """The same tensor; one in a file that is about to go in another, or in memory."""
+    if not isinstance(tensor, ir.ExternalTensor):
+        return tensor
+    kept = scratch.keep(tensor)
+    if kept is not tensor:
+        return kept
+    return tensor_of(np.array(tensor.numpy()), tensor.name or "", tensor.dtype)
 
 
 def _latency(subject: Subject, path: Path, parts: Parts, cache: ProbeCache) -> float:

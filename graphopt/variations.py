@@ -27,6 +27,11 @@ NEAREST = 0.6
 """The least share of a side that is cut out."""
 
 
+def mirrored(samples: Samples) -> Samples | None:
+    """The samples, then the same mirrored, which are as likely; None as for `varied`."""
+    return _varied(samples, _WAYS[:2])
+
+
 def varied(samples: Samples) -> Samples | None:
     """The samples, then the same mirrored and magnified; None where they are no images, or enough.
 
@@ -36,12 +41,16 @@ def varied(samples: Samples) -> Samples | None:
     Args:
         samples: each standing alone, so that none carries state to the next.
     """
-    ways = min(len(_WAYS), VARIED_MAXIMUM // max(len(samples), 1))
+    return _varied(samples, _WAYS)
+
+
+def _varied(samples: Samples, of_all: Sequence[Way]) -> Samples | None:
+    ways = min(len(of_all), VARIED_MAXIMUM // max(len(samples), 1))
     first = next(iter(samples), {})
     if ways < 2 or not any(_sides(array) for array in first.values()):
         return None
     pairs = list(zip(samples.loaders, samples.digests, strict=True))
-    loaders = [partial(_vary, load, digest, way) for way in _WAYS[:ways] for load, digest in pairs]
+    loaders = [partial(_vary, load, digest, way) for way in of_all[:ways] for load, digest in pairs]
     digests = [f"{digest} {number}" for number in range(ways) for _, digest in pairs]
     alone = tuple((number,) for number in range(len(loaders)))
     return Samples(tuple(loaders), tuple(digests), alone, samples.random, samples.keep)
@@ -50,12 +59,15 @@ def varied(samples: Samples) -> Samples | None:
 Place = tuple[np.ndarray, np.ndarray]
 """Of which rows and which columns of an image another one is made."""
 
+Way = Callable[[int, int, np.random.Generator], Place]
+"""To see an image of a height and a width."""
 
-def _vary(load: Callable[[], Sample], digest: str, way: Callable[..., Place]) -> Sample:
+
+def _vary(load: Callable[[], Sample], digest: str, way: Way) -> Sample:
     return {name: _moved(array, digest, way) for name, array in load().items()}
 
 
-def _moved(array: np.ndarray, digest: str, way: Callable[..., Place]) -> np.ndarray:
+def _moved(array: np.ndarray, digest: str, way: Way) -> np.ndarray:
     axes = _sides(array)
     if axes is None:
         return array
@@ -102,7 +114,7 @@ def _nearer_mirrored(height: int, width: int, generator: np.random.Generator) ->
     return rows, columns[::-1]
 
 
-_WAYS: tuple[Callable[[int, int, np.random.Generator], Place], ...] = (
+_WAYS: tuple[Way, ...] = (
     _as_it_is,
     _mirrored,
     _nearer,

@@ -8,7 +8,7 @@ chance of error of the one before, so that all of them together have no more tha
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,14 +90,10 @@ class Verifier:
     independent: bool
     evaluations: int = 0
 
-    def by_estimate(self, fit: Sequence[Candidate]) -> tuple[Taken | None, Certificate]:
-        """The best candidate, unless these samples show that it is worse than it should be.
-
-        Args:
-            fit: candidates within the drop, as far as the search can tell; the best last.
-        """
-        delta = self.delta
-        for candidate in reversed(fit):
+    def by_estimate(self) -> tuple[Taken | None, Certificate]:
+        """The best candidate, unless these samples show that it is worse than it should be."""
+        delta, failed = self.delta, set[str]()
+        while (candidate := self.search.next_best(failed)) is not None:
             delta /= 2
             taken = Taken(candidate, self.search.refitted(candidate))
             scores = self._scores(taken.built.path)
@@ -105,15 +101,16 @@ class Verifier:
             sure = found.drop - found.error if math.isfinite(found.error) else found.drop
             if sure <= self.limit:
                 return taken, found
+            failed.add(candidate.passes)
         return None, self._certificate(self.original, delta)
 
-    def by_proof(self, fit: Sequence[Candidate]) -> tuple[Taken | None, Certificate]:
-        """The boldest candidate that is proven to be within the drop, with all that are milder.
+    def by_proof(self) -> tuple[Taken | None, Certificate]:
+        """The best candidate that is proven to be within the drop, with all that are milder.
 
-        Args:
-            fit: candidates; they are looked at from the mildest to the boldest, as the search has
-                them, until one fails (Learn then Test, arXiv 2110.01052).
+        They are looked at from the mildest to the boldest, as the search has them, until one fails
+        (Learn then Test, arXiv 2110.01052).
         """
+        fit = self.search.within
         order = sorted(fit, key=lambda one: one.gauged.drop)
         seen: list[Scores] = []
 
@@ -128,7 +125,7 @@ class Verifier:
             count = certified_prefix(values(), self.limit, self.delta, low, high)  # type: ignore[arg-type]
         if not count:
             return None, self._certificate(self.original, self.delta)
-        best = max(range(count), key=lambda at: fit.index(order[at]))
+        best = min(range(count), key=lambda at: fit.index(order[at]))
         return Taken(order[best], order[best].built), self._certificate(seen[best], self.delta)
 
     def _scores(self, path: Path) -> Scores:

@@ -279,7 +279,7 @@ def test_another_shape_loses_everything() -> None:
 # ------------------------------------------------------------------ outputs, parts, state
 
 
-def test_a_sample_loses_what_its_worst_output_does() -> None:
+def test_a_sample_loses_the_mean_over_outputs_of_a_kind() -> None:
     original = "g (float[1, 2] x) => (float[1, 2] y, float[1, 2] z) {y = Identity(x) z = Neg(x)}"
     other = """g (float[1, 2] x) => (float[1, 2] y, float[1, 2] z)
     <float[1, 2] a = {1, 0}, float[1, 2] b = {0, 0}> {
@@ -290,10 +290,21 @@ def test_a_sample_loses_what_its_worst_output_does() -> None:
     samples = [{"x": [[0, 0.9]]}, {"x": [[0.9, 0]]}]
     lost = 2 / (1 + math.exp(-0.9)) - 1
 
-    # y changes its answer in the first sample, z in the second: each has a mean loss of half of it.
-    assert _compare(original, other, samples)[0] == pytest.approx([lost, 0], rel=1e-5)
+    # y changes its answer in the first sample, z in the second.
+    assert _compare(original, other, samples)[0] == pytest.approx([lost / 2, 0], rel=1e-5)
     worse = other.replace("{0, 0}", "{1, 0}")
-    assert _compare(original, worse, samples)[0] == pytest.approx([lost, lost], rel=1e-5)
+    assert _compare(original, worse, samples)[0] == pytest.approx([lost / 2, lost / 2], rel=1e-5)
+
+
+def test_of_two_kinds_a_sample_loses_what_the_worse_does() -> None:
+    same = """g (float[1, 2] x) => (float[1, 2] y, float[1, 1, 2, 2] z)
+    <int64[4] s = {1, 1, 2, 2}, float[1, 4] k = {1, 2, 3, 4}> {
+        y = Identity(x)
+        z = Reshape(k, s)
+    }"""
+    worse = same.replace("float[1, 4] k = {1, 2, 3, 4}", "float[1, 4] k = {4, 3, 2, 1}")
+
+    assert _compare(same, worse, [{"x": [[0, 1]]}])[0] == [1]
 
 
 def test_what_is_learnt_of_the_first_part_measures_all() -> None:

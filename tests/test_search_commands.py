@@ -16,6 +16,7 @@ import onnx
 import pytest
 
 from graphopt import cli, demo
+from graphopt.recipes import plan
 from graphopt.testing import parse
 
 ort = pytest.importorskip("onnxruntime")
@@ -172,7 +173,8 @@ def test_tune_tells_everything_as_json(tuned: Tuned) -> None:
     assert told["certificate"]["certified"] is False
     assert told["certificate"]["limit"] == 5
     (chosen,) = [point for point in told["points"] if point["chosen"]]
-    assert chosen["built"] and told["passes"].endswith(chosen["passes"])
+    assert chosen["built"]
+    assert told["passes"].endswith(str(plan(None, chosen["passes"], None)))
     layers = {probe["layer"] for probe in told["probes"]}
     assert chosen["options"].keys() <= layers
     given = {(p["layer"], f"{p['treatment']} {p['option']}") for p in told["probes"]}
@@ -345,7 +347,6 @@ def _proto(model: Any) -> onnx.ModelProto:
         (["--state", "x"], "--state 'x' is not of the form OUTPUT=INPUT"),
         (["--executor", "threads"], "'threads' is no executor; write processes, or dask://"),
         (["--json", "o.onnx"], "o.onnx is asked for twice"),
-        (["--cache", __file__], "cannot be written (File exists); give another folder with"),
     ],
 )
 def test_tune_says_what_is_wrong_and_writes_nothing(
@@ -364,6 +365,15 @@ def test_tune_says_what_is_wrong_and_writes_nothing(
     assert why in done.err
     assert done.err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_used_is_told_before_any_work(
+    digits: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = _run(_tune(digits, "--cache", __file__), monkeypatch, capsys)
+
+    assert (done.code, done.out) == (1, "")
+    assert "cannot be used (File exists); give another folder with --cache" in done.err
 
 
 def test_accuracy_without_labels_is_refused_and_agreement_offered(

@@ -104,7 +104,7 @@ def estimates_of_pruned(problem: Problem, forms: Sequence[Form]) -> list[float]:
     """
     moments = moments_of(problem)
     sparse = [form for form in forms if isinstance(form, Pruned)]
-    probe = next(form for form in sparse if form.sparsity == PROBED)
+    probe = Pruned(PROBED, sparse[0].criterion)
     weight, scale = problem.weight, 1.0
     worth = np.abs(weight) if moments is None else worth_of(weight, moments, probe.criterion)
     squares = np.sort(np.square(worth, dtype=np.float64), axis=None)
