@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import onnx_ir as ir
 import pytest
-from tuned import DIGITS, IMAGES, Counting, at_once, classifier, trial_in, vectors
+from tuned import DIGITS, Counting, at_once, classifier, images, trial_in, vectors
 
 from graphopt.errors import SearchStopped
 from graphopt.executors import Workers
@@ -69,9 +69,8 @@ def many_layers() -> ir.Model:
     """Products one after the other: more than two tasks of them."""
     count = 2 * LAYERS_OF_TASK + 1
     rng = np.random.default_rng(0)
-    weights = {
-        f"w{i}": (rng.standard_normal((24, 24)) / 4).astype(np.float32) for i in range(count)
-    }
+    array = (rng.standard_normal((count, 24, 24)) / 4).astype(np.float32)
+    weights = {f"w{i}": array[i] for i in range(count)}
     inputs = ", ".join(f"float[24, 24] {name}" for name in weights)
     nodes = "".join(f"h{i + 1} = MatMul(h{i}, w{i})\n" for i in range(count - 1))
     return parse(
@@ -86,7 +85,7 @@ def test_what_was_found_before_a_worker_was_lost_is_not_tried_again(tmp_path: Pa
     folder = trial_in(tmp_path / "trial", many_layers(), samples=inputs)
     whole = tried(folder, at_once(), tmp_path / "other")
 
-    with pytest.raises(SearchStopped, match="the worker is gone.*what was found is kept"):
+    with pytest.raises(SearchStopped, match=r"the worker is gone.*what was found is kept"):
         tried(folder, at_once(Counting(stop_after=1)), tmp_path / "cache")
     before = times(tmp_path / "cache")
     executor = Counting()
@@ -141,9 +140,9 @@ def test_no_layers_and_a_layer_that_is_not_there(tmp_path: Path) -> None:
     layers = {"bits": [Layer("w4", "MatMul", 10, 40)]}
     found = probe(folder, layers, at_once(), cache, lambda _: None)
 
-    assert {p.reason for p in found} == {
-        "there is no such weight to change here; did you mean 'w1'?"
-    }
+    for one in found:
+        assert one.reason is not None
+        assert one.reason.startswith("there is no such weight to change here; there is w1")
     assert not any(p.measured for p in found)
 
 
@@ -177,7 +176,7 @@ FACTOR = 6.0
 def of_digits(name: str) -> tuple[list[Probe], list[Probe]]:
     """Two layers of the digits classifier: estimated, and all tried."""
     with TemporaryDirectory() as name_of_folder:
-        folder = trial_in(Path(name_of_folder) / "trial", DIGITS, samples=IMAGES)
+        folder = trial_in(Path(name_of_folder) / "trial", DIGITS, samples=images(80))
         layers = {name: treatment(name).layers(open_trial(folder).base)[1:3]}
         cache = ProbeCache(Path(name_of_folder) / "cache")
         estimated, tried = (
@@ -212,7 +211,7 @@ def test_options_are_ordered_from_the_mildest(name: str) -> None:
 
 def test_bytes_of_layers_together_are_nearer_than_the_sum_of_each_alone(tmp_path: Path) -> None:
     """Tables by which codes are read are shared: there once, they count for no layer."""
-    trial = open_trial(trial_in(tmp_path / "trial", DIGITS, samples=IMAGES))
+    trial = open_trial(trial_in(tmp_path / "trial", DIGITS, samples=images(80)))
     probes = [p for p in of_digits("clusters")[1] if p.option == "6"]
     layers = [p.layer for p in probes]
 
