@@ -70,7 +70,8 @@ class Gauge:
         if self.expects_regret:
             return Gauged(max(built.loss, measured - error), measured, error)
         self._seen.append((built.divergence, measured))
-        smooth = self.per_divergence * built.divergence
+        # Outputs that are not finite say nothing but by the metric.
+        smooth = self.per_divergence * built.divergence if np.isfinite(built.divergence) else 0.0
         return Gauged(
             max(smooth, measured - error if np.isfinite(error) else measured), measured, error
         )

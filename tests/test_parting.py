@@ -30,7 +30,7 @@ def three(parts: Parts) -> list[list[str]]:
     return [contents(one) for one in (parts.fitted, parts.judged, parts.verified)]
 
 
-@pytest.mark.parametrize("count", [12, 13, 40, 300, 700])
+@pytest.mark.parametrize("count", [12, 13, 40, 300])
 @pytest.mark.parametrize("least", [None, 5, 10_000])
 def test_no_sample_is_in_two_parts_and_none_is_lost(count: int, least: int | None) -> None:
     whole = feed(vectors(count))
@@ -40,10 +40,9 @@ def test_no_sample_is_in_two_parts_and_none_is_lost(count: int, least: int | Non
     assert not parts.shared
     for first, second in combinations(three(parts), 2):
         assert not set(first) & set(second)
-    assert sorted(sum(three(parts), [])) == sorted(contents(whole))
-    assert sorted(contents(parts.searched)) == sorted(
-        contents(parts.fitted) + contents(parts.judged)
-    )
+    fitted, judged, verified = three(parts)
+    assert sorted(fitted + judged + verified) == sorted(contents(whole))
+    assert sorted(contents(parts.searched)) == sorted(fitted + judged)
     assert min(map(len, three(parts))) > 0
 
 
@@ -66,8 +65,9 @@ def test_equal_samples_never_come_into_two_parts() -> None:
 
     parts = part(feed([*given, *given, *given[:7]]), None)
 
-    found = three(parts)
-    assert len(sum(found, [])) == len(set(sum(found, []))) == 30
+    fitted, judged, verified = three(parts)
+    found = fitted + judged + verified
+    assert len(found) == len(set(found)) == 30
 
 
 @pytest.mark.parametrize("count", [1, 2, SHARED_BELOW - 1])
