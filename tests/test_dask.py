@@ -97,16 +97,16 @@ def test_a_worker_that_is_killed_is_made_good_for(tmp_path: Path, cluster: Any) 
     assert found(tuning) == found(expected)
 
 
-def test_a_cluster_without_workers_is_told() -> None:
+def test_a_cluster_without_workers_is_told(tmp_path: Path) -> None:
     with (
         distributed.LocalCluster(
             n_workers=0, processes=True, dashboard_address=None, host="127.0.0.1"
         ) as empty,
         pytest.raises(GraphoptError, match="has no workers; start `dask worker`"),
     ):
-        search(classifier(), Path("unused"), address(empty))
+        search(classifier(), tmp_path, address(empty))
 
 
-def test_where_nobody_listens_it_says_so() -> None:
+def test_where_nobody_listens_it_says_so(tmp_path: Path) -> None:
     with pytest.raises(GraphoptError, match=r"there is no Dask scheduler at 127\.0\.0\.1:1 "):
-        search(classifier(), Path("unused"), "dask://127.0.0.1:1")
+        search(classifier(), tmp_path, "dask://127.0.0.1:1")
