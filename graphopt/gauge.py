@@ -81,12 +81,15 @@ class Gauge:
         self._seen.append((built.divergence, measured))
         if not smooths:
             return Gauged(measured, measured, error)
-        smooth = self.per_divergence * built.divergence
+        # Outputs that are not finite say nothing but by the metric.
+        smooth = self.per_divergence * built.divergence if math.isfinite(built.divergence) else 0.0
         sure = measured - error if math.isfinite(error) else measured
         return Gauged(max(smooth, sure), measured, error)
 
     def _loss(self, built: Built) -> float:
         """Of agreement; not less than what few items cannot show, but let expect."""
+        if not math.isfinite(built.divergence):
+            return built.loss
         expected = DROP_PER_DIVERGENCE * built.divergence
         known, more = self.items * built.loss, EXPECTED_ITEMS * expected
         shrunk = (known + more) / (self.items + EXPECTED_ITEMS)

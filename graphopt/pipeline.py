@@ -63,6 +63,7 @@ class Pipeline:
         clock: latency of the second model over that of the first; None measures nothing.
         witness: told of each candidate, None where the pass raised, and why it was rejected, if it
             was; whether the run goes on from it. None leaves that to the gate.
+        narrows: what is rejected is tried in milder forms.
         steps: the ledger.
     """
 
@@ -75,6 +76,7 @@ class Pipeline:
     strict: bool = False
     clock: Callable[[ir.Model, ir.Model], float] | None = None
     witness: Callable[[Pass, ir.Model | None, str | None], bool] | None = None
+    narrows: bool = True
     steps: list[Step] = field(default_factory=list)
     _unread: set[str] = field(default_factory=set)
     _index: NodeIndex = field(init=False)
@@ -148,7 +150,7 @@ class Pipeline:
         before, self._latency_ratio = self.size, None
         change, verdict, reason = attempt(one)
         tried = list[str]()
-        while verdict == "rolled back" and (narrower := one.narrow()) is not None:
+        while verdict == "rolled back" and (narrower := self._narrower(one)) is not None:
             narrowed = attempt(narrower)
             if narrowed[1] == "unchanged":
                 # So narrow that nothing is left to do: what is to be told is why more was not done.
@@ -176,6 +178,9 @@ class Pipeline:
             latency_ratio=self._latency_ratio,
             notes=(*tried, *change.notes),
         )
+
+    def _narrower(self, one: Pass) -> Pass | None:
+        return one.narrow() if self.narrows else None
 
     def _apply(self, one: Pass) -> Outcome:
         """Apply the pass to the model itself."""

@@ -100,7 +100,8 @@ class Trial:
     def rewritten(self, passes: str, loads: bool = False) -> tuple[ir.Model, tuple[Step, ...]]:
         """What passes make of the base, and the ledger.
 
-        They are judged on structure alone: what comes out is what they did, however bad.
+        They are judged on structure alone: what comes out is what they did, however bad, and never
+        what milder ones would have done.
 
         Args:
             passes: in text form; may be none.
@@ -114,6 +115,7 @@ class Trial:
             Gate(interface_of(model), model, None, loads, provider=self.setup.provider),
             self.context,
             self.base.clone,
+            narrows=False,
         )
         if passes:
             pipeline.run(plan(None, passes, None))

@@ -357,3 +357,65 @@ def test_drops_are_losses() -> None:
 
     assert (found.lower, found.upper) == (0, 100)
     assert found.values == pytest.approx([80, 0], rel=1e-6)
+
+
+# ------------------------------------------------------------------ divergence, sureness, samples
+
+
+def _known_sureness(sureness: float | None, rows: np.ndarray) -> float:
+    """The mean of the largest probability that the original is taken to give."""
+    model = parse("g (float[N, 4] x) => (float[N, 4] y) {y = Identity(x)}")
+    (scale,) = learn_scales(model, iter([{"y": rows}]), sureness=sureness).values()
+    assert scale.kind == "classes"
+    return float(graphopt.agreement.probabilities(scale.rows(rows), scale.sharpness).max(-1).mean())
+
+
+@pytest.mark.parametrize("sureness", [0.5, 0.8, 0.97])
+def test_where_it_is_known_how_often_it_is_right_it_is_as_sure(sureness: float) -> None:
+    logits = np.random.default_rng(0).standard_normal((200, 4)).astype(np.float32)
+    chances = np.exp(5 * logits) / np.exp(5 * logits).sum(-1, keepdims=True)
+
+    assert _known_sureness(sureness, logits) == pytest.approx(sureness, abs=1e-3)
+    # Probabilities get a temperature, too, by their logarithms.
+    assert _known_sureness(sureness, chances.astype(np.float32)) == pytest.approx(
+        sureness, abs=1e-3
+    )
+
+
+def test_where_it_is_not_known_probabilities_stay() -> None:
+    chances = np.array([[0.7, 0.1, 0.1, 0.1], [0.9, 0.1, 0.0, 0.0]], np.float32)
+
+    assert _known_sureness(None, chances) == pytest.approx(0.8)
+
+
+def test_a_change_that_leaves_answers_costs_nothing_and_diverges() -> None:
+    other = "g (float[N, 2] x) => (float[N, 2] y) <float c = {0.9}> {y = Mul(x, c)}"
+
+    losses, scores = _compare(IDENTITY, other, [{"x": [[1, 2]]}, {"x": [[3, 0]]}])
+
+    assert losses == [0, 0]
+    assert scores.divergence is not None and 0 < scores.divergence < 0.01
+    _, same = _compare(IDENTITY, IDENTITY, [{"x": [[1, 2]]}])
+    assert same.divergence == 0
+
+
+def test_of_a_sequence_of_rows_the_probabilities_count() -> None:
+    """A language model's: half of the relative entropy, though no answer is another one."""
+    text = "g (float[1, 3, 4] x) => (float[1, 3, 4] y) {y = Identity(x)}"
+    other = "g (float[1, 3, 4] x) => (float[1, 3, 4] y) <float c = {0.5}> {y = Mul(x, c)}"
+    rows = [[[3, 1, 0, 0], [0, 2, 0, 1], [0, 1, 4, 0]]]
+
+    losses, scores = _compare(text, other, [{"x": rows}])
+
+    assert scores.disagreement == 0
+    assert scores.divergence is not None and scores.divergence > 0.01
+    assert losses == pytest.approx([scores.divergence / 2])
+
+
+def test_outputs_that_are_no_numbers_any_more_are_infinitely_far() -> None:
+    other = "g (float[N, 2] x) => (float[N, 2] y) <float c = {-1.0}> {h = Mul(x, c) y = Log(h)}"
+
+    losses, scores = _compare(IDENTITY, other, [{"x": [[1, 2]]}])
+
+    assert losses == [1]
+    assert scores.divergence == math.inf

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
-from itertools import product
+import math
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
 
-from graphopt.allocation import Choice, closest_within, smallest_within
+from graphopt.allocation import Choice, closest_within, front, smallest_within
 
 
 def random_choices(seed: int) -> list[list[Choice]]:
@@ -64,6 +65,42 @@ def test_of_the_bytes_nothing_is_left_that_one_weight_could_use(seed: int) -> No
         assert taken > limit or better >= square
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_the_front_is_the_lower_hull_of_all_that_can_be_had(seed: int) -> None:
+    choices = random_choices(seed)
+    every = [totals(choices, chosen) for chosen in product(range(5), repeat=6)]
+
+    points = [totals(choices, chosen) for chosen in front(choices)]
+
+    sizes, squares = zip(*points, strict=True)
+    assert list(sizes) == sorted(sizes, reverse=True)
+    assert list(squares) == sorted(squares)
+    assert squares[0] == min(square for _, square in every)
+    assert sizes[-1] == min(size for size, _ in every)
+    for size, square in points[1:-1]:
+        # Nothing is better in both, and for some price it is the best of all.
+        assert not any(s <= size and q <= square and (s, q) != (size, square) for s, q in every)
+    for (larger, less), (smaller, more) in pairwise(points):
+        price = (larger - smaller) / (more - less)
+        cost = larger + price * less
+        # A corner between two of them may be missed by the prices that are tried, of which each is
+        # 1.4 times the next.
+        assert min(s + price * q for s, q in every) >= 0.8 * cost
+
+
+def test_a_form_that_another_is_better_than_in_both_is_never_taken() -> None:
+    choices = [[Choice(100, 0.0), Choice(60, 5.0), Choice(50, 1.0), Choice(10, 9.0)]]
+
+    assert front(choices) == [[0], [2], [3]]
+
+
+def test_infinite_errors_are_never_taken() -> None:
+    choices = [[Choice(0, 0.0), Choice(-50, math.inf), Choice(-20, 0.5)]]
+
+    assert front(choices) == [[0], [2]]
+    assert smallest_within(choices, 1e9) == [2]
+
+
 def test_no_error_at_all_leaves_all_as_it_is() -> None:
     assert smallest_within(random_choices(0), 0.0) == [0] * 6
 
@@ -74,4 +111,5 @@ def test_fewer_bytes_than_there_can_be_give_the_smallest() -> None:
 
 def test_no_weights() -> None:
     assert smallest_within([], 1.0) == []
+    assert front([]) == [[]]
     assert closest_within([], 1.0) == []

@@ -14,8 +14,14 @@ from generated import generate, runs_as_written
 import graphopt
 from graphopt import Change, CheckFailed, Context, Effect, Pass
 from graphopt.errors import SpecError
-from graphopt.gate import computed_in_half
+from graphopt.gate import Gate, computed_in_half, interface_of
+from graphopt.ledger import size_of
+from graphopt.pipeline import Pipeline
+from graphopt.recipes import plan
+from graphopt.recording import Feed
 from graphopt.runtime import Session
+from graphopt.samples import read_samples
+from graphopt.signature import signature
 from graphopt.testing import parse
 from graphopt_passes.simplify.drop_unused import DropUnused
 
@@ -378,6 +384,21 @@ def test_a_lossy_pass_over_budget_narrows_itself_first() -> None:
 
     assert run.steps[0].kept
     assert run.steps[0].spec == "scale-weights{by=0.01}"
+
+
+def test_where_milder_forms_are_not_wanted_none_is_tried() -> None:
+    given = model()
+    inputs = signature(given)
+    feed = Feed(read_samples([{"x": np.ones((2, 3), np.float32)}], inputs), inputs)
+    gate = Gate(interface_of(given), given.clone(), feed)
+    context = Context(lambda: given)
+    size = size_of(given, None)
+    pipeline = Pipeline(given, size, None, gate, context, model, narrows=False)
+
+    pipeline.run(plan(None, [ScaleWeights()], None))
+
+    (step,) = pipeline.steps
+    assert (step.spec, step.verdict) == ("scale-weights", "rolled back")
 
 
 def test_an_exact_pass_may_not_round() -> None:

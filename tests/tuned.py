@@ -61,6 +61,12 @@ def vectors(count: int, seed: int = 0) -> Iterator[dict[str, np.ndarray]]:
         yield {"x": rng.standard_normal((1, 16)).astype(np.float32)}
 
 
+def images(count: int) -> list[dict[str, np.ndarray]]:
+    """The first of the images of digits."""
+    with np.load(IMAGES) as found:
+        return [{"image": image} for image in found["image"][:count]]
+
+
 def written(path: Path, model: ir.Model | None = None, external_data: bool = False) -> Path:
     """A model in a file."""
     saving.save(model or classifier(), path, external_data=external_data)

@@ -154,7 +154,7 @@ class DynamicIntegers(Treatment):
 
     def passes(self, chosen: Mapping[str, str]) -> str:
         """One quantize-dynamic, whatever it costs."""
-        return str(QuantizeDynamic(minimum_gain=0, layer_error=1, only=tuple(chosen)))
+        return str(QuantizeDynamic(minimum_gain=0.0, layer_error=1.0, only=tuple(chosen)))
 
 
 class Zeros(Treatment):

@@ -214,8 +214,11 @@ def best_of(found: dict[str, Outcome], peers: Sequence[str]) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return "\n".join(map(line, (head, ["---"] * len(head), *rows)))
+
+
+def line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def compare(arguments: argparse.Namespace, peers: Sequence[str]) -> None:

@@ -97,8 +97,9 @@ class PruneImportance(Pass):
                 self.criterion,
                 pattern_of(self.pattern),
                 change,
-                self.min_elements,
+                1 if self.each else self.min_elements,
                 numbers=TYPES[self.numbers],
+                only=self._each if self.each else None,
             )
             if self.each:
                 self._prune_each(pruning)
@@ -109,9 +110,8 @@ class PruneImportance(Pass):
 
     def _prune_each(self, pruning: Pruning) -> None:
         """Prune the weights that are named, each as it is said."""
-        each, names = self._each, [target.name for target in pruning.targets]
-        skip_others(each, names, pruning.change)
-        pruning.targets = [t for t in pruning.targets if t.name in each]
+        each = self._each
+        skip_others(each, [target.name for target in pruning.targets], pruning.change)
         if len(pruning.targets) == 1:
             # Nothing is made good for by later layers, which the tuning is about.
             pruning.gains = "none"

@@ -9,7 +9,7 @@ are looked at mirrored and magnified, too, where they are few (`graphopt/variati
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -85,6 +85,7 @@ class Pruning:
         gains: which layers vary as they did: "none", those that make good for no other one
             ("alone"), or "all"; None for what serves the outputs best.
         ridge: so many times the usual share is added to the diagonal of moments; likewise.
+        only: names of the weights that are pruned; None for all.
     """
 
     model: ir.Model
@@ -98,11 +99,13 @@ class Pruning:
     numbers: ir.DataType = ir.DataType.FLOAT
     gains: Gains | None = None
     ridge: float = 1.0
+    only: Collection[str] | None = None
 
     @cached_property
     def targets(self) -> list[Target]:
         """What is pruned, in the order in which it runs."""
-        return prunable_weights(self.model, self.min_elements, self.pattern, self.change)
+        found = prunable_weights(self.model, self.min_elements, self.pattern, self.change)
+        return found if self.only is None else [t for t in found if t.name in self.only]
 
     def apply(self, sparsity: float, error: float, layers: str) -> None:
         """Prune all weights, to a share of zeros or, where an error is given, within it.

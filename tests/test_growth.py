@@ -1,0 +1,171 @@
+"""What layers can have together, foretold by what each was seen to do alone."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from graphopt.allocation import front
+from graphopt.growth import Growth
+from graphopt.probing import Probe
+from graphopt.treatments import Layer
+
+OPTIONS = {"256": (0.25, 1e-6), "16": (0.125, 1e-3), "6": (0.08, 1e-2)}
+"""The share of bytes and the divergence of each option, but for a factor of the layer."""
+
+
+def grown(seed: int = 0, limit: float = 1.0) -> Growth:
+    rng = np.random.default_rng(seed)
+    layers, probes = {}, []
+    for number in range(5):
+        name = f"w{number}"
+        size = int(rng.integers(1000, 100_000))
+        layers[name] = Layer(name, "Conv", size // 4, size)
+        factor = rng.exponential()
+        for option, (share, divergence) in OPTIONS.items():
+            saved, loss = round(size * (1 - share)), 20 * factor * divergence
+            probes.append(Probe("clusters", name, "Conv", option, saved, factor * divergence, loss))
+    return Growth(1_000_000, layers, probes, limit)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_more_divergence_never_takes_more_bytes(seed: int) -> None:
+    growth = grown(seed)
+
+    found = [growth.smallest(at) for at in np.geomspace(1e-8, 1, 40)]
+
+    sizes = [growth.stored_bytes(at) for at in found]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] > sizes[-1]
+    for limit, at in zip(np.geomspace(1e-8, 1, 40), found, strict=True):
+        assert growth.divergence(at) <= limit or growth.options(at) == {}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_front_falls_from_what_there_is_to_the_smallest(seed: int) -> None:
+    growth = grown(seed)
+
+    points = front(growth.choices)
+
+    sizes = [growth.stored_bytes(at) for at in points]
+    divergences = [growth.divergence(at) for at in points]
+    assert sizes == sorted(sizes, reverse=True)
+    assert divergences == sorted(divergences)
+    assert growth.options(points[0]) == {}
+    assert set(growth.options(points[-1]).values()) == {"clusters 6"}
+
+
+def test_the_first_aims_are_what_the_probes_say_of_the_limit() -> None:
+    growth = grown()
+
+    aim, nearer = growth.aims(0.9)
+
+    assert growth.per_divergence == pytest.approx(20)
+    assert aim == pytest.approx(0.9 / 20)
+    assert nearer < aim
+
+
+def test_aims_lie_between_what_was_within_the_limit_and_what_was_not() -> None:
+    growth = grown()
+    growth.learn(0.01, 0.5)
+    growth.learn(0.03, 1.5)
+
+    first, second = growth.aims(0.9)
+
+    assert 0.01 < first < second < 0.03
+    growth.learn(first, 0.9)
+    growth.learn(second, 1.1)
+    assert first < growth.aims(0.9)[0] < growth.aims(0.9)[1] < second
+
+
+def test_aims_go_on_where_only_one_side_was_seen() -> None:
+    below, above = grown(), grown()
+    below.learn(0.01, 0.1)
+    above.learn(0.01, 3.0)
+
+    assert min(below.aims(0.9)) > 0.01 > max(above.aims(0.9)) > 0
+
+
+def test_what_was_within_beyond_what_was_not_does_not_count() -> None:
+    """A luck of few samples: a bolder point that loses less than a milder one."""
+    growth = grown()
+    growth.learn(0.01, 0.2)
+    growth.learn(0.02, 2.0)
+    growth.learn(0.04, 0.3)
+
+    assert all(0.01 < aim < 0.02 for aim in growth.aims(0.9))
+
+
+def test_what_was_built_corrects_what_was_expected() -> None:
+    growth = grown()
+
+    growth.learn(0.05, 3.0)
+
+    assert growth.per_divergence == pytest.approx(3.0 / 0.05)
+
+
+def test_a_layer_that_is_to_blame_gets_less() -> None:
+    growth = grown()
+    at = growth.smallest(0.005)
+    chosen = growth.options(at)
+    worst = growth.suspects(chosen, 1)[0]
+
+    growth.blame(worst, chosen[worst], 1.0)
+
+    assert growth.options(growth.smallest(0.005)).get(worst) != chosen[worst]
+    assert growth.divergence(at) >= 1.0
+
+
+@pytest.mark.parametrize("divergence", [math.nan, -1.0, 0.0])
+def test_where_nothing_is_seen_nobody_is_to_blame(divergence: float) -> None:
+    growth = grown()
+    before = growth.choices
+
+    growth.blame("w1", "clusters 16", divergence)
+
+    assert growth.choices == before
+
+
+def test_a_layer_that_makes_outputs_infinite_is_not_taken_again() -> None:
+    growth = grown()
+
+    growth.blame("w1", "clusters 6", math.inf)
+
+    assert "w1" not in growth.options(growth.smallest(100.0))
+    assert not any(math.isnan(choice.square) for of in growth.choices for choice in of)
+
+
+def test_options_that_cannot_be_had_or_save_nothing_are_left_out() -> None:
+    layer = Layer("w", "Conv", 100, 400)
+
+    def found(**changed: object) -> list[object]:
+        content = {"saved_bytes": 10, "divergence": 0.1, "loss": 0.1, **changed}
+        probes = [Probe("clusters", "w", "Conv", "6", **content)]  # type: ignore[arg-type]
+        return list(Growth(1000, {"w": layer}, probes, 1.0).choices)
+
+    assert len(found()) == 1
+    assert found(saved_bytes=-1) == []
+    assert found(reason="no") == []
+    assert found(divergence=math.inf) == found(divergence=math.nan) == []
+    assert len(found(saved_bytes=-1, joint_saved_bytes=20)) == 1
+    assert found(joint_saved_bytes=0) == []
+
+
+def test_without_layers_there_is_nothing_to_choose() -> None:
+    growth = Growth(1000, {}, [], 1.0)
+
+    assert growth.choices == []
+    assert growth.smallest(1.0) == []
+    assert growth.stored_bytes([]) == 1000
+    assert growth.passes([]) == ""
+
+
+def test_passes_are_one_for_each_treatment() -> None:
+    text = grown().passes_of({"a,b": "clusters 6", "c": "clusters 16", "d": "bits 4"})
+
+    assert text == 'cluster-weights{each=("a,b:6",c:16)}'
+    probes = [Probe(name, "w", "Conv", "6", 1, 0.0, 0.0) for name in ("clusters", "bits")]
+    both = Growth(1000, {}, probes, 1.0).passes_of({"c": "clusters 16", "d": "bits 4"})
+    assert both == "cluster-weights{each=(c:16)},quantize-weights{block=32,each=(d:4)}"
