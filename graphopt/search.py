@@ -123,7 +123,7 @@ class Search:
         sureness: how sure the original is taken to be; see `graphopt.agreement`.
         candidates: all that were built.
         predicted: points of the front that were not.
-        probes: of the trunk that was gone on with.
+        probes: of the trunks that were gone on with, by their names.
         notes: what a user should know.
     """
 
@@ -144,7 +144,7 @@ class Search:
     started_s: float = field(default_factory=time.monotonic)
     candidates: list[Candidate] = field(default_factory=list)
     predicted: list[Predicted] = field(default_factory=list)
-    probes: list[Probe] = field(default_factory=list)
+    probes: dict[str, list[Probe]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     _trials: dict[tuple[str, bool], Path] = field(default_factory=dict)
     _grown: set[str] = field(default_factory=set)
@@ -304,7 +304,7 @@ class Search:
         model = loading.load(trunk.built.path)
         folder = self.trial(model, trunk.trunk)
         layers = self._layers(model)
-        self.probes = probe(
+        probes = self.probes[trunk.trunk] = probe(
             folder,
             layers,
             self.workers,
@@ -312,11 +312,11 @@ class Search:
             self.progress,
             until_s=self._until_s(),
         )
-        probed = {(one.treatment, one.layer) for one in self.probes}
+        probed = {(one.treatment, one.layer) for one in probes}
         missing = sum(map(len, layers.values())) - len(probed)
         if missing:
             self.notes.append(f"no time for {missing} layers: more --budget-minutes help")
-        return Growth(trunk.built.stored_bytes, self.probes, self.limit - trunk.gauged.drop)
+        return Growth(trunk.built.stored_bytes, probes, self.limit - trunk.gauged.drop)
 
     def _until_s(self) -> float:
         """When there is no time left for probes; a trunk that stands in for another gets some."""

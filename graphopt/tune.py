@@ -87,7 +87,7 @@ class Tuning:
         unit: of the metric, "%" or empty.
         certificate: what samples that the search never saw say of it.
         points: what was built, and the front that was expected.
-        probes: what each option does to each layer alone.
+        probes: what each option does to each layer alone, of the trunk that was taken.
         parts: how many samples were fitted, searched and verified by.
         evaluations: how often a model was run on one of the latter two.
         minutes: that it took.
@@ -265,7 +265,7 @@ def tune(
         unit=original.unit,
         certificate=certificate,
         points=tuple(_points(search, taken)),
-        probes=tuple(search.probes),
+        probes=tuple(_probes(search, taken)),
         parts=(len(parts.fitted.samples), len(parts.judged.samples), len(parts.verified.samples)),
         evaluations=gauge.evaluations + verifier.evaluations,
         minutes=(time.monotonic() - started_s) / 60,
@@ -405,6 +405,13 @@ def _latency(subject: Subject, path: Path, parts: Parts, cache: ProbeCache) -> f
         known = latency_ratio(subject.source.model, second, samples, subject.provider)
         cache.put(key, known)
     return float(known)
+
+
+def _probes(search: Search, taken: Taken | None) -> Sequence[Probe]:
+    """Of the trunk that was taken; where none was, of the last one that was gone on with."""
+    if taken is not None:
+        return search.probes.get(taken.candidate.trunk, [])
+    return next(reversed(search.probes.values()), [])
 
 
 def _points(search: Search, taken: Taken | None) -> Iterator[Point]:

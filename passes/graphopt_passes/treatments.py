@@ -12,7 +12,7 @@ from graphopt.operators import is_onnx
 from graphopt.treatments import Estimate, Layer, Treatment
 from graphopt_passes.prune.masks import pattern_of
 from graphopt_passes.prune.prune_importance import PruneImportance
-from graphopt_passes.prune.sparsities import PROBED, Pruned, estimates_of_pruned
+from graphopt_passes.prune.sparsities import Pruned, estimates_of_pruned
 from graphopt_passes.prune.weights import prunable_weights
 from graphopt_passes.quantize.cluster_weights import (
     CLUSTERS,
@@ -177,9 +177,7 @@ class Zeros(Treatment):
         self, model: ir.Model, layers: Sequence[str], context: Context
     ) -> dict[str, dict[str, Estimate]]:
         """By the entries that are worth least, the others refitted."""
-        # The estimates need the sparsity that they try beside those that are asked for.
-        options = (*self.options, str(PROBED))
-        forms = {option: Pruned(float(option), "second-order") for option in options}
+        forms = {option: Pruned(float(option), "second-order") for option in self.options}
         return _estimated(model, layers, forms, estimates_of_pruned, context)
 
 
