@@ -10,7 +10,6 @@ import pytest
 from graphopt.allocation import front
 from graphopt.growth import Growth
 from graphopt.probing import Probe
-from graphopt.treatments import Layer
 
 OPTIONS = {"256": (0.25, 1e-6), "16": (0.125, 1e-3), "6": (0.08, 1e-2)}
 """The share of bytes and the divergence of each option, but for a factor of the layer."""
@@ -18,16 +17,27 @@ OPTIONS = {"256": (0.25, 1e-6), "16": (0.125, 1e-3), "6": (0.08, 1e-2)}
 
 def grown(seed: int = 0, limit: float = 1.0) -> Growth:
     rng = np.random.default_rng(seed)
-    layers, probes = {}, []
+    probes = []
     for number in range(5):
         name = f"w{number}"
         size = int(rng.integers(1000, 100_000))
-        layers[name] = Layer(name, "Conv", size // 4, size)
         factor = rng.exponential()
         for option, (share, divergence) in OPTIONS.items():
             saved, loss = round(size * (1 - share)), 20 * factor * divergence
             probes.append(Probe("clusters", name, "Conv", option, saved, factor * divergence, loss))
-    return Growth(1_000_000, layers, probes, limit)
+    return Growth(1_000_000, probes, limit)
+
+
+def seen_at(*points: tuple[float, float]) -> Growth:
+    """After points that are expected to diverge by so much were found to lose so many points."""
+    probes = [
+        Probe("clusters", f"w{number}", "Conv", "6", 1000, divergence, 20 * divergence)
+        for number, (divergence, _) in enumerate(points)
+    ]
+    growth = Growth(1_000_000, probes, 1.0)
+    for number, (_, drop) in enumerate(points):
+        growth.learn({f"w{number}": "clusters 6"}, drop)
+    return growth
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -68,42 +78,36 @@ def test_the_first_aims_are_what_the_probes_say_of_the_limit() -> None:
 
 
 def test_aims_lie_between_what_was_within_the_limit_and_what_was_not() -> None:
-    growth = grown()
-    growth.learn(0.01, 0.5)
-    growth.learn(0.03, 1.5)
-
-    first, second = growth.aims(0.9)
+    first, second = seen_at((0.01, 0.5), (0.03, 1.5)).aims(0.9)
 
     assert 0.01 < first < second < 0.03
-    growth.learn(first, 0.9)
-    growth.learn(second, 1.1)
-    assert first < growth.aims(0.9)[0] < growth.aims(0.9)[1] < second
+    nearer = seen_at((0.01, 0.5), (0.03, 1.5), (first, 0.9), (second, 1.1)).aims(0.9)
+    assert first < nearer[0] < nearer[1] < second
 
 
 def test_aims_go_on_where_only_one_side_was_seen() -> None:
-    below, above = grown(), grown()
-    below.learn(0.01, 0.1)
-    above.learn(0.01, 3.0)
+    below, above = seen_at((0.01, 0.1)), seen_at((0.01, 3.0))
 
     assert min(below.aims(0.9)) > 0.01 > max(above.aims(0.9)) > 0
 
 
 def test_what_was_within_beyond_what_was_not_does_not_count() -> None:
     """A luck of few samples: a bolder point that loses less than a milder one."""
-    growth = grown()
-    growth.learn(0.01, 0.2)
-    growth.learn(0.02, 2.0)
-    growth.learn(0.04, 0.3)
+    growth = seen_at((0.01, 0.2), (0.02, 2.0), (0.04, 0.3))
 
     assert all(0.01 < aim < 0.02 for aim in growth.aims(0.9))
 
 
 def test_what_was_built_corrects_what_was_expected() -> None:
-    growth = grown()
+    assert seen_at((0.05, 3.0)).per_divergence == pytest.approx(3.0 / 0.05)
 
-    growth.learn(0.05, 3.0)
 
-    assert growth.per_divergence == pytest.approx(3.0 / 0.05)
+def test_a_point_is_expected_to_diverge_by_what_its_layers_are_to_blame_for() -> None:
+    growth = seen_at((0.05, 3.0), (0.01, 0.1))
+
+    growth.blame("w0", "clusters 6", 0.1)
+
+    assert growth.expected({"w0": "clusters 6", "w1": "clusters 6"}) == pytest.approx(0.11)
 
 
 def test_a_layer_that_is_to_blame_gets_less() -> None:
@@ -138,12 +142,10 @@ def test_a_layer_that_makes_outputs_infinite_is_not_taken_again() -> None:
 
 
 def test_options_that_cannot_be_had_or_save_nothing_are_left_out() -> None:
-    layer = Layer("w", "Conv", 100, 400)
-
     def found(**changed: object) -> list[object]:
         content = {"saved_bytes": 10, "divergence": 0.1, "loss": 0.1, **changed}
         probes = [Probe("clusters", "w", "Conv", "6", **content)]  # type: ignore[arg-type]
-        return list(Growth(1000, {"w": layer}, probes, 1.0).choices)
+        return list(Growth(1000, probes, 1.0).choices)
 
     assert len(found()) == 1
     assert found(saved_bytes=-1) == []
@@ -154,12 +156,12 @@ def test_options_that_cannot_be_had_or_save_nothing_are_left_out() -> None:
 
 
 def test_without_layers_there_is_nothing_to_choose() -> None:
-    growth = Growth(1000, {}, [], 1.0)
+    growth = Growth(1000, [], 1.0)
 
     assert growth.choices == []
     assert growth.smallest(1.0) == []
     assert growth.stored_bytes([]) == 1000
-    assert growth.passes([]) == ""
+    assert growth.passes_of({}) == ""
 
 
 def test_passes_are_one_for_each_treatment() -> None:
@@ -167,5 +169,5 @@ def test_passes_are_one_for_each_treatment() -> None:
 
     assert text == 'cluster-weights{each=("a,b:6",c:16)}'
     probes = [Probe(name, "w", "Conv", "6", 1, 0.0, 0.0) for name in ("clusters", "bits")]
-    both = Growth(1000, {}, probes, 1.0).passes_of({"c": "clusters 16", "d": "bits 4"})
+    both = Growth(1000, probes, 1.0).passes_of({"c": "clusters 16", "d": "bits 4"})
     assert both == "cluster-weights{each=(c:16)},quantize-weights{block=32,each=(d:4)}"

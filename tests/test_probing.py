@@ -66,8 +66,8 @@ def times(cache: Path) -> dict[str, int]:
 
 
 def many_layers() -> ir.Model:
-    """Products one after the other: more than two tasks of them."""
-    count = 2 * LAYERS_OF_TASK + 1
+    """Products one after the other: more than a task of them."""
+    count = LAYERS_OF_TASK + 1
     rng = np.random.default_rng(0)
     array = (rng.standard_normal((count, 24, 24)) / 4).astype(np.float32)
     weights = {f"w{i}": array[i] for i in range(count)}
@@ -92,7 +92,7 @@ def test_what_was_found_before_a_worker_was_lost_is_not_tried_again(tmp_path: Pa
     found = tried(folder, at_once(executor), tmp_path / "cache")
 
     assert len(before) == LAYERS_OF_TASK
-    assert len(executor.done) == 2
+    assert len(executor.done) == 1
     after = times(tmp_path / "cache")
     assert {path: after[path] for path in before} == before
     assert found == whole
@@ -100,7 +100,7 @@ def test_what_was_found_before_a_worker_was_lost_is_not_tried_again(tmp_path: Pa
 
 def test_threads_and_far_workers_find_the_same(tmp_path: Path) -> None:
     folder = trial_in(tmp_path / "trial")
-    names = ("bits", "clusters")
+    names = ("bits", "kernel-bits")
     near = tried(folder, at_once(), tmp_path / "a", names=names)
 
     far = Workers(Counting(), 1, packed, shares_disk=False)
@@ -168,8 +168,9 @@ def test_outputs_that_are_no_numbers_are_told_apart(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------ estimates
 
-FACTOR = 6.0
-"""Of the divergence of options that were not tried; it spans four orders of magnitude."""
+FACTOR = 10.0
+"""Of the divergence of options that were not tried, by 40 samples: 7 is the most that was seen, and
+the mildest option is five orders of magnitude from the coarsest."""
 
 
 @cache

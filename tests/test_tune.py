@@ -50,7 +50,8 @@ def bytes_of(tuning: Tuning, path: Path) -> bytes:
 
 
 def test_it_finds_a_smaller_model_within_the_drop_and_says_how(tmp_path: Path) -> None:
-    tuning = quickly(classifier(), tmp_path / "cache")
+    first, second = Counting(), Counting()
+    tuning = quickly(classifier(), tmp_path / "cache", executor=first)
 
     (taken,) = (point for point in tuning.points if point.chosen)
     assert taken.built
@@ -65,16 +66,11 @@ def test_it_finds_a_smaller_model_within_the_drop_and_says_how(tmp_path: Path) -
     assert not tuning.certificate.certified
     assert "8 samples cannot prove a drop of at most 5" in (tuning.certificate.reason or "")
 
-
-def test_once_more_it_tries_nothing_again_and_finds_the_same(tmp_path: Path) -> None:
-    first, second = Counting(), Counting()
-
-    one = quickly(classifier(), tmp_path / "cache", executor=first)
-    other = quickly(classifier(), tmp_path / "cache", executor=second)
-
+    # Once more it tries nothing again, and finds the same.
+    again = quickly(classifier(), tmp_path / "cache", executor=second)
     assert first.count("run_task") > second.count("run_task") == 0
-    assert found(one) == found(other)
-    assert bytes_of(one, tmp_path / "a") == bytes_of(other, tmp_path / "b")
+    assert found(again) == found(tuning)
+    assert bytes_of(again, tmp_path / "a") == bytes_of(tuning, tmp_path / "b")
 
 
 @pytest.mark.slow
@@ -245,6 +241,7 @@ def test_a_cache_that_cannot_be_written_is_told_before_the_model_is_even_read(
         quickly(tmp_path / "no.onnx", tmp_path / "file")
 
 
+@pytest.mark.slow
 def test_nothing_within_no_drop_leaves_the_lossless_model(tmp_path: Path) -> None:
     tuning = quickly(classifier(), tmp_path / "cache", max_drop=0, certify=True)
 
