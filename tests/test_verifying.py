@@ -71,15 +71,25 @@ class OnScores(Verifier):
         return scored(self.known[path.name])
 
 
-def verifier(known: Mapping[str, np.ndarray], limit: float, delta: float = DELTA) -> OnScores:
-    search: Any = SimpleNamespace(refitted=lambda one: one.built)
+def verifier(
+    known: Mapping[str, np.ndarray],
+    limit: float,
+    fit: Sequence[Candidate] = (),
+    delta: float = DELTA,
+) -> OnScores:
+    """Of a search that found candidates, the best first."""
+    search: Any = SimpleNamespace(
+        refitted=lambda one: one.built,
+        within=list(fit),
+        next_best=lambda failed: next((c for c in fit if c.passes not in failed), None),
+    )
     count = len(next(iter(known.values())))
     original = scored(np.full(count, 100.0))
     return OnScores(search, lambda _: original, original, limit, delta, None, True, known=known)
 
 
 Verdict = tuple[Taken | None, Certificate]
-Verify = Callable[[Verifier, Sequence[Candidate]], Verdict]
+Verify = Callable[[Verifier], Verdict]
 
 
 def drawn(limit: float, verify: Verify, items: int = 60) -> list[tuple[float, Certificate]]:
@@ -95,7 +105,7 @@ def drawn(limit: float, verify: Verify, items: int = 60) -> list[tuple[float, Ce
         drops = {name: 100 - float(scores[searched].mean()) for name, scores in truth.items()}
         fit = [candidate(name, drop) for name, drop in drops.items() if drop <= limit]
         known = {name: scores[verified] for name, scores in truth.items()}
-        taken, certificate = verify(verifier(known, limit), fit)
+        taken, certificate = verify(verifier(known, limit, fit[::-1]))
         if taken is not None:
             found.append((100 - float(truth[taken.built.passes].mean()), certificate))
     return found
@@ -103,7 +113,7 @@ def drawn(limit: float, verify: Verify, items: int = 60) -> list[tuple[float, Ce
 
 @pytest.mark.parametrize("limit", [2.0, 8.0, 25.0])
 def test_the_bound_is_broken_no_more_often_than_its_confidence_allows(limit: float) -> None:
-    found = drawn(limit, lambda one, fit: one.by_estimate(fit))
+    found = drawn(limit, Verifier.by_estimate)
 
     broken = sum(one.bound is not None and drop > one.bound for drop, one in found)
     assert len(found) > DRAWS / 2
@@ -113,7 +123,7 @@ def test_the_bound_is_broken_no_more_often_than_its_confidence_allows(limit: flo
 
 @pytest.mark.parametrize("limit", [8.0, 25.0])
 def test_what_is_proven_is_wrong_no_more_often_than_allowed(limit: float) -> None:
-    found = drawn(limit, lambda one, fit: one.by_proof(fit))
+    found = drawn(limit, Verifier.by_proof)
 
     assert all(one.certified for _, one in found)
     wrong = sum(drop > limit for drop, _ in found)
@@ -122,7 +132,7 @@ def test_what_is_proven_is_wrong_no_more_often_than_allowed(limit: float) -> Non
 
 def test_a_bound_that_does_not_hold_is_found_out() -> None:
     """What the tests above would say of the drop as it was measured."""
-    found = drawn(8.0, lambda one, fit: one.by_estimate(fit))
+    found = drawn(8.0, Verifier.by_estimate)
 
     broken = sum(drop > one.drop for drop, one in found)
 
@@ -131,10 +141,9 @@ def test_a_bound_that_does_not_hold_is_found_out() -> None:
 
 def test_what_the_items_show_to_be_worse_is_not_taken() -> None:
     known = {"2": np.full(40, 60.0), "4": np.full(40, 99.0)}
-    fit = [candidate("4", 0.5), candidate("2", 1.0)]
-    one = verifier(known, 2.0)
+    one = verifier(known, 2.0, [candidate("2", 1.0), candidate("4", 0.5)])
 
-    taken, certificate = one.by_estimate(fit)
+    taken, certificate = one.by_estimate()
 
     assert taken is not None and taken.built.passes == "4"
     assert certificate.drop == pytest.approx(1.0)
@@ -144,21 +153,21 @@ def test_what_the_items_show_to_be_worse_is_not_taken() -> None:
 
 
 def test_where_all_are_worse_none_is_taken() -> None:
-    one = verifier({"2": np.full(40, 60.0)}, 2.0)
+    one = verifier({"2": np.full(40, 60.0)}, 2.0, [candidate("2", 1.0)])
 
-    taken, certificate = one.by_estimate([candidate("2", 1.0)])
+    taken, certificate = one.by_estimate()
 
     assert taken is None
     assert certificate.drop == 0
-    assert verifier({"2": np.full(40, 60.0)}, 2.0).by_estimate([])[0] is None
+    assert verifier({"2": np.full(40, 60.0)}, 2.0).by_estimate()[0] is None
 
 
 def test_a_proof_ends_at_the_first_that_fails_and_takes_the_best_before() -> None:
     known = {"16": np.full(400, 100.0), "6": np.full(400, 99.9), "4": np.full(400, 60.0)}
-    fit = [candidate("16", 0.0), candidate("4", 2.0), candidate("6", 1.0)]
-    one = verifier(known, 5.0)
+    fit = [candidate("6", 1.0), candidate("4", 2.0), candidate("16", 0.0)]
+    one = verifier(known, 5.0, fit)
 
-    taken, certificate = one.by_proof(fit)
+    taken, certificate = one.by_proof()
 
     assert taken is not None and taken.built.passes == "6"
     assert certificate.certified
@@ -167,12 +176,11 @@ def test_a_proof_ends_at_the_first_that_fails_and_takes_the_best_before() -> Non
 
 
 def test_items_that_the_search_saw_prove_nothing() -> None:
-    one = verifier({"6": np.full(400, 100.0)}, 5.0)
+    one = verifier({"6": np.full(400, 100.0)}, 5.0, [candidate("6", 0.0)])
     one.independent = False
-    fit = [candidate("6", 0.0)]
 
-    assert one.by_proof(fit)[0] is None
-    taken, certificate = one.by_estimate(fit)
+    assert one.by_proof()[0] is None
+    taken, certificate = one.by_estimate()
 
     assert taken is not None
     assert certificate.bound is None
@@ -181,15 +189,15 @@ def test_items_that_the_search_saw_prove_nothing() -> None:
 
 
 def test_a_metric_of_one_number_is_measured_and_not_proven() -> None:
-    one = verifier({"6": np.full(40, 99.0)}, 5.0)
+    one = verifier({"6": np.full(40, 99.0)}, 5.0, [candidate("6", 0.0)])
     one.original = Scores(100.0, None, -math.inf, math.inf, "")
 
-    taken, certificate = one.by_estimate([candidate("6", 0.0)])
+    taken, certificate = one.by_estimate()
 
     assert taken is not None
     assert (certificate.drop, certificate.error, certificate.bound) == (1.0, math.inf, None)
     assert "one number for all items" in (certificate.reason or "")
-    assert one.by_proof([candidate("6", 0.0)])[0] is None
+    assert one.by_proof()[0] is None
 
 
 def test_drops_of_agreement_are_never_below_nothing() -> None:
