@@ -158,7 +158,11 @@ def _cluster(address: str) -> Iterator[Workers]:
 
         def share(folder: Path) -> Any:
             if folder not in sent:
-                sent[folder] = client.scatter(packed(folder), broadcast=True)
+                content = packed(folder)
+                try:
+                    sent[folder] = client.scatter(content, broadcast=True)
+                except Exception as error:  # Dask's own: they differ by what was lost, and when
+                    raise _lost(error) from error
             return sent[folder]
 
         yield Workers(client.get_executor(), count, share, shares_disk=False)
