@@ -9,8 +9,11 @@ as both grow with the square of a small change; by how much, what was built says
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
 
 from graphopt.allocation import Choice, smallest_within
 from graphopt.probing import Probe
@@ -62,8 +65,44 @@ class Growth:
         return self._blamed.get((one.layer, _named(one)), one.divergence)
 
     def smallest(self, divergence: float) -> list[int]:
-        """The choice of the fewest bytes that is expected to add so much divergence at most."""
-        return smallest_within(self.choices, divergence)
+        """The choice of the fewest bytes that is expected to add so much divergence at most.
+
+        What layers with the same option share is stored once for them all, which is no sum over
+        layers. So options are left out, one after the other, as long as that saves bytes.
+        """
+        left_out = set[str]()
+        best = smallest_within(self.choices, divergence)
+        while True:
+            tried = []
+            for kind in sorted(set(self.options(best).values())):
+                fewer = left_out | {kind}
+                tried.append((smallest_within(self._without(fewer), divergence), fewer))
+            least = min(tried, key=lambda one: self.stored_bytes(one[0]), default=None)
+            if least is None or self.stored_bytes(least[0]) >= self.stored_bytes(best):
+                return best
+            best, left_out = least
+
+    def _without(self, kinds: Collection[str]) -> list[list[Choice]]:
+        """The choices, of which these options are none."""
+        return [
+            [
+                choices[0],
+                *(
+                    Choice(0, math.inf) if _named(one) in kinds else choice
+                    for one, choice in zip(options, choices[1:], strict=True)
+                ),
+            ]
+            for options, choices in zip(self._usable.values(), self.choices, strict=True)
+        ]
+
+    @cached_property
+    def _shared_bytes(self) -> dict[str, int]:
+        """What layers with an option share in the file, by the option."""
+        found: dict[str, list[int]] = {}
+        for options in self._usable.values():
+            for one in options:
+                found.setdefault(_named(one), []).append(_saved(one) - one.saved_bytes)
+        return {kind: max(int(np.median(several)), 0) for kind, several in found.items()}
 
     def divergence(self, at: Sequence[int]) -> float:
         """The sum of what options add, each alone."""
@@ -72,7 +111,8 @@ class Growth:
     def stored_bytes(self, at: Sequence[int]) -> int:
         """What the model is expected to take on disk."""
         saved = sum(of[i].stored_bytes for of, i in zip(self.choices, at, strict=True))
-        return self.trunk_bytes + saved
+        shared = sum(self._shared_bytes[kind] for kind in set(self.options(at).values()))
+        return self.trunk_bytes + saved + shared
 
     def aims(self, room: float) -> tuple[float, ...]:
         """Divergences to build points at: where the limit is expected, then between what was seen.

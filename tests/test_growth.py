@@ -67,6 +67,25 @@ def test_the_front_falls_from_what_there_is_to_the_smallest(seed: int) -> None:
     assert set(growth.options(points[-1]).values()) == {"clusters 6"}
 
 
+def test_what_layers_share_is_worth_it_for_several_of_them_only() -> None:
+    def probes(*few: str) -> list[Probe]:
+        """Of 6 clusters each saves 50 bytes more than of 16, and the table of each takes 120."""
+        return [
+            Probe("clusters", layer, "Conv", option, saved - 120, square, 0.1, None, saved)
+            for layer in few
+            for option, saved, square in (("16", 1000, 0.0), ("6", 1050, float(layer == "bad")))
+        ]
+
+    few = Growth(10_000, probes("bad", "a"), 1.0)
+    many = Growth(10_000, probes("bad", "a", "b", "c", "d"), 1.0)
+
+    assert set(few.options(few.smallest(0.5)).values()) == {"clusters 16"}
+    assert few.stored_bytes(few.smallest(0.5)) == 10_000 - 2000 + 120
+    chosen = many.options(many.smallest(0.5))
+    assert chosen.pop("bad") == "clusters 16"
+    assert set(chosen.values()) == {"clusters 6"}
+
+
 def test_the_first_aims_are_what_the_probes_say_of_the_limit() -> None:
     growth = grown()
 
