@@ -395,6 +395,8 @@ class Search:
         for text, one in running.items():
             try:
                 found[text] = one.wait()
+            except SearchStopped:
+                raise
             except GraphoptError as error:
                 self.notes.append(f"a point of {trunk.trunk} cannot be built: {error}")
         return found
