@@ -51,6 +51,9 @@ of the drop that is left at least."""
 NEARLY = 1.3
 """A trunk that promises so many times the bytes of the best may be the best all the same."""
 
+FASTER = 0.9
+"""Less of a difference between two latencies may be chance."""
+
 AS_GOOD = 1.1
 """A file of so many times the bytes of the smallest is as good."""
 
@@ -171,7 +174,7 @@ class Search:
         # What is as good, and faster, comes first.
         least_bytes = found[0].built.stored_bytes
         as_good = [c for c in found if c.built.stored_bytes <= AS_GOOD * least_bytes]
-        first = min(as_good, key=lambda c: math.inf if c.latency_ratio is None else c.latency_ratio)
+        first = _faster(as_good)
         return [first, *(one for one in found if one is not first)]
 
     def next_best(self, failed: Collection[str]) -> Candidate | None:
@@ -254,7 +257,7 @@ class Search:
         return self._promising(within)[0]
 
     def _promising(self, among: Sequence[Candidate] | None = None) -> list[Candidate]:
-        """Trunks that promise nearly as few bytes as the best, the fastest first.
+        """Trunks that promise nearly as few bytes as the best, which comes first, or a faster one.
 
         Args:
             among: these trunks; by default all that are within the drop.
@@ -263,13 +266,16 @@ class Search:
             among = [one for one in self.within if not one.chosen]
         if not among or self.scenario.objective == "latency" or not self.scenario.treatments:
             return []
-        promises = [self._promised_bytes(candidate) for candidate in among]
-        nearly = [
-            candidate
-            for candidate, promise in zip(among, promises, strict=True)
-            if promise <= NEARLY * min(promises)
-        ]
-        return self._timed(nearly) if len(nearly) > 1 else nearly
+        order = [one.name for one in self.scenario.trunks]
+        promises = {one.trunk: self._promised_bytes(one) for one in among}
+        nearly = [c for c in among if promises[c.trunk] <= NEARLY * min(promises.values())]
+        nearly.sort(key=lambda c: (promises[c.trunk], order.index(c.trunk)))
+        if len(nearly) < 2:
+            return nearly
+        timed = {one.trunk: one for one in self._timed(nearly)}
+        found = [timed[one.trunk] for one in nearly]
+        first = _faster(found)
+        return [first, *(one for one in found if one is not first)]
 
     def _promised_bytes(self, candidate: Candidate) -> float:
         """What a trunk may take on disk in the end, as far as can be told before it is probed.
@@ -471,3 +477,13 @@ class Search:
 
     def _is_late(self, share: float) -> bool:
         return time.monotonic() - self.started_s > share * self.seconds
+
+
+def _faster(candidates: Sequence[Candidate]) -> Candidate:
+    """The first, unless the clock says for certain that another one is faster."""
+
+    def ratio(candidate: Candidate) -> float:
+        return math.inf if candidate.latency_ratio is None else candidate.latency_ratio
+
+    first, fastest = candidates[0], min(candidates, key=ratio)
+    return fastest if ratio(fastest) < FASTER * ratio(first) else first

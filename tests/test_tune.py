@@ -41,7 +41,8 @@ def quickly(model: object, cache: Path, samples: object = None, **options: objec
 
 def found(tuning: Tuning) -> object:
     """All that does not say how long something took."""
-    return tuning.points, tuning.probes, tuning.certificate, tuning.parts, tuning.notes
+    points = [replace(point, latency_ratio=None) for point in tuning.points]
+    return points, tuning.probes, tuning.certificate, tuning.parts, tuning.notes
 
 
 def bytes_of(tuning: Tuning, path: Path) -> bytes:
