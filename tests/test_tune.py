@@ -289,11 +289,11 @@ def test_killed_five_times_it_finds_the_same_and_tries_nothing_twice(tmp_path: P
         command = [sys.executable, "-c", SEARCH, str(DIGITS), str(samples), str(cache)]
         child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert child.stdout is not None
-        # From the moment on at which there is something to lose.
-        for line in child.stdout:
-            if line.startswith(("float:", "int8:", "three quarters:", "half:", "probed")):
-                break
-        time.sleep(chance.uniform(0.0, 1.5))
+        # Each a bit later than the one before, so that there is more and more to lose.
+        told = (line for line in child.stdout if line.startswith(("float:", "int8:", "probed")))
+        for _ in range(min(kills + 1, 4)):
+            next(told)
+        time.sleep(chance.uniform(0.0, 0.3))
         child.send_signal(signal.SIGKILL)
         child.communicate()
         assert child.returncode == -signal.SIGKILL
