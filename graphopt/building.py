@@ -145,7 +145,7 @@ def build_model(shared: str | bytes, passes: str, into: str, sends: bool) -> dic
             "steps": [asdict(step) for step in steps],
             "stored_bytes": trial.stored_bytes(model),
             "divergence": glanced.divergence,
-            "loss": trial.loss(model),
+            "loss": trial.loss(model, scores, glanced),
             "disagreement": scores.disagreement,
             "files": _saved(model, Path(into), trial.setup.external_data, sends),
         }

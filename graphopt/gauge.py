@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from graphopt.building import Built
 from graphopt.certificate import paired_standard_error
@@ -107,8 +106,3 @@ def _paired_error(original: Scores, other: Scores) -> float:
     if original.per_item is None or other.per_item is None:
         return float("inf")
     return paired_standard_error(original.per_item, other.per_item)
-
-
-def score(judge: Judge, path: Path, provider: str) -> Scores:
-    """The scores of the model in a file."""
-    return judge(Session(path, provider=provider))

@@ -129,17 +129,21 @@ class Trial:
         """
         return self.judge(self._session(model))
 
-    def loss(self, model: ir.Model) -> float:
+    def loss(self, model: ir.Model, unseen: Scores, glanced: Scores) -> float:
         """What a model loses of agreement, in points, as well as all samples can tell.
 
         On samples that it was fitted by it loses less than on others: by how much less, the
         divergences on both say, which vary little. So these samples count, too.
 
+        Args:
+            model: not modified.
+            unseen: its scores.
+            glanced: its scores on a few samples.
+
         Raises:
             GraphoptError: onnxruntime does not run it.
         """
-        session = self._session(model)
-        unseen, glanced, seen = self.judge(session), self.glance(session), self.recall(session)
+        seen = self.recall(self._session(model))
         ratio = 1.0
         if seen.divergence and glanced.divergence and math.isfinite(glanced.divergence):
             ratio = max(glanced.divergence / seen.divergence, 1.0)
