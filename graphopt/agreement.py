@@ -153,7 +153,7 @@ class _Judge:
             unit="%",
             below_original=True,
             disagreement=changed.share(),
-            divergence=float(np.mean(divergences)),
+            divergences=np.array(divergences),
         )
 
     def _divergence(self, old: Outputs, new: Outputs) -> float:

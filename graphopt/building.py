@@ -37,6 +37,7 @@ class Built:
         steps: the ledger.
         stored_bytes: that it takes on disk.
         divergence: of its outputs from the original's, on the samples on which layers are probed.
+        likely_divergence: on other samples; see `graphopt.trial.Expected`.
         loss: of agreement with the original, in points.
         disagreement: share of answers that differ, or None.
     """
@@ -46,6 +47,7 @@ class Built:
     steps: tuple[Step, ...]
     stored_bytes: int
     divergence: float
+    likely_divergence: float
     loss: float
     disagreement: float | None
 
@@ -141,11 +143,13 @@ def build_model(shared: str | bytes, passes: str, into: str, sends: bool) -> dic
         trial = open_trial(folder)
         model, steps = trial.rewritten(passes, loads=True)
         scores, glanced = trial.scores(model), trial.glanced(model)
+        expected = trial.expected(model, scores, glanced)
         return {
             "steps": [asdict(step) for step in steps],
             "stored_bytes": trial.stored_bytes(model),
             "divergence": glanced.divergence,
-            "loss": trial.loss(model, scores, glanced),
+            "likely_divergence": expected.divergence,
+            "loss": expected.loss,
             "disagreement": scores.disagreement,
             "files": _saved(model, Path(into), trial.setup.external_data, sends),
         }

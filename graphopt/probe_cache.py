@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from graphopt.errors import SearchStopped
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 def cache_key(*parts: str) -> str:

@@ -27,8 +27,9 @@ class Scores:
         below_original: scores say how near a model comes to the original, which itself has `high`.
         disagreement: share of rows of which the arg-max is another than the original's, in the
             output where that is most; None where the metric does not count them.
-        divergence: how far outputs are from the original's, where small changes count too that
-            leave every answer as it is (`graphopt.output_distance`); None where it is not measured.
+        divergences: [steps], how far outputs are from the original's, where small changes count too
+            that leave every answer as it is (`graphopt.output_distance`); None where they are not
+            measured.
     """
 
     value: float
@@ -38,7 +39,12 @@ class Scores:
     unit: str
     below_original: bool = False
     disagreement: float | None = None
-    divergence: float | None = None
+    divergences: np.ndarray | None = None
+
+    @property
+    def divergence(self) -> float | None:
+        """The mean of the divergences."""
+        return None if self.divergences is None else float(self.divergences.mean())
 
 
 Judge = Callable[[Session], Scores]

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from graphopt import loading, runtime, saving
@@ -71,6 +72,20 @@ class Setup:
     external_data: bool | None
     sureness: float | None
     key: str
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a model is expected to do to samples that were not seen.
+
+    Attributes:
+        loss: of agreement with the original, in points.
+        divergence: of its outputs, and one standard error more: a few samples, on which a model
+            goes astray, may be most of it, and may be missing among those that were seen.
+    """
+
+    loss: float
+    divergence: float
 
 
 @dataclass
@@ -129,8 +144,8 @@ class Trial:
         """
         return self.judge(self._session(model))
 
-    def loss(self, model: ir.Model, unseen: Scores, glanced: Scores) -> float:
-        """What a model loses of agreement, in points, as well as all samples can tell.
+    def expected(self, model: ir.Model, unseen: Scores, glanced: Scores) -> Expected:
+        """What a model is expected to do to other samples, as well as all that there are can tell.
 
         On samples that it was fitted by it loses less than on others: by how much less, the
         divergences on both say, which vary little. So these samples count, too.
@@ -149,7 +164,8 @@ class Trial:
             ratio = max(glanced.divergence / seen.divergence, 1.0)
         losses = 100.0 - unseen.value, ratio * (100.0 - seen.value)
         judged, fitted = self.items
-        return (judged * losses[0] + fitted * losses[1]) / (judged + fitted)
+        loss = (judged * losses[0] + fitted * losses[1]) / (judged + fitted)
+        return Expected(loss, _upper(unseen.divergences, seen.divergences, ratio))
 
     def glanced(self, model: ir.Model) -> Scores:
         """The same, on a few samples.
@@ -301,6 +317,16 @@ def open_trial(folder: Path, progress: Callable[[str], None] = lambda _: None) -
         memo=Memo(folder / MEMO),
     )
     return Trial(setup, base, context, judge, glance, recall, items)
+
+
+def _upper(unseen: np.ndarray | None, seen: np.ndarray | None, ratio: float) -> float:
+    """The mean of divergences, those that were seen times the ratio, and its standard error."""
+    if unseen is None or seen is None:
+        return math.inf
+    found = np.concatenate([unseen, ratio * seen])
+    if not np.isfinite(found).all():
+        return math.inf
+    return float(found.mean() + found.std() / math.sqrt(len(found)))
 
 
 def packed(folder: Path) -> bytes:

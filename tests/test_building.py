@@ -37,8 +37,9 @@ def test_what_was_built_is_what_it_says(tmp_path: Path) -> None:
     trial = open_trial(folder)
     glanced = trial.glance(Session(built.path, threads=1))
     model = loading.load(built.path)
-    loss = trial.loss(model, trial.scores(model), glanced)
-    assert (built.loss, built.divergence) == (loss, glanced.divergence)
+    expected = trial.expected(model, trial.scores(model), glanced)
+    assert (built.loss, built.divergence) == (expected.loss, glanced.divergence)
+    assert built.likely_divergence == expected.divergence
     assert [step.spec for step in built.steps] == [PASSES]
     assert built.steps[0].kept
 

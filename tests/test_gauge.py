@@ -16,7 +16,7 @@ from graphopt.scores import Judge, Scores
 
 
 def built(path: Path, loss: float = 2.0, divergence: float = 0.01) -> Built:
-    return Built(path, "", (), 1000, divergence, loss, 0.02)
+    return Built(path, "", (), 1000, divergence, divergence, loss, 0.02)
 
 
 def scored(per_item: list[float]) -> Scores:
@@ -59,9 +59,9 @@ def test_what_few_items_do_not_show_the_divergence_lets_expect(path: Path) -> No
     few, many = (Gauge(scored([100, 100]), None, False, "cpu", items) for items in (10, 1000))
     quiet = built(path, loss=0.0, divergence=0.04)
 
-    # 2 points are expected of it, which count as 30 items.
-    assert few(quiet).drop == pytest.approx(2 * 30 / 40)
-    assert many(quiet).drop == pytest.approx(2 * 30 / 1030)
+    # 2 points are expected of it, which count as 70 items.
+    assert few(quiet).drop == pytest.approx(2 * 70 / 80)
+    assert many(quiet).drop == pytest.approx(2 * 70 / 1070)
     assert few(built(path, loss=3.0, divergence=0.04)).drop == 3.0
 
 

@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 
 from graphopt.errors import SearchStopped
-from graphopt.probe_cache import ProbeCache, cache_key, default_folder, whole_file
+from graphopt.probe_cache import (
+    SCHEMA_VERSION,
+    ProbeCache,
+    cache_key,
+    default_folder,
+    whole_file,
+)
 
 RESULT = [{"layer": "ä, \"b\": 'c'", "divergence": math.inf, "loss": None, "saved_bytes": -3}]
 
@@ -27,7 +33,7 @@ def test_a_result_comes_back(tmp_path: Path) -> None:
 
     assert cache.get("ab12") == RESULT
     assert cache.get("ab13") is None
-    assert json.loads(file_of(cache).read_text())["schema_version"] == 1
+    assert json.loads(file_of(cache).read_text())["schema_version"] == SCHEMA_VERSION
 
 
 @pytest.mark.parametrize("result", [RESULT, 0.97123, "text", {"a": 1}])

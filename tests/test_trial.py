@@ -12,6 +12,7 @@ from tuned import LAYERS, classifier, trial_in, vectors, written
 
 from graphopt import loading
 from graphopt.errors import SearchStopped
+from graphopt.runtime import Session
 from graphopt.subject import open_subject
 from graphopt.testing import parse
 from graphopt.trial import JUDGED, open_trial, packed, read_setup, unpacked, write_trial
@@ -49,6 +50,21 @@ def test_what_passes_make_is_judged_by_other_samples_and_the_base_stays(tmp_path
     scores = trial.scores(model)
     assert scores.value < 100
     assert scores.divergence is not None and scores.divergence > 1e-4
+
+
+def test_few_samples_are_expected_to_hide_the_worst(tmp_path: Path) -> None:
+    trial = open_trial(trial_in(tmp_path / "trial"))
+    model, _ = trial.rewritten("cluster-weights{each=(w2:2)}")
+    scores, glanced, seen = trial.scores(model), trial.glanced(model), trial.recall(Session(model))
+    assert scores.divergences is not None and seen.divergences is not None
+    assert glanced.divergence is not None and seen.divergence is not None
+
+    found = trial.expected(model, scores, glanced)
+
+    ratio = max(glanced.divergence / seen.divergence, 1)
+    both = np.concatenate([scores.divergences, ratio * seen.divergences])
+    assert found.divergence == pytest.approx(both.mean() + both.std() / len(both) ** 0.5)
+    assert found.divergence > scores.divergence
 
 
 @pytest.mark.parametrize("external_data", [False, True])

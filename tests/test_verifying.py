@@ -56,7 +56,7 @@ def scored(per_item: np.ndarray) -> Scores:
 
 
 def candidate(name: str, drop: float) -> Candidate:
-    built = Built(Path(name), name, (), 1000 * int(name), 0.0, drop, None)
+    built = Built(Path(name), name, (), 1000 * int(name), 0.0, 0.0, drop, None)
     return Candidate("float", built, Gauged(drop, drop, 0.0), {"w": name}, "")
 
 

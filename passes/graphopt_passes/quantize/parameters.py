@@ -1,7 +1,8 @@
 """Scale and zero point for every value that becomes codes, by what they do to the layers' outputs.
 
 A value gets the range that clips nothing. Where layers read it, ranges that clip are tried on rows
-of their inputs, sampled from the user's data, and the best is taken where it is far better. What a
+of their inputs, sampled from the user's data, and the best is taken where it is far better, and no
+worse over all numbers that were seen: the largest are in few rows, maybe in none of those. What a
 rounding in the graph reads was trained with its map, and gets that one.
 """
 
@@ -26,6 +27,7 @@ from graphopt_passes.quantize.ranges import (
     least_squares,
     min_max,
     percentile,
+    quantization_error,
 )
 from graphopt_passes.quantize.regions import SameScale
 from graphopt_passes.quantize.units import Unit
@@ -171,7 +173,11 @@ def _candidates(
     spreads: Mapping[ir.Value, Spread],
     limits: Mapping[ir.Value, tuple[float, float]],
 ) -> list[Affine]:
-    """Maps for a set of values: for each method, one that covers its range for every value."""
+    """Maps for a set of values: for each method, one that covers its range for every value.
+
+    The first clips nothing; of others, those that cost more than it over all that was seen are
+    left out.
+    """
     ranges: dict[str, tuple[float, float]] = {}
     for value in values:
         lowest, highest = limits.get(value, (-np.inf, np.inf))
@@ -179,15 +185,33 @@ def _candidates(
             low, high = max(low, lowest), min(high, highest)
             old_low, old_high = ranges.get(method, (low, high))
             ranges[method] = min(low, old_low), max(high, old_high)
-    return list(dict.fromkeys(affine_of(low, high) for low, high in ranges.values()))
+    whole, *clipping = dict.fromkeys(affine_of(low, high) for low, high in ranges.values())
+    seen = [_histogram(spreads[value]) for value in values if spreads[value].count]
+    most = _squared_error(whole, seen)
+    return [whole, *(one for one in clipping if _squared_error(one, seen) <= most)]
+
+
+def _squared_error(of: Affine, seen: Sequence[Histogram]) -> float:
+    """The sum over all numbers that were seen."""
+    return sum(
+        float(histogram.counts.sum())
+        * float(
+            quantization_error(histogram.counts, histogram.edges, of.scale, of.zero_point, np.uint8)
+        )
+        for histogram in seen
+    )
+
+
+def _histogram(spread: Spread) -> Histogram:
+    bins = spread.histogram
+    return Histogram(bins.counts, bins.edges(), spread.low, spread.high)
 
 
 def _ranges(spread: Spread) -> dict[str, tuple[float, float]]:
     """Lowest and highest number to hold, by method; first the range that clips nothing."""
     if not spread.count:
         return {"min-max": (0.0, 0.0)}
-    bins = spread.histogram
-    histogram = Histogram(bins.counts, bins.edges(), spread.low, spread.high)
+    histogram = _histogram(spread)
     return {
         "min-max": min_max(histogram),
         "least squares": least_squares(histogram, np.uint8),
