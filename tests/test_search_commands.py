@@ -419,22 +419,50 @@ def test_sensitivity_says_what_is_wrong(
 # ------------------------------------------------------------------ the story of the README
 
 
-@pytest.mark.slow
-def test_the_commands_of_the_readme_run_one_after_the_other(tmp_path: Path) -> None:
-    pytest.importorskip("plotly")
+def _commands_of_the_readme() -> list[str]:
     found = README.read_text(encoding="utf-8").partition("## Find the best by itself")[2]
     script = re.search(r"```\n(.*?)```", found, re.DOTALL)
     assert script is not None
+    return re.split(r"\n(?=graphopt |python )", script[1].strip())
+
+
+def _answers(model: Path, samples: Path) -> dict[str, int]:
+    session = ort.InferenceSession(model)
+    files = sorted(samples.glob("*.npz"))
+    return {file.stem: int(session.run(None, dict(np.load(file)))[0].argmax()) for file in files}
+
+
+@pytest.mark.slow
+def test_the_five_commands_of_the_readme_run_one_after_the_other(tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
     environment = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "HOME": str(tmp_path)}
+    told = []
+    for command in _commands_of_the_readme():
+        done = subprocess.run(
+            ["bash", "-euc", command],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert (done.returncode, done.stderr) == (0, ""), command
+        told.append(done.stdout)
 
-    done = subprocess.run(
-        ["bash", "-euc", script[1]], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-
-    assert (done.returncode, done.stderr) == (0, "")
-    labels = json.loads((tmp_path / "digits" / "samples" / "labels.json").read_text())
-    assert done.stdout.splitlines()[-1] == str(labels["000"])
+    demonstrated, sensitivity, tuned, validated, deployed = told
+    given, found = tmp_path / "digits" / "digits_cnn.onnx", tmp_path / "tuned.onnx"
+    samples = given.parent / "samples"
+    labels = json.loads((samples / "labels.json").read_text())
+    assert demonstrated.startswith("written: digits/digits_cnn.onnx, 300 samples")
+    layers = [node for node in onnx.load(given).graph.node if node.op_type in ("Conv", "Gemm")]
+    assert sensitivity.startswith(f"{len(layers)} layers of the model after basic")
+    assert " chosen\n" in tuned
+    assert f"-> {found.stat().st_size:,} (" in tuned
+    assert found.stat().st_size < given.stat().st_size / 4
     assert (tmp_path / "tuned.html").stat().st_size > 100_000
+    before, after = _answers(given, samples), _answers(found, samples)
+    same = np.mean([after[name] == answer for name, answer in before.items()])
+    assert validated.splitlines()[-1].endswith(f" {same:.2%}")
+    assert deployed.strip() == str(after["000"]) == str(labels["000"])
 
 
 def test_demo_writes_its_files_to_try_commands_on(

@@ -4,9 +4,9 @@
     python run_tuner.py TOOL MODEL SAMPLES TARGET [--max-drop X] [--metric M] [--labels FILE]
                         [--minutes N] [--transformer] [--simplified]
 
-TOOL is tune-size, tune-latency, onnxruntime or nncf. The interpreter needs graphopt, which reads
-the samples and has the metric, and the tool itself. The last line on stderr says what the tool
-tells of its result.
+TOOL is tune-size, tune-latency, tune-memory, onnxruntime or nncf. The interpreter needs graphopt,
+which reads the samples and has the metric, and the tool itself. The last line on stderr says what
+the tool tells of its result.
 
 onnxruntime calibrates its static int8 by all samples. NNCF parts them as `graphopt.tune` does: it
 calibrates by what that fits by, and validates by the rest, with the same metric. Both are given the
@@ -299,6 +299,7 @@ def divided(arguments: argparse.Namespace) -> tuple[Feed, Feed, Validator]:
 TOOLS: dict[str, Callable[[argparse.Namespace], str]] = {
     "tune-size": tune("size"),
     "tune-latency": tune("latency"),
+    "tune-memory": tune("memory"),
     "onnxruntime": onnxruntime,
     "nncf": nncf,
 }

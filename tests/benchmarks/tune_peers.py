@@ -7,8 +7,9 @@ FILE.json is a list of objects with `model`, `samples` and, if need be, `name`, 
 `max_drop`, `evaluation` and `transformer` (NNCF is told so); paths are relative to its folder. A
 model is named by its file, or by its folder where the file is called model.onnx.
 
-The tools: `tune` for size and for latency; each recipe; onnxruntime's static int8 (QDQ, by channel,
-uint8 activations, int8 weights, min-max); NNCF's accuracy control. Each runs in a process of its
+The tools: `tune` for size and for latency; each lossy recipe; onnxruntime's static int8 (QDQ, by
+channel, uint8 activations, int8 weights, min-max); NNCF's accuracy control; and, where --tools asks
+for them, `tune` for memory and the recipe basic. Each runs in a process of its
 own on a copy of the model, the last two in the interpreter --peers-python, which needs graphopt too
 (`pip install -e .[cpu] nncf`, or the extra `peers`). One that raises on the model as it is gets it
 a second time as onnxruntime's basic level leaves it, and the remark says so. Recipes and
@@ -51,10 +52,12 @@ from graphopt.scores import Judge, Scores
 from graphopt.subject import open_subject
 
 SCHEMA_VERSION = 1
-RECIPES = ("int8", "int8-codebook", "small", "int4", "fp16")
-SEARCHES = ("tune-size", "tune-latency")
+RECIPES = ("basic", "int8", "int8-codebook", "small", "int4", "fp16")
+SEARCHES = ("tune-size", "tune-latency", "tune-memory")
 PEERS = ("onnxruntime", "nncf")
 TOOLS = (*SEARCHES, *RECIPES, *PEERS)
+WHERE_ASKED_FOR = ("tune-memory", "basic")
+COMPARED = tuple(tool for tool in TOOLS if tool not in WHERE_ASKED_FOR)
 RUN_TUNER = Path(__file__).with_name("run_tuner.py")
 ORIGINAL = "original"
 HEAD = ("model", "tool", "size", "latency", "drop", "evaluated", "seconds", "loads", "remark")
@@ -466,8 +469,9 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", nargs="+", action="append", metavar="PATH")
     parser.add_argument("--list", type=Path, metavar="FILE", help="models, as JSON")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these models of them")
-    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS, metavar="TOOL",
-                        help=f"by default all: {', '.join(TOOLS)}")  # fmt: skip
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=COMPARED, metavar="TOOL",
+                        help=f"of {', '.join(TOOLS)}; by default all but "
+                        f"{' and '.join(WHERE_ASKED_FOR)}")  # fmt: skip
     parser.add_argument("--max-drop", type=float, default=1.0, help="in the unit of the metric")
     parser.add_argument("--minutes", type=float, default=10.0, help="for each search of tune")
     parser.add_argument("--evaluation", type=Path, metavar="FOLDER", help="FOLDER/NAME: samples")
