@@ -17,7 +17,7 @@ import onnx_ir as ir
 from graphopt.bisection import Bisection, Trial, TrialVerdict
 from graphopt.contract import Context, Effect, Pass
 from graphopt.cutting import key_of
-from graphopt.divergence import Tolerance
+from graphopt.deviations import Tolerance
 from graphopt.errors import ModelError
 from graphopt.finding import Finding
 from graphopt.gate import Gate, coarsest, computed_in_half, interface_of

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from graphopt.contract import Effect
-from graphopt.divergence import Deviation
+from graphopt.deviations import Deviation
 from graphopt.reproducer import Reproducer
 from graphopt.validation import OutputError
 

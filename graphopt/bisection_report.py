@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from graphopt.bisection import Bisection, Origin, Trial
-from graphopt.divergence import Deviation
+from graphopt.deviations import Deviation
 from graphopt.report import new_table, render_numerics
 from graphopt.validation import OutputError
 

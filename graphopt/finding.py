@@ -12,7 +12,7 @@ from graphopt.bisection import Bisection, Origin
 from graphopt.causes import causes
 from graphopt.contract import Effect, describe
 from graphopt.cutting import values_of
-from graphopt.divergence import Deviation, Divergence, Tolerance, largest_errors, locate
+from graphopt.deviations import Deviation, Divergence, Tolerance, largest_errors, locate
 from graphopt.errors import GraphoptError
 from graphopt.origins import operator_of
 from graphopt.recording import Feed

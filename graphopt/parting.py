@@ -45,6 +45,11 @@ class Parts:
     verified: Feed
     shared: bool
 
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """How many samples are fitted, searched and verified by."""
+        return len(self.fitted.samples), len(self.judged.samples), len(self.verified.samples)
+
 
 def part(feed: Feed, least_items: int | None, seed: int = 0) -> Parts:
     """Divide samples.

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from graphopt.contract import Context, Effect, Pass
 from graphopt.cutting import depend_on_inputs, key_of, part_of, reads, values_of
-from graphopt.divergence import Tolerance, Values, record_values
+from graphopt.deviations import Tolerance, Values, record_values
 from graphopt.errors import GraphoptError
 from graphopt.gate import Gate, interface_of
 from graphopt.observe import Observer

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from graphopt.contract import Pass
-from graphopt.errors import SpecError, did_you_mean
-from graphopt.registry import entry_points_by_name, parse_passes
+from graphopt.errors import SpecError
+from graphopt.registry import entry_points_by_name, parse_passes, registered
 
 RECIPES_GROUP = "graphopt.recipes"
 
@@ -56,12 +56,7 @@ def recipe(name: str) -> Recipe:
     Raises:
         SpecError: there is none of that name.
     """
-    points = entry_points_by_name(RECIPES_GROUP)
-    if name not in points:
-        raise SpecError(f"there is no recipe {name!r}{did_you_mean(name, points)}")
-    found = points[name].load()
-    if not isinstance(found, Recipe):
-        raise SpecError(f"the entry point {name!r} leads to {found!r}, which is not a recipe")
+    found: Recipe = registered(RECIPES_GROUP, name, "recipe", lambda one: isinstance(one, Recipe))
     return found
 
 

@@ -6,9 +6,10 @@ imported only when it is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
 from graphopt.contract import Pass
 from graphopt.errors import SpecError, did_you_mean
@@ -34,6 +35,32 @@ def entry_points_by_name(group: str) -> dict[str, EntryPoint]:
     return found
 
 
+def registered(group: str, name: str, kind: str, fits: Callable[[Any], bool]) -> Any:
+    """What is registered in a group under a name.
+
+    Args:
+        group: of entry points.
+        name: as the user writes it.
+        kind: of what it is, for the user.
+        fits: what the entry point leads to is such a thing.
+
+    Raises:
+        SpecError: there is none of that name, or the entry point leads to something else.
+    """
+    return _loaded(entry_points_by_name(group), name, kind, fits)
+
+
+def _loaded(
+    points: Mapping[str, EntryPoint], name: str, kind: str, fits: Callable[[Any], bool]
+) -> Any:
+    if name not in points:
+        raise SpecError(f"there is no {kind} {name!r}{did_you_mean(name, points)}")
+    found = points[name].load()
+    if not fits(found):
+        raise SpecError(f"the entry point {name!r} leads to {found!r}, which is not a {kind}")
+    return found
+
+
 def versions(group: str) -> list[str]:
     """What is installed that registers in a group, as `NAME VERSION`, sorted."""
     found = {point.dist for point in entry_points(group=group) if point.dist is not None}
@@ -55,13 +82,10 @@ def pass_class(name: str) -> type[Pass]:
 
 
 def _pass_class(name: str, points: Mapping[str, EntryPoint]) -> type[Pass]:
-    if name not in points:
-        raise SpecError(f"there is no pass {name!r}{did_you_mean(name, points)}")
-    cls = points[name].load()
-    if not (isinstance(cls, type) and issubclass(cls, Pass) and cls.name == name):
-        raise SpecError(
-            f"the entry point {name!r} leads to {cls!r}, which is not a pass of that name"
-        )
+    def fits(found: Any) -> bool:
+        return isinstance(found, type) and issubclass(found, Pass) and found.name == name
+
+    cls: type[Pass] = _loaded(points, name, "pass", fits)
     return cls
 
 

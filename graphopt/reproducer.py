@@ -29,7 +29,7 @@ from graphopt.cutting import (
     stretch_to,
     values_of,
 )
-from graphopt.divergence import Divergence, Tolerance, compared
+from graphopt.deviations import Divergence, Tolerance, compared
 from graphopt.errors import ModelError
 from graphopt.matching import Pair
 from graphopt.operators import node_count

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from graphopt.errors import SpecError, did_you_mean
-from graphopt.registry import entry_points_by_name
+from graphopt.registry import entry_points_by_name, registered
 
 SCENARIOS_GROUP = "graphopt.scenarios"
 
@@ -67,12 +67,9 @@ def scenario(name: str) -> Scenario:
     Raises:
         SpecError: there is none of that name, or what is registered is none.
     """
-    points = entry_points_by_name(SCENARIOS_GROUP)
-    if name not in points:
-        raise SpecError(f"there is no scenario {name!r}{did_you_mean(name, points)}")
-    found = points[name].load()
-    if not isinstance(found, Scenario):
-        raise SpecError(f"the entry point {name!r} leads to {found!r}, which is no scenario")
+    found: Scenario = registered(
+        SCENARIOS_GROUP, name, "scenario", lambda one: isinstance(one, Scenario)
+    )
     return found
 
 

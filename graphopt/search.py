@@ -54,6 +54,9 @@ NEARLY = 1.3
 FASTER = 0.9
 """Less of a difference between two latencies may be chance."""
 
+AS_FAST = 1.01
+"""Where latency is what counts, a model that takes so many times that of the fastest is as good."""
+
 AS_GOOD = 1.1
 """A file of so many times the bytes of the smallest is as good."""
 
@@ -169,8 +172,12 @@ class Search:
     def within(self) -> list[Candidate]:
         """All candidates within the drop, as far as the search can tell; the best first."""
         found = sorted((c for c in self.candidates if c.gauged.drop <= self.limit), key=self._cost)
-        if not found or self.scenario.objective == "latency":
-            return found
+        if not found:
+            return []
+        if self.scenario.objective == "latency":
+            as_fast = _as_fast(found)
+            as_fast.sort(key=lambda c: c.built.stored_bytes)
+            return [*as_fast, *(one for one in found if one not in as_fast)]
         # What is as good, and faster, comes first.
         least_bytes = found[0].built.stored_bytes
         as_good = [c for c in found if c.built.stored_bytes <= AS_GOOD * least_bytes]
@@ -251,7 +258,7 @@ class Search:
     def _best_trunk(self, within: Sequence[Candidate]) -> Candidate:
         """The one that promises most: by the clock, or by what its layers would still save."""
         if self.scenario.objective == "latency":
-            return self._timed(within)[0]
+            return min(_as_fast(self._timed(within)), key=lambda c: c.gauged.drop)
         if not self.scenario.treatments:
             return min(within, key=lambda c: c.built.stored_bytes)
         return self._promising(within)[0]
@@ -471,8 +478,7 @@ class Search:
 
     def _cost(self, candidate: Candidate) -> tuple[float, float]:
         if self.scenario.objective == "latency":
-            ratio = candidate.latency_ratio
-            return (math.inf if ratio is None else ratio, candidate.built.stored_bytes)
+            return (_latency(candidate), candidate.built.stored_bytes)
         return (candidate.built.stored_bytes, candidate.gauged.drop)
 
     def _is_late(self, share: float) -> bool:
@@ -481,9 +487,15 @@ class Search:
 
 def _faster(candidates: Sequence[Candidate]) -> Candidate:
     """The first, unless the clock says for certain that another one is faster."""
+    first, fastest = candidates[0], min(candidates, key=_latency)
+    return fastest if _latency(fastest) < FASTER * _latency(first) else first
 
-    def ratio(candidate: Candidate) -> float:
-        return math.inf if candidate.latency_ratio is None else candidate.latency_ratio
 
-    first, fastest = candidates[0], min(candidates, key=ratio)
-    return fastest if ratio(fastest) < FASTER * ratio(first) else first
+def _as_fast(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Those that are as fast as the fastest, in order."""
+    least = min(map(_latency, candidates))
+    return [one for one in candidates if _latency(one) <= AS_FAST * least]
+
+
+def _latency(candidate: Candidate) -> float:
+    return math.inf if candidate.latency_ratio is None else candidate.latency_ratio

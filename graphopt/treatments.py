@@ -15,8 +15,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from graphopt.contract import Context
-from graphopt.errors import SpecError, did_you_mean
-from graphopt.registry import entry_points_by_name
+from graphopt.registry import entry_points_by_name, registered
 
 TREATMENTS_GROUP = "graphopt.probes"
 
@@ -109,10 +108,10 @@ def treatment(name: str) -> Treatment:
     Raises:
         SpecError: there is none of that name, or what is registered is none.
     """
-    points = entry_points_by_name(TREATMENTS_GROUP)
-    if name not in points:
-        raise SpecError(f"there is no treatment {name!r}{did_you_mean(name, points)}")
-    found = points[name].load()
-    if not (isinstance(found, type) and issubclass(found, Treatment)):
-        raise SpecError(f"the entry point {name!r} leads to {found!r}, which is no treatment")
+    found: type[Treatment] = registered(
+        TREATMENTS_GROUP,
+        name,
+        "treatment",
+        lambda one: isinstance(one, type) and issubclass(one, Treatment),
+    )
     return found()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,21 +13,18 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from graphopt import loading
-from graphopt.accuracy import Accuracy
-from graphopt.agreement import Agreement
-from graphopt.benchmark import latency_ratio
+from graphopt import loading, runtime
+from graphopt.benchmark import cpu_name, latency_ratio
 from graphopt.contract import Effect
 from graphopt.details import look_closely
 from graphopt.errors import SampleError, SpecError
 from graphopt.executors import open_workers
 from graphopt.gate import Gate, interface_of
-from graphopt.gauge import Gauge
 from graphopt.kept_models import kept_models
 from graphopt.ledger import Run, Step, size_as_given, size_of, stamp
 from graphopt.loading import ModelLike
 from graphopt.metric import parse_metric
-from graphopt.parting import Parts, items_to_prove, part
+from graphopt.parting import Parts
 from graphopt.preparing import lossless
 from graphopt.probe_cache import ProbeCache, cache_key, default_folder
 from graphopt.probing import Probe
@@ -37,13 +32,12 @@ from graphopt.recipes import plan, recipe
 from graphopt.recording import Feed
 from graphopt.requirements import parse_requirements, unmet
 from graphopt.rewriting import replace_tensors, tensor_of
-from graphopt.runtime import Session
 from graphopt.scenarios import Scenario, scenario, scenario_for
-from graphopt.scores import Scores
 from graphopt.scratch import Scratch
 from graphopt.search import Search
 from graphopt.subject import Progress, SamplesLike, State, Subject, open_subject
-from graphopt.verifying import Certificate, Taken, Verifier, range_of_drops
+from graphopt.verifying import Certificate, Taken
+from graphopt.yardstick import measured_by, parse_allowed_drop
 
 GATE_SAMPLES = 16
 """On so many of the samples to verify by, at most, outputs are compared number by number."""
@@ -191,42 +185,20 @@ def tune(
         GraphoptError: the input is at fault.
     """
     started_s = time.monotonic()
-    amount, is_share = _amount(max_drop)
+    allowed = parse_allowed_drop(max_drop)
     requirements = parse_requirements(require) if require is not None else ()
-    if not 0 < confidence < 1:
-        raise SpecError(f"confidence is {confidence:g}; it must be between 0 and 1, as 0.95")
-    if not budget_minutes > 0:
-        raise SpecError(f"budget_minutes is {budget_minutes:g}; it must be above 0")
+    _check(confidence, budget_minutes)
     store = ProbeCache(Path(cache) if cache is not None else default_folder())
     store.check()
     named, chosen = _scenario(scenario, objective, provider)
-    measure = parse_metric(metric, samples if isinstance(samples, str | Path) else None, labels)
+    asked = parse_metric(metric, samples if isinstance(samples, str | Path) else None, labels)
     subject = open_subject(model, chosen.provider, True, True, progress)
     if subject.is_random():
         raise SampleError("the model is random: no drop can be measured of it")
     feed = subject.feed(samples, None, state)
-    session = Session(subject.given, provider=chosen.provider)
-    if metric is None and isinstance(measure, Accuracy):
-        measure = measure.suited(subject.source.model, session, feed)
-    (whole,) = measure.judges(subject.source.model, session, feed, [feed])
     progress("the original")
-    original = whole(session)
-    limit = amount * abs(original.value) if is_share else amount
-    low, high = range_of_drops(original)
-    least = items_to_prove(limit, 1 - confidence, low, high)
-    parts = part(feed, least, seed)
-    searched, verified, known = measure.judges(
-        subject.source.model, session, feed, [parts.judged, parts.verified, parts.searched]
-    )
+    by = measured_by(subject, feed, asked, metric is None, allowed, 1 - confidence, seed)
     base, base_steps = lossless(subject, progress)
-    is_agreement = isinstance(measure, Agreement)
-    gauge = Gauge(
-        searched(session),
-        None if is_agreement else searched,
-        isinstance(measure, Accuracy),
-        chosen.provider,
-        len(parts.searched.samples.sequences),
-    )
     with (
         tempfile.TemporaryDirectory(prefix="graphopt-") as folder,
         kept_models(store.folder, subject.source.sha256()) as models,
@@ -236,38 +208,36 @@ def tune(
             subject=subject,
             base=base,
             scenario=chosen,
-            limit=_cautious(limit, len(parts.searched.samples.sequences)),
-            parts=parts,
-            gauge=gauge,
+            limit=by.aim,
+            parts=by.parts,
+            gauge=by.gauge,
             folder=Path(folder),
             models=models,
             workers=workers,
             cache=store,
-            latency=lambda path: _latency(subject, path, parts, store),
+            latency=lambda path: _latency(subject, path, by.parts, store),
             seconds=60 * budget_minutes,
             progress=progress,
-            sureness=_sureness(known(session)) if isinstance(measure, Accuracy) else None,
+            sureness=by.sureness,
         )
         search.run()
-        verifier = Verifier(
-            search, verified, verified(session), limit, 1 - confidence, least, not parts.shared
-        )
         progress("verifying")
+        verifier = by.verifier(search)
         taken, certificate = verifier.by_proof() if certify else verifier.by_estimate()
         run = _run(search, taken, base_steps, threads, details)
-        reasons = _failures(run, certify, certificate, original.unit)
+        reasons = _failures(run, certify, certificate, by.unit)
         run = replace(run, failures=(*reasons, *unmet(requirements, run)))
     return Tuning(
         run=run,
         scenario=named,
         objective=chosen.objective,
-        metric=measure.name,
-        unit=original.unit,
+        metric=by.metric,
+        unit=by.unit,
         certificate=certificate,
         points=tuple(_points(search, taken)),
         probes=tuple(_probes(search, taken)),
-        parts=(len(parts.fitted.samples), len(parts.judged.samples), len(parts.verified.samples)),
-        evaluations=gauge.evaluations + verifier.evaluations,
+        parts=by.parts.counts,
+        evaluations=by.gauge.evaluations + verifier.evaluations,
         minutes=(time.monotonic() - started_s) / 60,
         notes=tuple(search.notes),
         certify=certify,
@@ -276,27 +246,12 @@ def tune(
 
 # ------------------------------------------------------------------ what is asked for
 
-_RELATIVE = re.compile(r"(?P<share>\d*\.?\d+(?:[eE][+-]?\d+)?)\s*%")
 
-
-def _amount(max_drop: float | str) -> tuple[float, bool]:
-    """The drop that is allowed, and whether it is a share of the original's value."""
-    match = _RELATIVE.fullmatch(max_drop.strip()) if isinstance(max_drop, str) else None
-    try:
-        amount = float(match["share"]) / 100 if match else float(max_drop)
-    except ValueError:
-        amount = math.nan
-    if not (amount >= 0 and math.isfinite(amount)):
-        raise SpecError(
-            f"max-drop is {max_drop!r}; it must be a number in the unit of the metric, as 1.0, or "
-            "a share of the original's value, as 2%"
-        )
-    return amount, match is not None
-
-
-def _cautious(limit: float, items: int) -> float:
-    """What the search aims at: the fewer items it sees, the more they may differ from others."""
-    return limit * (1 - 1 / math.sqrt(items)) if items > 1 else limit / 2
+def _check(confidence: float, budget_minutes: float) -> None:
+    if not 0 < confidence < 1:
+        raise SpecError(f"confidence is {confidence:g}; it must be between 0 and 1, as 0.95")
+    if not budget_minutes > 0:
+        raise SpecError(f"budget_minutes is {budget_minutes:g}; it must be above 0")
 
 
 def _scenario(
@@ -311,13 +266,6 @@ def _scenario(
     if provider not in (None, found.provider):
         raise SpecError(f"the scenario {name!r} is for {found.provider}, and not for {provider}")
     return name, found
-
-
-def _sureness(scores: Scores) -> float:
-    """How often the original is right, by Laplace's rule: a few items that are say little."""
-    assert scores.per_item is not None
-    right = float((scores.per_item > 0).sum())
-    return (right + 1) / (len(scores.per_item) + 2)
 
 
 # ------------------------------------------------------------------ what comes out
@@ -396,8 +344,9 @@ def _taken_over(scratch: Scratch, tensor: ir.TensorProtocol) -> ir.TensorProtoco
 
 
 def _latency(subject: Subject, path: Path, parts: Parts, cache: ProbeCache) -> float:
-    """The latency of a model over that of the original; measured once."""
-    key = cache_key("latency", path.stem, subject.source.sha256())
+    """The latency of a model over that of the original; measured once on each machine."""
+    machine = cpu_name(), runtime.version() or "", subject.provider
+    key = cache_key("latency", path.stem, subject.source.sha256(), *machine)
     known = cache.get(key)
     if known is None:
         second = loading.load(path)

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 
 from graphopt.contract import Effect
-from graphopt.divergence import Tolerance, locate
+from graphopt.deviations import Tolerance, locate
 from graphopt.errors import ModelError
 from graphopt.reproducer import (
     check_folder,

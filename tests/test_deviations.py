@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.contract import Effect
-from graphopt.divergence import Divergence, Tolerance, Values, largest_errors, locate
+from graphopt.deviations import Divergence, Tolerance, Values, largest_errors, locate
 from graphopt.recording import Feed
 from graphopt.runtime import Session
 from graphopt.samples import read_samples
