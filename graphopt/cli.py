@@ -27,12 +27,16 @@ from graphopt import bisection_report, json_report, report, saving, search_comma
 from graphopt import demo as demonstration
 from graphopt.collection import no_collection
 from graphopt.command_line import (
+    BenchmarkThreads,
     Json,
+    KernelThreads,
     MaxError,
     Model,
+    Output,
     Page,
     Provider,
     RandomSamples,
+    Require,
     SamplesPath,
     States,
     check_json,
@@ -61,7 +65,7 @@ app = typer.Typer(
 @app.command()
 def optimize(
     model: Model,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the result.")],
+    output: Output,
     recipe: Annotated[str | None, typer.Option(help="A recipe; default: basic.")] = None,
     passes: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Passes, e.g. fold-constants,drop-unused.")
@@ -70,9 +74,7 @@ def optimize(
     random_samples: RandomSamples = None,
     provider: Provider = "cpu",
     max_error: MaxError = None,
-    require: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="For example size<=0.3,latency<=0.9.")
-    ] = None,
+    require: Require = None,
     state: States = None,
     opset: Annotated[int | None, typer.Option(min=7, max=25, help="Raise to this opset.")] = None,
     gate_samples: Annotated[
@@ -104,7 +106,7 @@ def optimize(
     benchmark: Annotated[
         bool, typer.Option("--benchmark/--no-benchmark", help="Time the result.")
     ] = True,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of the benchmark.")] = 1,
+    threads: BenchmarkThreads = 1,
     json: Json = None,
     page: Page = None,
 ) -> None:
@@ -250,7 +252,7 @@ def benchmark(
     samples: SamplesPath = None,
     random_samples: RandomSamples = None,
     provider: Provider = "cpu",
-    threads: Annotated[int, typer.Option(min=1, help="Intra-op threads.")] = 1,
+    threads: KernelThreads = 1,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Batch at which to measure throughput.")
     ] = None,
@@ -337,7 +339,7 @@ def explain(
     model: Model,
     samples: SamplesPath = None,
     random_samples: RandomSamples = None,
-    threads: Annotated[int, typer.Option(min=1, help="Intra-op threads.")] = 1,
+    threads: KernelThreads = 1,
     provider: Provider = "cpu",
     json: Json = None,
     page: Page = None,
@@ -364,7 +366,7 @@ def heal(
     optimized: Annotated[
         Path, typer.Argument(metavar="OPTIMIZED", help="What passes made of it; it is not changed.")
     ],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the result.")],
+    output: Output,
     samples: Annotated[
         Path, typer.Option("--samples", help="Folder of .npz files, or one file; no labels.")
     ],

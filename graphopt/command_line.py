@@ -58,6 +58,15 @@ States = Annotated[
     ),
 ]
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="The .onnx file.")]
+Output = Annotated[Path, typer.Option("-o", "--output", help="Where to write the result.")]
+Require = Annotated[
+    str | None,
+    typer.Option("--require", metavar="TEXT", help="For example size<=0.3,latency<=0.9."),
+]
+BenchmarkThreads = Annotated[
+    int, typer.Option("--threads", min=1, help="Threads of the benchmark.")
+]
+KernelThreads = Annotated[int, typer.Option("--threads", min=1, help="Intra-op threads.")]
 
 
 # ------------------------------------------------------------------ around the work

@@ -83,9 +83,11 @@ def pass_class(name: str) -> type[Pass]:
 
 def _pass_class(name: str, points: Mapping[str, EntryPoint]) -> type[Pass]:
     def fits(found: Any) -> bool:
-        return isinstance(found, type) and issubclass(found, Pass) and found.name == name
+        return isinstance(found, type) and issubclass(found, Pass)
 
     cls: type[Pass] = _loaded(points, name, "pass", fits)
+    if cls.name != name:
+        raise SpecError(f"the entry point {name!r} leads to {cls!r}, which is named {cls.name!r}")
     return cls
 
 

@@ -10,11 +10,14 @@ import typer
 import graphopt
 from graphopt import json_report, saving, search_report
 from graphopt.command_line import (
+    BenchmarkThreads,
     Json,
     Model,
+    Output,
     Page,
     Provider,
     RandomSamples,
+    Require,
     SamplesPath,
     States,
     check_json,
@@ -47,7 +50,7 @@ Jobs = Annotated[
 
 def tune(
     model: Model,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the result.")],
+    output: Output,
     samples: Annotated[
         Path, typer.Option("--samples", help="Folder of .npz files keyed by input name, or one.")
     ],
@@ -87,15 +90,13 @@ def tune(
         ),
     ] = False,
     budget_minutes: Annotated[float, typer.Option(help="About how long it may take.")] = 10.0,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of the benchmark.")] = 1,
+    threads: BenchmarkThreads = 1,
     seed: Annotated[int, typer.Option(min=0, help="Of another division of the samples.")] = 0,
     state: States = None,
     cache: Cache = None,
     executor: Executor = "processes",
     jobs: Jobs = None,
-    require: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="For example size<=0.3,latency<=0.9.")
-    ] = None,
+    require: Require = None,
     json: Json = None,
     page: Page = None,
 ) -> None:
