@@ -78,7 +78,8 @@ def _outputs(path: Path) -> np.ndarray:
     return outputs
 
 
-@pytest.mark.parametrize("chosen", [FEW, pytest.param(EVERY, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("chosen", [FEW, EVERY])
 def test_two_processes_give_the_curve_and_the_export_of_one(
     chosen: dict[str, tuple[str, ...]], tmp_path: Path
 ) -> None:
