@@ -22,8 +22,8 @@ DROP_PER_DIVERGENCE = 50.0
 """Points that classifiers lose for each nat of divergence: 12, 15, 45 and 60 were seen of four."""
 
 EXPECTED_ITEMS = 70
-"""What is expected counts as so many items. Where one point is lost, it lies between half of that
-and twice, and so does the mean of the regrets of so many items: of which one in twenty lost 20."""
+"""What is expected counts as so many items: both are as uncertain then. Where one point is lost, it
+may be half or twice that; so may the mean of 70 regrets, of which one in twenty is 20 points."""
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def choose_parameters(units: Sequence[Unit], answers: Answers) -> Parameters:
             readers[same.of(unit.sources[0])].append(unit)
     maps = {
         root: trained.get(root)
-        or _best(_candidates(values, spreads, limits), readers[root], answers)
+        or _best(_candidates(values, spreads, limits, bool(readers[root])), readers[root], answers)
         for root, values in made.items()
     }
     return Parameters(
@@ -173,15 +173,17 @@ def _candidates(
     values: Sequence[ir.Value],
     spreads: Mapping[ir.Value, Spread],
     limits: Mapping[ir.Value, tuple[float, float]],
+    are_read: bool,
 ) -> list[Affine]:
     """Maps for a set of values: for each method, one that covers its range for every value.
 
-    The first clips nothing; others are far better than it over all that was seen.
+    The first clips nothing; others are far better than it over all that was seen. Where no layer
+    reads the values, by which to choose, there are no others.
     """
     ranges: dict[str, tuple[float, float]] = {}
     for value in values:
         lowest, highest = limits.get(value, (-np.inf, np.inf))
-        for method, (low, high) in _ranges(spreads[value]).items():
+        for method, (low, high) in _ranges(spreads[value], are_read).items():
             low, high = max(low, lowest), min(high, highest)
             old_low, old_high = ranges.get(method, (low, high))
             ranges[method] = min(low, old_low), max(high, old_high)
@@ -207,11 +209,13 @@ def _histogram(spread: Spread) -> Histogram:
     return Histogram(bins.counts, bins.edges(), spread.low, spread.high)
 
 
-def _ranges(spread: Spread) -> dict[str, tuple[float, float]]:
+def _ranges(spread: Spread, are_read: bool) -> dict[str, tuple[float, float]]:
     """Lowest and highest number to hold, by method; first the range that clips nothing."""
     if not spread.count:
         return {"min-max": (0.0, 0.0)}
     histogram = _histogram(spread)
+    if not are_read:
+        return {"min-max": min_max(histogram)}
     return {
         "min-max": min_max(histogram),
         "least squares": least_squares(histogram, np.uint8),
