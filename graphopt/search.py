@@ -19,9 +19,17 @@ import onnx_ir as ir
 from graphopt import loading
 from graphopt.allocation import front
 from graphopt.building import Build, Built, build
+from graphopt.candidates import (
+    Candidate,
+    Predicted,
+    as_fast,
+    best_first,
+    cost_of,
+    fastest_if_certain,
+)
 from graphopt.errors import GraphoptError, SearchStopped
 from graphopt.executors import Workers
-from graphopt.gauge import Gauge, Gauged
+from graphopt.gauge import Gauge
 from graphopt.growth import Growth
 from graphopt.parting import Parts
 from graphopt.probe_cache import ProbeCache
@@ -40,6 +48,9 @@ ENOUGH = 0.75
 ROUNDS = 4
 """How often points of the front are built, and the next ones chosen by what was seen."""
 
+EVALUATIONS = 18
+"""So many candidates are judged at most; a user's metric may take minutes for each."""
+
 TRUNKS_SHARE, SECOND_SHARE, PROBES_SHARE, ROUNDS_SHARE = 0.4, 0.45, 0.6, 0.75
 """Of the time: after it no further trunk is built, no second one gone on with, nothing more is
 probed, and no further round of points is begun."""
@@ -51,61 +62,11 @@ of the drop that is left at least."""
 NEARLY = 1.3
 """A trunk that promises so many times the bytes of the best may be the best all the same."""
 
-FASTER = 0.9
-"""Less of a difference between two latencies may be chance."""
-
-AS_FAST = 1.01
-"""Where latency is what counts, a model that takes so many times that of the fastest is as good."""
-
-AS_GOOD = 1.1
-"""A file of so many times the bytes of the smallest is as good."""
-
 SURPRISE = 1.25
 """Layers together that diverge by so many times the sum of each alone have offenders among them."""
 
 OFFENDERS = 4
 """So many are looked for among those that are expected to diverge most."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A model that was built, and what was found of it.
-
-    Attributes:
-        trunk: the name of the trunk.
-        built: the model, made of the base of a trial.
-        gauged: what it has lost.
-        chosen: what layers got, "treatment option" by their names.
-        trunk_passes: what was done to all of the model before.
-        latency_ratio: to the original's; None where it was not measured.
-    """
-
-    trunk: str
-    built: Built
-    gauged: Gauged
-    chosen: dict[str, str]
-    trunk_passes: str
-    latency_ratio: float | None = None
-
-    @property
-    def passes(self) -> str:
-        """All that was done after the recipe basic, in text form."""
-        return ",".join(filter(None, (self.trunk_passes, self.built.passes)))
-
-
-@dataclass(frozen=True)
-class Predicted:
-    """A point of the front that was not built.
-
-    Attributes:
-        trunk: the name of the trunk.
-        stored_bytes: expected on disk.
-        drop: expected.
-    """
-
-    trunk: str
-    stored_bytes: int
-    drop: float
 
 
 @dataclass
@@ -165,24 +126,14 @@ class Search:
         self.next_best(())
         # What a trunk promises is a guess: where there is time, the next one is seen, too.
         rest = [one for one in self._promising() if one.trunk not in self._grown]
-        if rest and not self._is_late(SECOND_SHARE):
+        if rest and self._evaluations_left and not self._is_late(SECOND_SHARE):
             self._grow(rest[0])
 
     @property
     def within(self) -> list[Candidate]:
         """All candidates within the drop, as far as the search can tell; the best first."""
-        found = sorted((c for c in self.candidates if c.gauged.drop <= self.limit), key=self._cost)
-        if not found:
-            return []
-        if self.scenario.objective == "latency":
-            as_fast = _as_fast(found)
-            as_fast.sort(key=lambda c: c.built.stored_bytes)
-            return [*as_fast, *(one for one in found if one not in as_fast)]
-        # What is as good, and faster, comes first.
-        least_bytes = found[0].built.stored_bytes
-        as_good = [c for c in found if c.built.stored_bytes <= AS_GOOD * least_bytes]
-        first = _faster(as_good)
-        return [first, *(one for one in found if one is not first)]
+        found = [one for one in self.candidates if one.gauged.drop <= self.limit]
+        return best_first(found, self.scenario.objective)
 
     def next_best(self, failed: Collection[str]) -> Candidate | None:
         """The best candidate, but for those that failed; None where none is left.
@@ -258,7 +209,7 @@ class Search:
     def _best_trunk(self, within: Sequence[Candidate]) -> Candidate:
         """The one that promises most: by the clock, or by what its layers would still save."""
         if self.scenario.objective == "latency":
-            return min(_as_fast(self._timed(within)), key=lambda c: c.gauged.drop)
+            return min(as_fast(self._timed(within)), key=lambda c: c.gauged.drop)
         if not self.scenario.treatments:
             return min(within, key=lambda c: c.built.stored_bytes)
         return self._promising(within)[0]
@@ -281,7 +232,7 @@ class Search:
             return nearly
         timed = {one.trunk: one for one in self._timed(nearly)}
         found = [timed[one.trunk] for one in nearly]
-        first = _faster(found)
+        first = fastest_if_certain(found)
         return [first, *(one for one in found if one is not first)]
 
     def _promised_bytes(self, candidate: Candidate) -> float:
@@ -353,7 +304,8 @@ class Search:
                 self.notes.append("no time for another round of points: more --budget-minutes help")
                 break
             room = MARGIN * (self.limit - trunk.gauged.drop)
-            found = self._built_points(trunk, growth, growth.aims(room))
+            aims = growth.aims(room)[: self._evaluations_left]
+            found = self._built_points(trunk, growth, aims)
             for candidate in found:
                 growth.learn(candidate.chosen, candidate.gauged.drop - trunk.gauged.drop)
             self._find_offenders(trunk, growth, found)
@@ -366,7 +318,7 @@ class Search:
     def _is_near(self, growth: Growth) -> bool:
         """The best candidate takes most of the drop, or there is little between it and the next."""
         within = [c for c in self.candidates if c.chosen and c.gauged.drop <= self.limit]
-        best = min(within, key=self._cost, default=None)
+        best = min(within, key=cost_of(self.scenario.objective), default=None)
         if best is None:
             return False
         return best.gauged.drop >= ENOUGH * self.limit or growth.is_narrow
@@ -476,26 +428,9 @@ class Search:
         folder = self.trial_of(candidate, refit=True)
         return build(folder, candidate.built.passes, self.models, self.workers, self.cache).wait()
 
-    def _cost(self, candidate: Candidate) -> tuple[float, float]:
-        if self.scenario.objective == "latency":
-            return (_latency(candidate), candidate.built.stored_bytes)
-        return (candidate.built.stored_bytes, candidate.gauged.drop)
+    @property
+    def _evaluations_left(self) -> int:
+        return max(EVALUATIONS - self.gauge.evaluations, 0)
 
     def _is_late(self, share: float) -> bool:
         return time.monotonic() - self.started_s > share * self.seconds
-
-
-def _faster(candidates: Sequence[Candidate]) -> Candidate:
-    """The first, unless the clock says for certain that another one is faster."""
-    first, fastest = candidates[0], min(candidates, key=_latency)
-    return fastest if _latency(fastest) < FASTER * _latency(first) else first
-
-
-def _as_fast(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Those that are as fast as the fastest, in order."""
-    least = min(map(_latency, candidates))
-    return [one for one in candidates if _latency(one) <= AS_FAST * least]
-
-
-def _latency(candidate: Candidate) -> float:
-    return math.inf if candidate.latency_ratio is None else candidate.latency_ratio

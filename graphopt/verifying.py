@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from graphopt.building import Built
+from graphopt.candidates import Candidate
 from graphopt.certificate import certified_prefix, paired_standard_error, upper_bound
 from graphopt.errors import SampleError
 from graphopt.runtime import Session
 from graphopt.scores import Judge, Scores, drops
-from graphopt.search import Candidate, Search
+from graphopt.search import Search
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,10 @@ from graphopt.packing import packed_weights
 from graphopt.runtime import Session
 from graphopt.skeleton import infer_shapes
 from graphopt.testing import apply_pass, assert_unchanged, parse
-from graphopt_passes.quantize.cluster_weights import CLUSTERS, ClusterWeights
+from graphopt_passes.quantize.cluster_weights import CLUSTERS, Clusters, ClusterWeights
+from graphopt_passes.quantize.kmeans import nearest_levels, optimal_levels
 from graphopt_passes.quantize.narrow_weights import targets_of
+from graphopt_passes.quantize.narrowing import problem_of
 
 TWO_CONVS = """
 agraph (float[1,8,10,10] x) => (float[N,C,H,W] y)
@@ -208,6 +210,33 @@ def test_layers_on_codes_stay_on_codes(layer: str, tmp_path: Path) -> None:
     assert work(after, tmp_path / "after") == before
     assert error(model, after, given) < 0.2
     assert sum(1 for _ in packed_weights(after.graph)) >= 2
+
+
+@pytest.mark.parametrize(
+    ("count", "on_integers", "most"),
+    [(16, False, 0.75), (64, False, 0.9), (16, True, 0.78), (64, True, 0.5)],
+)
+def test_rows_of_the_same_range_share_levels(count: int, on_integers: bool, most: float) -> None:
+    """A row with a few large numbers takes no levels, and no steps of int8, from the others."""
+    model, given = two_convs(channels=32), samples(8)
+    numbers = np.random.default_rng(5).standard_t(3, (32, 32, 3, 3)).astype(np.float32)
+    model.graph.initializers["v"].const_value = ir.tensor(numbers, name="v")
+    infer_shapes(model)
+    targets = targets_of(on_codes(model, given) if on_integers else model, 64, Change())
+    (target,) = [one for one in targets if one.size == numbers.size]
+    problem = problem_of(target, {})
+
+    solved = problem.error(Clusters(count).solve(problem))
+
+    # Rows of the same power, whose numbers go to the nearest of the best levels.
+    scales = np.sqrt(np.square(problem.weight).mean(axis=1, keepdims=True))
+    rows = problem.weight / scales
+    levels = optimal_levels(rows, None, count)
+    if on_integers:
+        step = np.abs(levels).max() / 127
+        levels = np.unique(np.rint(levels / step)) * step
+    change = (rows - levels[nearest_levels(rows, levels)]) * scales
+    assert solved < most * float(np.square(change).sum())
 
 
 def test_parameters_of_codes_that_stay_become_narrow(tmp_path: Path) -> None:

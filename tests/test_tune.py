@@ -74,6 +74,18 @@ def test_it_finds_a_smaller_model_within_the_drop_and_says_how(tmp_path: Path) -
     assert bytes_of(again, tmp_path / "a") == bytes_of(tuning, tmp_path / "b")
 
 
+def test_candidates_are_judged_so_often_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("graphopt.search.EVALUATIONS", 2)
+
+    tuning = quickly(classifier(), tmp_path / "cache")
+
+    # The trunk and a point of its layers, and one of them on what is kept back.
+    assert sum(point.built for point in tuning.points) == 2
+    assert tuning.evaluations == 3
+
+
 @pytest.mark.slow
 def test_wherever_workers_are_lost_it_goes_on_from_there(tmp_path: Path) -> None:
     whole = Counting()

@@ -17,9 +17,9 @@ from scipy.stats import binom
 from tuned import DIGITS, IMAGES, trial_in
 
 from graphopt.building import Built
+from graphopt.candidates import Candidate
 from graphopt.gauge import Gauged
 from graphopt.scores import Scores
-from graphopt.search import Candidate
 from graphopt.trial import open_trial
 from graphopt.verifying import Certificate, Taken, Verifier, range_of_drops
 

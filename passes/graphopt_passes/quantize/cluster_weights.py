@@ -15,7 +15,7 @@ from graphopt.encoding import FIELD_BYTES, FIRST_OPSET, SCALES_BYTES
 from graphopt.errors import SpecError
 from graphopt.folded_nodes import CUT_BYTES
 from graphopt.saving import stored_bytes
-from graphopt_passes.quantize.codebooks import Rounded, fit, refit_scales, stored_scales
+from graphopt_passes.quantize.codebooks import Rounded, fit, stored_scales
 from graphopt_passes.quantize.each import parse_each, skip_others
 from graphopt_passes.quantize.granularity import WEIGHTS
 from graphopt_passes.quantize.kmeans import level_curve, nearest_levels, optimal_levels
@@ -187,36 +187,30 @@ class Clusters:
         trained = _trained(problem, self.count)
         if trained is not None:
             return Solution((trained,), as_trained=True)
-        scaled, scales, counted = _normalized(problem)
-        levels = optimal_levels(scaled, counted, self.count, self.keep_zeros).astype(np.float32)
-        start = Rounded(np.zeros(scaled.shape, np.uint8), levels, scales)
-        scaled_rows = _is_scaled(problem.target)
+        rows = min(_scaled_rows(problem), key=lambda rows: rows.errors([self.count])[self.count])
         found = fit(
             problem.weight,
-            start,
+            rows.start(self.count, self.keep_zeros),
             problem.gram,
-            learns_scales=scaled_rows,
+            # Those of integers are on a grid, and stay there.
+            learns_levels=not problem.target.is_integer,
+            learns_scales=_is_scaled(problem.target),
             keeps_zeros=self.keep_zeros,
         )
-        if problem.target.is_integer:
-            found = _with_integer_levels(problem, found)
         return Solution((found,))
 
 
 def estimates_of_clusters(problem: Problem, forms: Sequence[Form]) -> list[float]:
     """The squared errors of numbers that go to the nearest value."""
     trained = _trained(problem, max(form.count for form in forms if isinstance(form, Clusters)))
-    scaled, _, counted = _normalized(problem)
     counts = [form.count for form in forms if isinstance(form, Clusters)]
-    curve = level_curve(scaled, counted, counts, bins=ESTIMATED_BINS)
-    found = []
-    for count in counts:
-        if trained is not None and len(trained.levels) <= count:
-            found.append(0.0)
-            continue
-        change = scaled - curve[count][nearest_levels(scaled, curve[count])]
-        found.append(float(np.einsum("nk,nk,nk->", counted, change, change)))
-    return found
+    tried = [rows.errors(counts) for rows in _scaled_rows(problem)]
+    return [
+        0.0
+        if trained is not None and len(trained.levels) <= count
+        else min(errors[count] for errors in tried)
+        for count in counts
+    ]
 
 
 def _trained(problem: Problem, count: int) -> Rounded | None:
@@ -235,24 +229,66 @@ def _is_scaled(target: Target) -> bool:
     return target.is_integer or target.inputs >= SCALED_INPUTS_MINIMUM
 
 
-def _normalized(problem: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The numbers over their scales, the scales [rows, 1], and what a squared error counts."""
+@dataclass(frozen=True, eq=False)
+class _ScaledRows:
+    """The rows of a weight, brought to one scale.
+
+    Attributes:
+        numbers: over their scales, [rows, inputs].
+        scales: as they are stored, [rows, 1].
+        counted: what a squared error of each number counts, broadcastable to them.
+        on_grid: levels are integers from -127 to 127, of which a scale makes the numbers.
+    """
+
+    numbers: np.ndarray
+    scales: np.ndarray
+    counted: np.ndarray
+    on_grid: bool
+
+    def start(self, count: int, keeps_zeros: bool) -> Rounded:
+        """So many levels at most, the best for numbers that go to the nearest; without codes."""
+        levels, step = self._placed(optimal_levels(self.numbers, self.counted, count, keeps_zeros))
+        scales = narrow_scales(self.scales * step) if self.on_grid else self.scales
+        codes = np.zeros(self.numbers.shape, np.uint8)
+        return Rounded(codes, levels.astype(np.float32), scales)
+
+    def errors(self, counts: Sequence[int]) -> dict[int, float]:
+        """The squared errors of so many levels, about."""
+        curve = level_curve(self.numbers, self.counted, counts, bins=ESTIMATED_BINS)
+        placed = {count: self._placed(levels) for count, levels in curve.items()}
+        return {count: self._error(levels * step) for count, (levels, step) in placed.items()}
+
+    def _placed(self, levels: np.ndarray) -> tuple[np.ndarray, float]:
+        """Levels as they are stored, and the numbers that one of them is."""
+        if not self.on_grid:
+            return levels, 1.0
+        step = float(np.abs(levels).max()) / LEVEL_MAXIMUM or 1.0
+        return np.unique(np.rint(levels / step)), step
+
+    def _error(self, levels: np.ndarray) -> float:
+        change = self.numbers - levels[nearest_levels(self.numbers, levels)]
+        return float(np.einsum("nk,nk,nk->", self.counted, change, change))
+
+
+def _scaled_rows(problem: Problem) -> list[_ScaledRows]:
+    """The rows brought to the same largest number, and to the same root mean square.
+
+    The one leaves no value that only few rows have numbers near; where values are few, these are
+    better spent where most of the numbers are.
+    """
     weight = problem.weight
-    scales = np.sqrt(np.mean(np.square(weight, dtype=np.float64), axis=1, keepdims=True))
+    power = np.mean(np.square(weight, dtype=np.float64), axis=1, keepdims=True)
     if not _is_scaled(problem.target):
-        scales = np.full_like(scales, np.sqrt(np.mean(np.square(scales))))
-    scales = np.where(scales > 0, scales, 1.0)
-    halves = not problem.target.is_integer and _is_scaled(problem.target)
+        of_rows = [np.full_like(power, np.sqrt(np.mean(power)))]
+    else:
+        of_rows = [np.abs(weight).max(axis=1, keepdims=True), np.sqrt(power)]
+    return [_scaled(problem, np.where(scales > 0, scales, 1.0)) for scales in of_rows]
+
+
+def _scaled(problem: Problem, scales: np.ndarray) -> _ScaledRows:
+    on_grid = problem.target.is_integer
+    halves = not on_grid and _is_scaled(problem.target)
     stored = stored_scales(scales) if halves else scales.astype(np.float32)
     wide = np.asarray(stored, np.float32)
-    counted = np.broadcast_to(problem.diagonal * np.square(wide), weight.shape)
-    return weight / wide, stored, counted
-
-
-def _with_integer_levels(problem: Problem, found: Rounded) -> Rounded:
-    """The same with int8 levels, and the scales of the rows for these."""
-    largest = float(np.abs(found.levels).max()) or 1.0
-    levels = np.rint(found.levels * (LEVEL_MAXIMUM / largest)).astype(np.float32)
-    scales = (found.scales * (largest / LEVEL_MAXIMUM)).astype(np.float32)
-    stored = replace(found, levels=levels, scales=narrow_scales(scales))
-    return refit_scales(problem.weight, stored, problem.gram)
+    counted = np.broadcast_to(problem.diagonal * np.square(wide), problem.weight.shape)
+    return _ScaledRows(problem.weight / wide, stored, counted, on_grid)
