@@ -59,7 +59,8 @@ def smallest_within(choices: Sequence[Sequence[Choice]], square: float) -> list[
     Returns:
         The index of a form for each weight; those of the least error where none is within.
     """
-    return _search(choices, lambda chosen: _sum_of_squares(choices, chosen) <= square, cheap=True)
+    chosen = _search(choices, lambda chosen: _sum_of_squares(choices, chosen) <= square, cheap=True)
+    return _spent(choices, chosen, square)
 
 
 def closest_within(choices: Sequence[Sequence[Choice]], stored_bytes: float) -> list[int]:
@@ -87,6 +88,23 @@ def _filled(
             return chosen
         _, index, place, more = max(better)
         chosen[index], left = place, left - more
+
+
+def _spent(choices: Sequence[Sequence[Choice]], chosen: list[int], square: float) -> list[int]:
+    """The same with what a price leaves of the error: of few weights, the hull has few points."""
+    left = square - _sum_of_squares(choices, chosen)
+    while True:
+        smaller = [
+            (now.stored_bytes - form.stored_bytes, -more, index, place)
+            for index, forms in enumerate(choices)
+            for place, form in enumerate(forms)
+            if form.stored_bytes < (now := forms[chosen[index]]).stored_bytes
+            and (more := form.square - now.square) <= left
+        ]
+        if not smaller:
+            return chosen
+        _, less, index, place = max(smaller)
+        chosen[index], left = place, left + less
 
 
 def _search(

@@ -13,8 +13,9 @@ from graphopt.scenarios import Objective
 FASTER = 0.9
 """Less of a difference between two latencies may be chance."""
 
-AS_FAST = 1.01
-"""Where latency is what counts, a model that takes so many times that of the fastest is as good."""
+AS_FAST = 1.02
+"""Where latency is what counts, a model that takes so many times that of the fastest is as good:
+two looks at the same model differ by as much."""
 
 AS_GOOD = 1.1
 """A file of so many times the bytes of the smallest is as good."""

@@ -70,7 +70,7 @@ class Gauge:
             smooths: what others were found to lose counts, too, where only the metric tells.
         """
         self.evaluations += 1
-        loss = self._loss(built)
+        loss = expected_drop(built.loss, built.likely_divergence, self.items)
         if self.judge is None:
             return Gauged(loss, built.loss, 0.0)
         scores = self.judge(Session(built.path, provider=self.provider))
@@ -86,21 +86,27 @@ class Gauge:
         sure = measured - error if math.isfinite(error) else measured
         return Gauged(max(smooth, sure), measured, error)
 
-    def _loss(self, built: Built) -> float:
-        """Of agreement; not less than what few items cannot show, but let expect."""
-        if not math.isfinite(built.likely_divergence):
-            return built.loss
-        expected = DROP_PER_DIVERGENCE * built.likely_divergence
-        known, more = self.items * built.loss, EXPECTED_ITEMS * expected
-        shrunk = (known + more) / (self.items + EXPECTED_ITEMS)
-        return max(built.loss, shrunk)
-
     @property
     def per_divergence(self) -> float:
         """Drop for each unit of divergence, by least squares over all candidates; not below 0."""
         finite = [(d, drop) for d, drop in self._seen if math.isfinite(d) and math.isfinite(drop)]
         square = math.fsum(d * d for d, _ in finite)
         return max(math.fsum(d * drop for d, drop in finite) / square, 0.0) if square else 0.0
+
+
+def expected_drop(loss: float, divergence: float, items: int) -> float:
+    """Of a metric of answers: not less than what few items cannot show, but let expect.
+
+    Args:
+        loss: of agreement, the mean of the items.
+        divergence: of outputs, likewise.
+        items: how many there were.
+    """
+    if not math.isfinite(divergence):
+        return loss
+    expected = DROP_PER_DIVERGENCE * divergence
+    shrunk = (items * loss + EXPECTED_ITEMS * expected) / (items + EXPECTED_ITEMS)
+    return max(loss, shrunk)
 
 
 def _paired_error(original: Scores, other: Scores) -> float:

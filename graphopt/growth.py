@@ -3,7 +3,8 @@
 Divergences of layers that are changed a little add up, as squared errors of independent roundings
 do, so that the best choice within a divergence is a knapsack; a price on divergence gives its lower
 convex hull (`graphopt.allocation`). And the drop of the metric is in proportion to the divergence,
-as both grow with the square of a small change; by how much, what was built says.
+as both grow with the square of a small change; by how much, what was built says. A few samples may
+say that a bolder choice lost less than a milder one: then both are taken to have lost their mean.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+from scipy.optimize import isotonic_regression
 
 from graphopt.allocation import Choice, smallest_within
 from graphopt.probing import Probe
@@ -24,6 +26,9 @@ FIRST_STEP, STEP = 0.6, 0.4
 
 NARROW = 0.03
 """So small a share of the bytes is not worth another look."""
+
+DROP_MAXIMUM = 1e9
+"""No drop is taken to be more."""
 
 DIVERGENCE_MINIMUM = 1e-9
 """Less of it is none: what costs nothing can be had without end."""
@@ -193,7 +198,8 @@ class Growth:
             chosen: what its layers got.
             drop: that was found.
         """
-        self._seen.append((chosen, drop))
+        # What cannot be compared is worse than anything.
+        self._seen.append((chosen, drop if drop < DROP_MAXIMUM else DROP_MAXIMUM))
 
     def expected(self, chosen: Mapping[str, str]) -> float:
         """The divergence that is expected of what layers get."""
@@ -203,8 +209,22 @@ class Growth:
 
     @property
     def _drops(self) -> list[tuple[float, float]]:
-        """The divergence that is expected of each point that was seen, and its drop."""
-        return [(self.expected(chosen), drop) for chosen, drop in self._seen]
+        """The divergence that is expected of each point that was seen, and its drop.
+
+        Drops do not fall as divergence grows (isotonic regression: Barlow et al. 1972).
+        """
+        expected = np.array([self.expected(chosen) for chosen, _ in self._seen])
+        drops = np.array([drop for _, drop in self._seen])
+        if not drops.size:
+            return []
+        order = np.argsort(expected, kind="stable")
+        drops[order] = isotonic_regression(drops[order]).x
+        return list(zip(expected.tolist(), drops.tolist(), strict=True))
+
+    def drop_of(self, chosen: Mapping[str, str]) -> float:
+        """By how much a point that was seen is worse than the trunk, as all of them tell."""
+        index = [seen for seen, _ in self._seen].index(chosen)
+        return self._drops[index][1]
 
     def suspects(self, chosen: Mapping[str, str], count: int) -> list[str]:
         """The layers that are expected to diverge most."""

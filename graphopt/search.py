@@ -48,7 +48,7 @@ ENOUGH = 0.75
 ROUNDS = 4
 """How often points of the front are built, and the next ones chosen by what was seen."""
 
-EVALUATIONS = 18
+EVALUATIONS = 16
 """So many candidates are judged at most; a user's metric may take minutes for each."""
 
 TRUNKS_SHARE, SECOND_SHARE, PROBES_SHARE, ROUNDS_SHARE = 0.4, 0.45, 0.6, 0.75
@@ -309,11 +309,23 @@ class Search:
             for candidate in found:
                 growth.learn(candidate.chosen, candidate.gauged.drop - trunk.gauged.drop)
             self._find_offenders(trunk, growth, found)
+            self._compare(trunk, growth)
             if not found or self._is_near(growth):
                 break
         for at in front(growth.choices):
             drop = trunk.gauged.drop + growth.per_divergence * growth.divergence(at)
             self.predicted.append(Predicted(trunk.trunk, growth.stored_bytes(at), drop))
+
+    def _compare(self, trunk: Candidate, growth: Growth) -> None:
+        """Take each candidate of a trunk to have lost what all of them together tell."""
+        self.candidates = [
+            replace(
+                one, gauged=replace(one.gauged, drop=trunk.gauged.drop + growth.drop_of(one.chosen))
+            )
+            if one.trunk == trunk.trunk and one.chosen
+            else one
+            for one in self.candidates
+        ]
 
     def _is_near(self, growth: Growth) -> bool:
         """The best candidate takes most of the drop, or there is little between it and the next."""

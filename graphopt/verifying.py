@@ -1,8 +1,9 @@
 """What samples that a search never saw say of its result.
 
 A candidate is chosen by other samples, so that a bound on its drop by these holds as it stands.
-Where these show it to be worse than it should be, a milder one is taken; each look has half of the
-chance of error of the one before, so that all of them together have no more than was asked for.
+Where these show it to be worse than it should be, or all samples together do, the next one is
+taken; each look has half of the chance of error of the one before, so that all of them together
+have no more than was asked for.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from graphopt.building import Built
 from graphopt.candidates import Candidate
 from graphopt.certificate import certified_prefix, paired_standard_error, upper_bound
 from graphopt.errors import SampleError
+from graphopt.gauge import expected_drop
 from graphopt.runtime import Session
 from graphopt.scores import Judge, Scores, drops
 from graphopt.search import Search
@@ -80,6 +82,9 @@ class Verifier:
         delta: chance of error.
         items_needed: so many at least prove the limit; None where no number does.
         independent: the search never saw these samples.
+        agreement: gives the agreement with the original on these samples, where it foretells the
+            drop; else None.
+        items_searched: how many the search estimated drops by.
     """
 
     search: Search
@@ -89,6 +94,8 @@ class Verifier:
     delta: float
     items_needed: int | None
     independent: bool
+    agreement: Judge | None = None
+    items_searched: int = 0
     evaluations: int = 0
 
     def by_estimate(self) -> tuple[Taken | None, Certificate]:
@@ -100,10 +107,25 @@ class Verifier:
             scores = self._scores(taken.built.path)
             found = self._certificate(scores, delta)
             sure = found.drop - found.error if math.isfinite(found.error) else found.drop
-            if sure <= self.limit:
+            if sure <= self.limit and self._together(taken, found) <= self.limit:
                 return taken, found
             failed.add(candidate.passes)
         return None, self._certificate(self.original, delta)
+
+    def _together(self, taken: Taken, found: Certificate) -> float:
+        """The drop that these items and those of the search tell, each as much as they are.
+
+        Of few items hardly one has another answer, and the search chose by those that it had: how
+        far the outputs of others are from the original's says more.
+        """
+        drop = found.drop
+        if self.agreement is not None:
+            agreed = self.agreement(self._session(taken.built.path))
+            divergence = math.nan if agreed.divergence is None else agreed.divergence
+            drop = expected_drop(agreed.high - agreed.value, divergence, found.items)
+        items = found.items + self.items_searched
+        searched = self.items_searched * taken.candidate.gauged.drop
+        return (searched + found.items * drop) / items if items else drop
 
     def by_proof(self) -> tuple[Taken | None, Certificate]:
         """The best candidate that is proven to be within the drop, with all that are milder.
@@ -131,7 +153,10 @@ class Verifier:
 
     def _scores(self, path: Path) -> Scores:
         self.evaluations += 1
-        return self.judge(Session(path, provider=self.search.subject.provider))
+        return self.judge(self._session(path))
+
+    def _session(self, path: Path) -> Session:
+        return Session(path, provider=self.search.subject.provider)
 
     def _certificate(self, scores: Scores, delta: float) -> Certificate:
         error, bound, reason = math.inf, None, None

@@ -72,6 +72,8 @@ class Yardstick:
         judge: gives the metric on the samples to verify by.
         verified: scores of the original there.
         sureness: how often the original is right, where labels say it; see `graphopt.agreement`.
+        agreement: gives the agreement with the original on the samples to verify by, where that
+            foretells the drop; else None.
     """
 
     metric: str
@@ -84,6 +86,7 @@ class Yardstick:
     judge: Judge
     verified: Scores
     sureness: float | None
+    agreement: Judge | None
 
     @property
     def aim(self) -> float:
@@ -102,6 +105,8 @@ class Yardstick:
             self.delta,
             self.items_needed,
             independent,
+            self.agreement,
+            self.gauge.items,
         )
 
 
@@ -146,6 +151,12 @@ def measured_by(
         subject.provider,
         len(parts.searched.samples.sequences),
     )
+    sureness = _sureness(known(session)) if isinstance(metric, Accuracy) else None
+    agreement = None
+    if isinstance(metric, Accuracy | Agreement):
+        _, agreement = Agreement(sureness).judges(
+            model, session, feed, [parts.judged, parts.verified]
+        )
     return Yardstick(
         metric=metric.name,
         unit=original.unit,
@@ -156,7 +167,8 @@ def measured_by(
         gauge=gauge,
         judge=verified,
         verified=verified(session),
-        sureness=_sureness(known(session)) if isinstance(metric, Accuracy) else None,
+        sureness=sureness,
+        agreement=agreement,
     )
 
 

@@ -66,6 +66,24 @@ def test_of_the_bytes_nothing_is_left_that_one_weight_could_use(seed: int) -> No
 
 
 @pytest.mark.parametrize("seed", range(6))
+def test_of_the_error_nothing_is_left_that_one_weight_could_use(seed: int) -> None:
+    choices, limit = random_choices(seed), 0.05
+    chosen = smallest_within(choices, limit)
+    stored_bytes, _ = totals(choices, chosen)
+
+    for index, place in product(range(6), range(5)):
+        smaller, square = totals(choices, [*chosen[:index], place, *chosen[index + 1 :]])
+        assert square > limit or smaller >= stored_bytes
+
+
+def test_of_two_weights_more_can_be_had_than_the_hull() -> None:
+    """A price takes the narrow form of both or of none, as both gain alike."""
+    choices = [[Choice(100, 0.0), Choice(50, 1.0)], [Choice(100, 0.0), Choice(50, 1.0)]]
+
+    assert totals(choices, smallest_within(choices, 1.5)) == (150, 1.0)
+
+
+@pytest.mark.parametrize("seed", range(6))
 def test_the_front_is_the_lower_hull_of_all_that_can_be_had(seed: int) -> None:
     choices = random_choices(seed)
     every = [totals(choices, chosen) for chosen in product(range(5), repeat=6)]

@@ -55,7 +55,7 @@ def test_of_those_that_are_as_fast_the_smallest_is_first() -> None:
     found = [
         candidate("fastest", 300, 0.400),
         candidate("as fast", 200, 0.403),
-        candidate("slower", 100, 0.410),
+        candidate("slower", 100, 0.412),
         candidate("not timed", 50, None),
     ]
 

@@ -117,6 +117,23 @@ def test_what_was_within_beyond_what_was_not_does_not_count() -> None:
     assert all(0.01 < aim < 0.02 for aim in growth.aims(0.9))
 
 
+def test_a_bolder_point_is_not_taken_to_lose_less_than_a_milder_one() -> None:
+    growth = seen_at((0.01, 0.2), (0.02, 2.0), (0.04, 0.3), (0.08, 5.0))
+
+    drops = [growth.drop_of({f"w{number}": "clusters 6"}) for number in range(4)]
+
+    assert drops == pytest.approx([0.2, 1.15, 1.15, 5.0])
+
+
+@pytest.mark.parametrize("drop", [math.nan, math.inf])
+def test_what_cannot_be_compared_is_over_any_limit(drop: float) -> None:
+    growth = seen_at((0.01, 0.2), (0.02, drop))
+
+    assert growth.drop_of({"w0": "clusters 6"}) == pytest.approx(0.2)
+    assert growth.drop_of({"w1": "clusters 6"}) > 1e6
+    assert all(0.01 < aim < 0.02 for aim in growth.aims(0.9))
+
+
 def test_what_was_built_corrects_what_was_expected() -> None:
     assert seen_at((0.05, 3.0)).per_divergence == pytest.approx(3.0 / 0.05)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -19,6 +19,7 @@ from tuned import DIGITS, IMAGES, trial_in
 from graphopt.building import Built
 from graphopt.candidates import Candidate
 from graphopt.gauge import Gauged
+from graphopt.runtime import Session
 from graphopt.scores import Scores
 from graphopt.trial import open_trial
 from graphopt.verifying import Certificate, Taken, Verifier, range_of_drops
@@ -69,6 +70,9 @@ class OnScores(Verifier):
     def _scores(self, path: Path) -> Scores:
         self.evaluations += 1
         return scored(self.known[path.name])
+
+    def _session(self, path: Path) -> Session:
+        return path.name  # type: ignore[return-value]
 
 
 def verifier(
@@ -150,6 +154,38 @@ def test_what_the_items_show_to_be_worse_is_not_taken() -> None:
     # The second look has a quarter of the chance of error, so that all have no more than it.
     assert certificate.confidence == pytest.approx(1 - DELTA / 4)
     assert one.evaluations == 2
+
+
+@pytest.mark.parametrize(
+    ("drop_searched", "divergence", "taken"), [(0.5, 0.2, "4"), (0.5, 0.005, "2"), (1.9, 0.06, "4")]
+)
+def test_what_all_items_together_show_to_be_worse_is_not_taken(
+    drop_searched: float, divergence: float, taken: str
+) -> None:
+    """Of few items none has another answer, but how far their outputs are says that others have."""
+    known = {"2": np.full(10, 100.0), "4": np.full(10, 100.0)}
+    one = verifier(known, 2.0, [candidate("2", drop_searched), candidate("4", 0.1)])
+    seen = {"2": divergence, "4": 0.0}
+    one.agreement = lambda path: replace(  # type: ignore[assignment]
+        scored(np.full(10, 100.0)), divergences=np.full(10, seen[str(path)])
+    )
+    one.items_searched = 20
+
+    found, _ = one.by_estimate()
+
+    assert found is not None and found.built.passes == taken
+
+
+def test_of_a_metric_of_its_own_all_items_tell_the_drop() -> None:
+    known = {"2": np.tile([90.0, 98.0], 8), "4": np.full(16, 99.0)}
+    one = verifier(known, 4.0, [candidate("2", 3.5), candidate("4", 0.5)])
+    one.items_searched = 16
+
+    found, certificate = one.by_estimate()
+
+    # 6 of these items and 3.5 of those of the search are over 4; 6 less its error of 1 is, too.
+    assert found is not None and found.built.passes == "4"
+    assert certificate.drop == pytest.approx(1.0)
 
 
 def test_where_all_are_worse_none_is_taken() -> None:

@@ -61,6 +61,7 @@ SERVER_CPU = Scenario(
         Trunk("int8, faster", _FAST, after="int8"),
         Trunk("int8, price 0.07", f"{_int8(0.07)},{_SMALL}", "int8", unless="int8, faster"),
         Trunk("int8, price 0.12", f"{_int8(0.12)},{_SMALL}", "int8", unless="int8, price 0.07"),
+        Trunk("int8, price 0.16", f"{_int8(0.16)},{_SMALL}", "int8", unless="int8, price 0.12"),
         _fewer("int8, 0.8 of the work", "macs=0.8", _FAST, after="int8"),
         _fewer("int8, 0.65 of the work", "macs=0.65", _FAST, after="int8, 0.8 of the work"),
         _fewer("int8, half of the work", "macs=0.5", _FAST, after="int8, 0.65 of the work"),
