@@ -42,7 +42,7 @@ from graphopt.trial import write_trial
 MARGIN = 0.9
 """Of the drop that is allowed: what is aimed at."""
 
-ENOUGH = 0.75
+ENOUGH = 0.9
 """A candidate that takes so much of the drop allowed is near enough to the limit."""
 
 ROUNDS = 4
@@ -143,12 +143,17 @@ class Search:
         Args:
             failed: their passes.
         """
-        left = [one for one in self.within if one.passes not in failed]
+        left = self._left(failed)
         trunks = [one for one in left if not one.chosen and one.trunk not in self._grown]
         if trunks and not any(one.chosen for one in left) and not self._is_late(ROUNDS_SHARE):
             self._grow(self._best_trunk(trunks))
-            left = [one for one in self.within if one.passes not in failed]
+            left = self._left(failed)
         return left[0] if left else None
+
+    def _left(self, failed: Collection[str]) -> list[Candidate]:
+        """The best first of those that did not fail: another may be as good as the next one."""
+        left = [one for one in self.within if one.passes not in failed]
+        return best_first(left, self.scenario.objective)
 
     # -------------------------------------------------------------- trunks
 

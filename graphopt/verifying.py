@@ -107,9 +107,14 @@ class Verifier:
             scores = self._scores(taken.built.path)
             found = self._certificate(scores, delta)
             sure = found.drop - found.error if math.isfinite(found.error) else found.drop
-            if sure <= self.limit and self._together(taken, found) <= self.limit:
+            together = self._together(taken, found)
+            if sure <= self.limit and together <= self.limit:
                 return taken, found
             failed.add(candidate.passes)
+            self.search.notes.append(
+                f"not taken: {taken.built.stored_bytes:,} bytes, made of {candidate.trunk}; with "
+                f"the samples kept back, the drop is about {max(sure, together):.3g}"
+            )
         return None, self._certificate(self.original, delta)
 
     def _together(self, taken: Taken, found: Certificate) -> float:

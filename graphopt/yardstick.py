@@ -91,8 +91,7 @@ class Yardstick:
     @property
     def aim(self) -> float:
         """What a search aims at: the fewer items it sees, the more they may differ from others."""
-        items = self.gauge.items
-        return self.limit * (1 - 1 / math.sqrt(items)) if items > 1 else self.limit / 2
+        return self.limit * (1 - 0.5 / math.sqrt(max(self.gauge.items, 1)))
 
     def verifier(self, search: Search) -> Verifier:
         """What looks at the candidates of a search on the samples that it never saw."""

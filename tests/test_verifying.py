@@ -85,6 +85,7 @@ def verifier(
     search: Any = SimpleNamespace(
         refitted=lambda one: one.built,
         within=list(fit),
+        notes=[],
         next_best=lambda failed: next((c for c in fit if c.passes not in failed), None),
     )
     count = len(next(iter(known.values())))
@@ -186,6 +187,9 @@ def test_of_a_metric_of_its_own_all_items_tell_the_drop() -> None:
     # 6 of these items and 3.5 of those of the search are over 4; 6 less its error of 1 is, too.
     assert found is not None and found.built.passes == "4"
     assert certificate.drop == pytest.approx(1.0)
+    assert one.search.notes == [
+        "not taken: 2,000 bytes, made of float; with the samples kept back, the drop is about 5"
+    ]
 
 
 def test_where_all_are_worse_none_is_taken() -> None:
