@@ -51,7 +51,7 @@ ROUNDS = 4
 EVALUATIONS = 16
 """So many candidates are judged at most; a user's metric may take minutes for each."""
 
-TRUNKS_SHARE, SECOND_SHARE, PROBES_SHARE, ROUNDS_SHARE = 0.4, 0.45, 0.6, 0.75
+TRUNKS_SHARE, SECOND_SHARE, PROBES_SHARE, ROUNDS_SHARE = 0.4, 0.6, 0.6, 0.75
 """Of the time: after it no further trunk is built, no second one gone on with, nothing more is
 probed, and no further round of points is begun."""
 
