@@ -188,7 +188,7 @@ def test_of_a_metric_of_its_own_all_items_tell_the_drop() -> None:
     assert found is not None and found.built.passes == "4"
     assert certificate.drop == pytest.approx(1.0)
     assert one.search.notes == [
-        "not taken: 2,000 bytes, made of float; with the samples kept back, the drop is about 5"
+        "not taken: 2,000 bytes, made of float; with the samples kept back, the drop is about 4.97"
     ]
 
 
