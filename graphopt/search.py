@@ -132,8 +132,7 @@ class Search:
     @property
     def within(self) -> list[Candidate]:
         """All candidates within the drop, as far as the search can tell; the best first."""
-        found = [one for one in self.candidates if one.gauged.drop <= self.limit]
-        return best_first(found, self.scenario.objective)
+        return self._left(())
 
     def next_best(self, failed: Collection[str]) -> Candidate | None:
         """The best candidate, but for those that failed; None where none is left.
@@ -152,7 +151,8 @@ class Search:
 
     def _left(self, failed: Collection[str]) -> list[Candidate]:
         """The best first of those that did not fail: another may be as good as the next one."""
-        left = [one for one in self.within if one.passes not in failed]
+        within = [one for one in self.candidates if one.gauged.drop <= self.limit]
+        left = [one for one in within if one.passes not in failed]
         return best_first(left, self.scenario.objective)
 
     # -------------------------------------------------------------- trunks

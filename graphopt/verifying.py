@@ -83,7 +83,7 @@ class Verifier:
         items_needed: so many at least prove the limit; None where no number does.
         independent: the search never saw these samples.
         agreement: gives the agreement with the original on these samples, where it foretells the
-            drop; else None.
+            drop; else None. May be the judge.
         items_searched: how many the search estimated drops by.
     """
 
@@ -107,7 +107,7 @@ class Verifier:
             scores = self._scores(taken.built.path)
             found = self._certificate(scores, delta)
             sure = found.drop - found.error if math.isfinite(found.error) else found.drop
-            together = self._together(taken, found)
+            together = self._together(taken, scores, found)
             if sure <= self.limit and together <= self.limit:
                 return taken, found
             failed.add(candidate.passes)
@@ -117,7 +117,7 @@ class Verifier:
             )
         return None, self._certificate(self.original, delta)
 
-    def _together(self, taken: Taken, found: Certificate) -> float:
+    def _together(self, taken: Taken, scores: Scores, found: Certificate) -> float:
         """The drop that these items and those of the search tell, each as much as they are.
 
         Of few items hardly one has another answer, and the search chose by those that it had: how
@@ -125,7 +125,9 @@ class Verifier:
         """
         drop = found.drop
         if self.agreement is not None:
-            agreed = self.agreement(self._session(taken.built.path))
+            agreed = scores
+            if self.agreement is not self.judge:
+                agreed = self.agreement(self._session(taken.built.path))
             divergence = math.nan if agreed.divergence is None else agreed.divergence
             drop = expected_drop(agreed.high - agreed.value, divergence, found.items)
         items = found.items + self.items_searched

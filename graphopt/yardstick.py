@@ -151,8 +151,8 @@ def measured_by(
         len(parts.searched.samples.sequences),
     )
     sureness = _sureness(known(session)) if isinstance(metric, Accuracy) else None
-    agreement = None
-    if isinstance(metric, Accuracy | Agreement):
+    agreement = verified if isinstance(metric, Agreement) else None
+    if isinstance(metric, Accuracy):
         _, agreement = Agreement(sureness).judges(
             model, session, feed, [parts.judged, parts.verified]
         )
