@@ -4,8 +4,8 @@ Few items tell little of a metric: of 30, one is three points. So what is known 
 The regret of an item whose answer changed is what a calibrated original expects this to cost, and
 its mean varies much less than that of labels; by labels, where there are any, the original is
 calibrated. Where few items are, and none of their answers changed, what the divergence lets expect
-counts as so many items more. And labels have the last word where they say, beyond their standard
-error, that it is worse.
+counts as so many items more. And labels have the last word where they say for certain that it is
+worse.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ DROP_PER_DIVERGENCE = 50.0
 EXPECTED_ITEMS = 70
 """What is expected counts as so many items: both are as uncertain then. Where one point is lost, it
 may be half or twice that; so may the mean of 70 regrets, of which one in twenty is 20 points."""
+
+CERTAIN = 2.0
+"""So many standard errors. One is exceeded by one candidate of six that loses nothing, and a search
+looks at ten."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +81,13 @@ class Gauge:
         measured = self.original.value - scores.value
         error = _paired_error(self.original, scores)
         if self.expects_regret:
-            return Gauged(max(loss, measured - error), measured, error)
+            return Gauged(max(loss, measured - CERTAIN * error), measured, error)
         self._seen.append((built.divergence, measured))
         if not smooths:
             return Gauged(measured, measured, error)
         # Outputs that are not finite say nothing but by the metric.
         smooth = self.per_divergence * built.divergence if math.isfinite(built.divergence) else 0.0
-        sure = measured - error if math.isfinite(error) else measured
+        sure = measured - CERTAIN * error if math.isfinite(error) else measured
         return Gauged(max(smooth, sure), measured, error)
 
     @property

@@ -21,10 +21,10 @@ from graphopt.allocation import Choice, smallest_within
 from graphopt.probing import Probe
 from graphopt.treatments import treatment
 
-FIRST_STEP, STEP = 0.6, 0.4
+FIRST_STEP, STEP_MINIMUM, STEP_MAXIMUM = 0.6, 1.5, 16.0
 """From one divergence to the next that is tried, where only one side of the limit was seen."""
 
-NARROW = 0.03
+NARROW = 0.02
 """So small a share of the bytes is not worth another look."""
 
 DROP_MAXIMUM = 1e9
@@ -128,25 +128,30 @@ class Growth:
         if not self._seen:
             aim = room / self.per_divergence
             return aim, FIRST_STEP * aim
-        low, high = self._bracket
+        (low, low_drop), (high, high_drop) = self._bracket
         if low and high:
             return (low**2 * high) ** (1 / 3), (low * high**2) ** (1 / 3)
         if high:
-            return high * STEP, high * STEP**2
-        return low / STEP, low / STEP**2
+            step = _step(high_drop, room)
+            return high / math.sqrt(step), high / step
+        step = _step(room, low_drop)
+        return low * math.sqrt(step), low * step
 
     @property
-    def _bracket(self) -> tuple[float, float]:
-        """The most divergence that was within the limit, and the least that was not; 0 for none."""
-        seen = self._drops
-        within = [at for at, drop in seen if drop <= self.limit]
-        high = min((at for at, drop in seen if drop > self.limit), default=0.0)
-        return max((at for at in within if not high or at < high), default=0.0), high
+    def _bracket(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        """The most divergence that was within the limit, and the least that was not; 0 for none.
+
+        Each with the drop that was seen there.
+        """
+        seen, none = self._drops, (0.0, 0.0)
+        high = min((one for one in seen if one[1] > self.limit), default=none)
+        within = [one for one in seen if one[1] <= self.limit and (not high[0] or one < high)]
+        return max(within, default=none), high
 
     @property
     def is_narrow(self) -> bool:
         """Between what was within the limit and what was not there are few bytes."""
-        low, high = self._bracket
+        (low, _), (high, _) = self._bracket
         if not low or not high:
             return False
         larger, smaller = (self.stored_bytes(self.smallest(at)) for at in (low, high))
@@ -196,10 +201,11 @@ class Growth:
 
         Args:
             chosen: what its layers got.
-            drop: that was found.
+            drop: that was found; of a point that was seen before, this is what counts from now on.
         """
         # What cannot be compared is worse than anything.
-        self._seen.append((chosen, drop if drop < DROP_MAXIMUM else DROP_MAXIMUM))
+        known = drop if drop < DROP_MAXIMUM else DROP_MAXIMUM
+        self._seen = [*(one for one in self._seen if one[0] != chosen), (chosen, known)]
 
     def expected(self, chosen: Mapping[str, str]) -> float:
         """The divergence that is expected of what layers get."""
@@ -246,6 +252,12 @@ class Growth:
         for one in own:
             square = max(self._square(one), DIVERGENCE_MINIMUM)
             self._blamed[layer, _named(one)] = growth * square
+
+
+def _step(drop: float, other: float) -> float:
+    """From one divergence to that at which another drop is expected, which is in proportion."""
+    ratio = drop / other if other > 0 else math.inf
+    return min(max(ratio, STEP_MINIMUM), STEP_MAXIMUM)
 
 
 def _saved(one: Probe) -> int:

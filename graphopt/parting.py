@@ -14,7 +14,7 @@ from hashlib import sha256
 from graphopt.certificate import fewest_items
 from graphopt.recording import Feed
 
-FITTED_MAXIMUM, JUDGED_MAXIMUM = 128, 128
+FITTED_MAXIMUM, JUDGED_MAXIMUM = 128, 256
 """More to fit by, or to search by, hardly help and take time; verification gets the rest."""
 
 SHARED_BELOW = 12
@@ -24,7 +24,7 @@ PROOF_SHARE, CHECK_SHARE = 0.5, 0.2
 """To verify by: where that many samples can prove the drop that is asked for, and where not."""
 
 JUDGED_SHARE = 1 / 3
-"""Of the others, to search by."""
+"""Of the others, to search by; and those beyond what is fitted by."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ def part(feed: Feed, least_items: int | None, seed: int = 0) -> Parts:
     proves = least_items is not None and PROOF_SHARE * count >= least_items
     verified = round(count * (PROOF_SHARE if proves else CHECK_SHARE))
     rest = count - verified
-    judged = min(JUDGED_MAXIMUM, round(rest * JUDGED_SHARE))
-    fitted = min(FITTED_MAXIMUM, rest - judged)
+    fitted = min(FITTED_MAXIMUM, rest - round(rest * JUDGED_SHARE))
+    judged = min(JUDGED_MAXIMUM, rest - fitted)
     # What neither fits nor is searched by verifies.
     searched = fitted + judged
 

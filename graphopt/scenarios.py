@@ -47,6 +47,7 @@ class Scenario:
         provider: on which the model will run.
         trunks: from the mildest on.
         treatments: of layers, of which each layer gets one at most.
+        finish: what is done after layers were treated, in text form; may be nothing.
     """
 
     summary: str
@@ -54,6 +55,7 @@ class Scenario:
     provider: str
     trunks: tuple[Trunk, ...]
     treatments: tuple[str, ...]
+    finish: str = ""
 
 
 def scenario_names() -> list[str]:

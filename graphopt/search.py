@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -48,8 +48,9 @@ ENOUGH = 0.9
 ROUNDS = 4
 """How often points of the front are built, and the next ones chosen by what was seen."""
 
-EVALUATIONS = 16
-"""So many candidates are judged at most; a user's metric may take minutes for each."""
+EVALUATIONS = 14
+"""So many candidates are judged at most, and two more for each that is rejected in the end; a
+user's metric may take minutes for each."""
 
 TRUNKS_SHARE, SECOND_SHARE, PROBES_SHARE, ROUNDS_SHARE = 0.4, 0.6, 0.6, 0.75
 """Of the time: after it no further trunk is built, no second one gone on with, nothing more is
@@ -114,7 +115,8 @@ class Search:
     probes: dict[str, list[Probe]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     _trials: dict[tuple[str, bool], Path] = field(default_factory=dict)
-    _grown: set[str] = field(default_factory=set)
+    _growths: dict[str, Growth] = field(default_factory=dict)
+    _rejected: set[str] = field(default_factory=set)
 
     def run(self) -> None:
         """Build trunks, and points of the best of them.
@@ -123,37 +125,46 @@ class Search:
             GraphoptError: a worker was lost, or a model does not run.
         """
         self._trunks()
-        self.next_best(())
+        self.next_best()
         # What a trunk promises is a guess: where there is time, the next one is seen, too.
-        rest = [one for one in self._promising() if one.trunk not in self._grown]
+        rest = [one for one in self._promising() if one.trunk not in self._growths]
         if rest and self._evaluations_left and not self._is_late(SECOND_SHARE):
             self._grow(rest[0])
 
     @property
     def within(self) -> list[Candidate]:
-        """All candidates within the drop, as far as the search can tell; the best first."""
-        return self._left(())
+        """All candidates within the drop, as far as is known; the best first."""
+        within = [one for one in self.candidates if one.gauged.drop <= self.limit]
+        left = [one for one in within if one.passes not in self._rejected]
+        return best_first(left, self.scenario.objective)
 
-    def next_best(self, failed: Collection[str]) -> Candidate | None:
-        """The best candidate, but for those that failed; None where none is left.
+    def next_best(self) -> Candidate | None:
+        """The best candidate, but for those that were rejected; None where none is left.
 
-        Where all that was built of layers failed, the next trunk is gone on with.
-
-        Args:
-            failed: their passes.
+        Where all that was built of layers was rejected, the next trunk is gone on with.
         """
-        left = self._left(failed)
-        trunks = [one for one in left if not one.chosen and one.trunk not in self._grown]
+        left = self.within
+        trunks = [one for one in left if not one.chosen and one.trunk not in self._growths]
         if trunks and not any(one.chosen for one in left) and not self._is_late(ROUNDS_SHARE):
             self._grow(self._best_trunk(trunks))
-            left = self._left(failed)
+            left = self.within
         return left[0] if left else None
 
-    def _left(self, failed: Collection[str]) -> list[Candidate]:
-        """The best first of those that did not fail: another may be as good as the next one."""
-        within = [one for one in self.candidates if one.gauged.drop <= self.limit]
-        left = [one for one in within if one.passes not in failed]
-        return best_first(left, self.scenario.objective)
+    def reject(self, candidate: Candidate, drop: float) -> None:
+        """Take a candidate as lost; of its trunk, milder choices of layers are looked for.
+
+        Args:
+            candidate: that samples which the search never saw speak against.
+            drop: what it is found to lose.
+        """
+        self._rejected.add(candidate.passes)
+        growth = self._growths.get(candidate.trunk)
+        if growth is None or not candidate.chosen or self._is_late(ROUNDS_SHARE):
+            return
+        trunk = self.trunk_of(candidate)
+        growth.learn(candidate.chosen, drop - trunk.gauged.drop)
+        self._compare(trunk, growth)
+        self._round(trunk, growth, 2)
 
     # -------------------------------------------------------------- trunks
 
@@ -270,6 +281,9 @@ class Search:
 
     def _growth(self, trunk: Candidate) -> Growth:
         """What the layers of a trunk can have."""
+        limit = self.limit - trunk.gauged.drop
+        if not self.scenario.treatments:
+            return Growth(trunk.built.stored_bytes, [], limit)
         model = loading.load(trunk.built.path)
         folder = self.trial(model, trunk.trunk)
         layers = self._layers(model)
@@ -285,7 +299,7 @@ class Search:
         missing = sum(map(len, layers.values())) - len(probed)
         if missing:
             self.notes.append(f"no time for {missing} layers: more --budget-minutes help")
-        return Growth(trunk.built.stored_bytes, probes, self.limit - trunk.gauged.drop)
+        return Growth(trunk.built.stored_bytes, probes, limit)
 
     def _until_s(self) -> float:
         """When there is no time left for probes; a trunk that stands in for another gets some."""
@@ -298,28 +312,28 @@ class Search:
 
     def _grow(self, trunk: Candidate) -> None:
         """Build points of the front of a trunk's layers, nearer and nearer to the limit."""
-        self._grown.add(trunk.trunk)
-        if not self.scenario.treatments:
-            return
-        growth = self._growth(trunk)
+        growth = self._growths[trunk.trunk] = self._growth(trunk)
         if not growth.choices:
             return
         for number in range(ROUNDS):
             if number and self._is_late(ROUNDS_SHARE):
                 self.notes.append("no time for another round of points: more --budget-minutes help")
                 break
-            room = MARGIN * (self.limit - trunk.gauged.drop)
-            aims = growth.aims(room)[: self._evaluations_left]
-            found = self._built_points(trunk, growth, aims)
-            for candidate in found:
-                growth.learn(candidate.chosen, candidate.gauged.drop - trunk.gauged.drop)
-            self._find_offenders(trunk, growth, found)
-            self._compare(trunk, growth)
-            if not found or self._is_near(growth):
+            if not self._round(trunk, growth, self._evaluations_left) or self._is_near(growth):
                 break
         for at in front(growth.choices):
             drop = trunk.gauged.drop + growth.per_divergence * growth.divergence(at)
             self.predicted.append(Predicted(trunk.trunk, growth.stored_bytes(at), drop))
+
+    def _round(self, trunk: Candidate, growth: Growth, count: int) -> list[Candidate]:
+        """Build so many points at most, where the limit is expected, and learn of them."""
+        room = MARGIN * (self.limit - trunk.gauged.drop)
+        found = self._built_points(trunk, growth, growth.aims(room)[:count])
+        for candidate in found:
+            growth.learn(candidate.chosen, candidate.gauged.drop - trunk.gauged.drop)
+        self._find_offenders(trunk, growth, found)
+        self._compare(trunk, growth)
+        return found
 
     def _compare(self, trunk: Candidate, growth: Growth) -> None:
         """Take each candidate of a trunk to have lost what all of them together tell."""
@@ -348,8 +362,10 @@ class Search:
         wanted = {}
         for aim in aims:
             chosen = growth.options(growth.smallest(aim))
-            passes = growth.passes_of(chosen)
-            if passes and passes not in known:
+            if not chosen:
+                continue
+            passes = ",".join(filter(None, (growth.passes_of(chosen), self.scenario.finish)))
+            if passes not in known:
                 wanted[passes] = chosen
         found = []
         for passes, built in self._built(trunk, list(wanted)).items():

@@ -49,7 +49,7 @@ ORIGINAL, BASE, SETUP, FITTED, JUDGED, MEMO = (
 )
 """Names in the folder of a trial."""
 
-GLANCED_MAXIMUM = 32
+GLANCED_MAXIMUM = 128
 """Samples by which single layers are compared."""
 
 

@@ -17,7 +17,7 @@ from graphopt.building import Built
 from graphopt.candidates import Candidate
 from graphopt.certificate import certified_prefix, paired_standard_error, upper_bound
 from graphopt.errors import SampleError
-from graphopt.gauge import expected_drop
+from graphopt.gauge import CERTAIN, expected_drop
 from graphopt.runtime import Session
 from graphopt.scores import Judge, Scores, drops
 from graphopt.search import Search
@@ -100,22 +100,27 @@ class Verifier:
 
     def by_estimate(self) -> tuple[Taken | None, Certificate]:
         """The best candidate, unless these samples show that it is worse than it should be."""
-        delta, failed = self.delta, set[str]()
-        while (candidate := self.search.next_best(failed)) is not None:
+        delta = self.delta
+        while (candidate := self.search.next_best()) is not None:
             delta /= 2
             taken = Taken(candidate, self.search.refitted(candidate))
             scores = self._scores(taken.built.path)
             found = self._certificate(scores, delta)
-            sure = found.drop - found.error if math.isfinite(found.error) else found.drop
-            together = self._together(taken, scores, found)
-            if sure <= self.limit and together <= self.limit:
+            drop = max(self._least(found), self._together(taken, scores, found))
+            if drop <= self.limit:
                 return taken, found
-            failed.add(candidate.passes)
             self.search.notes.append(
                 f"not taken: {taken.built.stored_bytes:,} bytes, made of {candidate.trunk}; with "
-                f"the samples kept back, the drop is about {max(sure, together):.3g}"
+                f"the samples kept back, the drop is about {drop:.3g}"
             )
+            self.search.reject(candidate, drop)
         return None, self._certificate(self.original, delta)
+
+    def _least(self, found: Certificate) -> float:
+        """What the drop is for certain; where agreement foretells it, that says if it is more."""
+        if not math.isfinite(found.error):
+            return found.drop
+        return found.drop - found.error * (1.0 if self.agreement is None else CERTAIN)
 
     def _together(self, taken: Taken, scores: Scores, found: Certificate) -> float:
         """The drop that these items and those of the search tell, each as much as they are.
@@ -141,7 +146,11 @@ class Verifier:
         (Learn then Test, arXiv 2110.01052).
         """
         fit = self.search.within
-        order = sorted(fit, key=lambda one: one.gauged.drop)
+        order: list[Candidate] = []
+        for one in sorted(fit, key=lambda one: one.gauged.drop):
+            # A bolder one that is no better can only end the proof.
+            if not order or fit.index(one) < fit.index(order[-1]):
+                order.append(one)
         seen: list[Scores] = []
 
         def values() -> Iterator[object]:

@@ -51,7 +51,7 @@ def test_by_labels_the_regret_counts_unless_they_say_more(path: Path) -> None:
     assert gauge(built(path)).drop == 2.0
     found = gauge(built(path))
     assert found.measured == pytest.approx(20)
-    assert found.drop == pytest.approx(20 - found.error)
+    assert found.drop == pytest.approx(20 - 2 * found.error)
     assert 2 < found.error < 6
 
 

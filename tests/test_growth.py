@@ -110,6 +110,26 @@ def test_aims_go_on_where_only_one_side_was_seen() -> None:
     assert min(below.aims(0.9)) > 0.01 > max(above.aims(0.9)) > 0
 
 
+@pytest.mark.parametrize(
+    ("drop", "last"), [(0.3, 0.03), (0.8, 0.015), (0.0, 0.16), (-0.2, 0.16), (3.6, 0.0025)]
+)
+def test_aims_go_as_far_as_the_drop_that_was_seen_lets_expect(drop: float, last: float) -> None:
+    """But not by less than half as much again, nor by more than sixteen times."""
+    first, second = seen_at((0.01, drop)).aims(0.9)
+
+    assert second == pytest.approx(last)
+    assert first == pytest.approx(math.sqrt(0.01 * last))
+
+
+def test_what_is_learnt_of_a_point_again_is_what_counts() -> None:
+    growth = seen_at((0.01, 0.2), (0.02, 0.5))
+
+    growth.learn({"w1": "clusters 6"}, 4.0)
+
+    assert growth.drop_of({"w1": "clusters 6"}) == 4.0
+    assert all(0.01 < aim < 0.02 for aim in growth.aims(0.9))
+
+
 def test_what_was_within_beyond_what_was_not_does_not_count() -> None:
     """A luck of few samples: a bolder point that loses less than a milder one."""
     growth = seen_at((0.01, 0.2), (0.02, 2.0), (0.04, 0.3))

@@ -54,10 +54,16 @@ def test_half_verify_where_that_proves_something_and_a_fifth_else() -> None:
     assert len(part(whole, None).verified.samples) == 40
 
 
-def test_of_many_samples_most_verify() -> None:
-    parts = part(feed(vectors(600)), None)
+@pytest.mark.parametrize(
+    ("count", "least", "counts"),
+    [(300, None, [128, 112, 60]), (600, None, [128, 256, 216]), (600, 300, [128, 172, 300])],
+)
+def test_beyond_what_is_fitted_by_samples_judge_and_then_verify(
+    count: int, least: int | None, counts: list[int]
+) -> None:
+    parts = part(feed(vectors(count)), least)
 
-    assert [len(one) for one in three(parts)] == [128, 128, 344]
+    assert [len(one) for one in three(parts)] == counts
 
 
 def test_equal_samples_never_come_into_two_parts() -> None:

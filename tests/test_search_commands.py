@@ -107,6 +107,8 @@ def test_tune_writes_a_smaller_model_and_says_what_is_known_of_it(tuned: Tuned) 
     assert out.startswith("asked: the least size on cpu for a drop of at most 5 points of accuracy")
     assert re.search(r"^samples: \d+ to fit by, \d+ to search by, 12 to verify by", out, re.M)
     assert len(re.findall(r" chosen$", out, re.M)) == 1
+    # What was too small for codes is narrow, too.
+    assert tuned.json["passes"].endswith("},convert-numbers{weights-only=true},shorten-names")
     assert re.search(
         r"^not certified: 12 samples cannot prove a drop of at most 5: at least \d+ ", out, re.M
     )

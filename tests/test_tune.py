@@ -24,6 +24,7 @@ from graphopt.registry import parse_passes
 from graphopt.runtime import Session
 from graphopt.testing import parse
 from graphopt.tune import Tuning, tune
+from graphopt.verifying import Verifier
 
 QUICK = "llm-decode"
 """The scenario of one trunk, and of few options."""
@@ -84,6 +85,24 @@ def test_candidates_are_judged_so_often_at_most(
     # The trunk and a point of its layers, and one of them on what is kept back.
     assert sum(point.built for point in tuning.points) == 2
     assert tuning.evaluations == 3
+
+
+def test_where_one_is_rejected_milder_choices_of_its_layers_are_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = quickly(classifier(), tmp_path / "cache")
+    told = iter([6.0, 0.0])
+    monkeypatch.setattr(Verifier, "_together", lambda *_: next(told))
+
+    tuning = quickly(classifier(), tmp_path / "cache")
+
+    (rejected,), (taken,) = ([p for p in one.points if p.chosen] for one in (before, tuning))
+    assert taken.passes not in {point.passes for point in before.points}
+    assert rejected.size_ratio < taken.size_ratio < min(p.size_ratio for p in tuning.points[:1])
+    (drop,) = (point.drop for point in tuning.points if point.passes == rejected.passes)
+    assert drop == pytest.approx(6.0)
+    assert [note for note in tuning.notes if "not taken" in note and "about 6" in note]
+    assert tuning.certificate.confidence == pytest.approx(1 - 0.05 / 4)
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from graphopt.building import Built
 from graphopt.candidates import Candidate
 from graphopt.gauge import Gauged
 from graphopt.runtime import Session
-from graphopt.scores import Scores
+from graphopt.scores import Judge, Scores
 from graphopt.trial import open_trial
 from graphopt.verifying import Certificate, Taken, Verifier, range_of_drops
 
@@ -82,11 +82,13 @@ def verifier(
     delta: float = DELTA,
 ) -> OnScores:
     """Of a search that found candidates, the best first."""
+    left = list(fit)
     search: Any = SimpleNamespace(
         refitted=lambda one: one.built,
-        within=list(fit),
+        within=left,
         notes=[],
-        next_best=lambda failed: next((c for c in fit if c.passes not in failed), None),
+        next_best=lambda: next(iter(left), None),
+        reject=lambda one, drop: left.remove(one),
     )
     count = len(next(iter(known.values())))
     original = scored(np.full(count, 100.0))
@@ -204,7 +206,7 @@ def test_where_all_are_worse_none_is_taken() -> None:
 
 def test_a_proof_ends_at_the_first_that_fails_and_takes_the_best_before() -> None:
     known = {"16": np.full(400, 100.0), "6": np.full(400, 99.9), "4": np.full(400, 60.0)}
-    fit = [candidate("6", 1.0), candidate("4", 2.0), candidate("16", 0.0)]
+    fit = [candidate("4", 2.0), candidate("6", 1.0), candidate("16", 0.0)]
     one = verifier(known, 5.0, fit)
 
     taken, certificate = one.by_proof()
@@ -213,6 +215,32 @@ def test_a_proof_ends_at_the_first_that_fails_and_takes_the_best_before() -> Non
     assert certificate.certified
     assert certificate.bound is not None and certificate.bound <= 5.0
     assert one.evaluations == 3
+
+
+def test_a_proof_does_not_end_at_what_is_bolder_and_no_better() -> None:
+    known = {"16": np.full(400, 100.0), "6": np.full(400, 60.0), "4": np.full(400, 99.9)}
+    fit = [candidate("4", 2.0), candidate("16", 0.0), candidate("6", 1.0)]
+    one = verifier(known, 5.0, fit)
+
+    taken, _ = one.by_proof()
+
+    assert taken is not None and taken.built.passes == "4"
+    assert one.evaluations == 2
+
+
+def test_where_agreement_foretells_the_drop_few_labels_do_not_speak_against_it() -> None:
+    """2 of 20 labels are lost: 10 points with an error of 7, and outputs are the same."""
+    known = {"2": np.array([0.0, 0.0] + [100.0] * 18), "4": np.full(20, 100.0)}
+
+    def taken(agreement: Judge | None) -> str:
+        one = verifier(known, 2.0, [candidate("2", 0.5), candidate("4", 0.1)])
+        one.agreement, one.items_searched = agreement, 1000
+        found, _ = one.by_estimate()
+        assert found is not None
+        return found.built.passes
+
+    same = replace(scored(np.full(20, 100.0)), divergences=np.zeros(20))
+    assert (taken(lambda _: same), taken(None)) == ("2", "4")
 
 
 def test_items_that_the_search_saw_prove_nothing() -> None:

@@ -40,8 +40,8 @@ Those that state in which type it computes on the way stay.
 
 FLOAT = ir.DataType.FLOAT
 
-STORED_ELEMENTS_MINIMUM = 256
-"""A smaller constant is not worth the bytes of the Cast that would widen it."""
+STORED_ELEMENTS_MINIMUM = 64
+"""A smaller constant is not worth the Cast that would widen it, which takes 28 bytes at least."""
 
 Use = tuple[ir.Node, int]
 """A node that reads a value, and the index of the input."""
