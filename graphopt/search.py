@@ -31,7 +31,7 @@ from graphopt.errors import GraphoptError, SearchStopped
 from graphopt.executors import Workers
 from graphopt.gauge import Gauge
 from graphopt.growth import Growth
-from graphopt.parting import Parts
+from graphopt.parting import FITTED_MAXIMUM, Parts
 from graphopt.probe_cache import ProbeCache
 from graphopt.probing import Probe, probe
 from graphopt.scenarios import Scenario, Trunk
@@ -455,8 +455,12 @@ class Search:
         return found
 
     def refitted(self, candidate: Candidate) -> Built:
-        """The same, fitted on all samples of the search; its trunk stays as it is."""
-        if not candidate.chosen:
+        """The same, fitted on all samples of the search; its trunk stays as it is.
+
+        Where it was fitted on many, it is taken as it was judged: more hardly help.
+        """
+        fitted = self.parts.fitted.samples.sequences
+        if not candidate.chosen or len(fitted) >= FITTED_MAXIMUM:
             return candidate.built
         folder = self.trial_of(candidate, refit=True)
         return build(folder, candidate.built.passes, self.models, self.workers, self.cache).wait()

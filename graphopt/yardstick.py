@@ -20,6 +20,10 @@ from graphopt.verifying import Verifier, range_of_drops
 
 _RELATIVE = re.compile(r"(?P<share>\d*\.?\d+(?:[eE][+-]?\d+)?)\s*%")
 
+AIM = 0.9
+"""Of the drop that is allowed. Of 14 candidates near the limit, on 384 items, estimates were .2 of
+a point above the truth, and varied by .3 about that."""
+
 
 @dataclass(frozen=True)
 class AllowedDrop:
@@ -90,8 +94,8 @@ class Yardstick:
 
     @property
     def aim(self) -> float:
-        """What a search aims at: the fewer items it sees, the more they may differ from others."""
-        return self.limit * (1 - 0.5 / math.sqrt(max(self.gauge.items, 1)))
+        """What a search aims at: it takes what seems best of many, which is luck in part."""
+        return AIM * self.limit
 
     def verifier(self, search: Search) -> Verifier:
         """What looks at the candidates of a search on the samples that it never saw."""

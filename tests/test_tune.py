@@ -105,6 +105,21 @@ def test_where_one_is_rejected_milder_choices_of_its_layers_are_built(
     assert tuning.certificate.confidence == pytest.approx(1 - 0.05 / 4)
 
 
+@pytest.mark.parametrize("fitted", [128, 16])
+def test_what_was_fitted_on_many_is_taken_as_it_was_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fitted: int
+) -> None:
+    monkeypatch.setattr("graphopt.parting.FITTED_MAXIMUM", fitted)
+    monkeypatch.setattr("graphopt.search.FITTED_MAXIMUM", fitted)
+    counting = Counting()
+
+    tuning = quickly(classifier(), tmp_path, executor=counting)
+
+    assert tuning.parts == ((21, 11, 8) if fitted > 21 else (16, 16, 8))
+    more = counting.count("build_model") - sum(point.built for point in tuning.points)
+    assert more == (1 if fitted > 21 else 0)
+
+
 @pytest.mark.slow
 def test_wherever_workers_are_lost_it_goes_on_from_there(tmp_path: Path) -> None:
     whole = Counting()
