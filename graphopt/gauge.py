@@ -74,7 +74,8 @@ class Gauge:
             smooths: what others were found to lose counts, too, where only the metric tells.
         """
         self.evaluations += 1
-        loss = expected_drop(built.loss, built.likely_divergence, self.items)
+        # Not less than what was seen: of many candidates, the lucky ones seem best.
+        loss = max(built.loss, expected_drop(built.loss, built.likely_divergence, self.items))
         if self.judge is None:
             return Gauged(loss, built.loss, 0.0)
         scores = self.judge(Session(built.path, provider=self.provider))
@@ -99,7 +100,7 @@ class Gauge:
 
 
 def expected_drop(loss: float, divergence: float, items: int) -> float:
-    """Of a metric of answers: not less than what few items cannot show, but let expect.
+    """Of a metric of answers, by the losses of few items and by what divergence lets expect.
 
     Args:
         loss: of agreement, the mean of the items.
@@ -109,8 +110,7 @@ def expected_drop(loss: float, divergence: float, items: int) -> float:
     if not math.isfinite(divergence):
         return loss
     expected = DROP_PER_DIVERGENCE * divergence
-    shrunk = (items * loss + EXPECTED_ITEMS * expected) / (items + EXPECTED_ITEMS)
-    return max(loss, shrunk)
+    return (items * loss + EXPECTED_ITEMS * expected) / (items + EXPECTED_ITEMS)
 
 
 def _paired_error(original: Scores, other: Scores) -> float:
