@@ -377,5 +377,5 @@ def test_the_digits_become_much_smaller_in_processes_as_in_threads(tmp_path: Pat
     assert taken.size_ratio < 0.25
     assert found(results[0]) == found(results[1])
     assert bytes_of(results[0], tmp_path / "a.onnx") == bytes_of(results[1], tmp_path / "b.onnx")
-    assert replace(results[0].certificate, reason=None).items == 92
+    assert results[0].certificate.items == 60
     assert isinstance(results[0].run.model, ir.Model)
