@@ -117,10 +117,11 @@ class Verifier:
         return None, self._certificate(self.original, delta)
 
     def _least(self, found: Certificate) -> float:
-        """What the drop is for certain; where agreement foretells it, that says if it is more."""
+        """What the drop is for certain; of labels, where agreement foretells what they say."""
         if not math.isfinite(found.error):
             return found.drop
-        return found.drop - found.error * (1.0 if self.agreement is None else CERTAIN)
+        labels = self.agreement is not None and self.agreement is not self.judge
+        return found.drop - found.error * (CERTAIN if labels else 1.0)
 
     def _together(self, taken: Taken, scores: Scores, found: Certificate) -> float:
         """The drop that these items and those of the search tell, each as much as they are.
