@@ -49,6 +49,7 @@ class Growth:
     limit: float
     _blamed: dict[tuple[str, str], float] = field(default_factory=dict)
     _seen: list[tuple[Mapping[str, str], float]] = field(default_factory=list)
+    _told_per_divergence: float = 0.0
 
     @property
     def _usable(self) -> dict[str, list[Probe]]:
@@ -201,11 +202,20 @@ class Growth:
 
         Args:
             chosen: what its layers got.
-            drop: that was found; of a point that was seen before, this is what counts from now on.
+            drop: that was found.
         """
         # What cannot be compared is worse than anything.
-        known = drop if drop < DROP_MAXIMUM else DROP_MAXIMUM
-        self._seen = [*(one for one in self._seen if one[0] != chosen), (chosen, known)]
+        self._seen.append((chosen, drop if drop < DROP_MAXIMUM else DROP_MAXIMUM))
+
+    def reject(self, chosen: Mapping[str, str], drop: float) -> None:
+        """Take all points to lose as much for their divergence as other samples tell of one.
+
+        Args:
+            chosen: what its layers got.
+            drop: that is told of it.
+        """
+        divergence = max(self.expected(chosen), DIVERGENCE_MINIMUM)
+        self._told_per_divergence = max(self._told_per_divergence, drop / divergence)
 
     def expected(self, chosen: Mapping[str, str]) -> float:
         """The divergence that is expected of what layers get."""
@@ -225,6 +235,7 @@ class Growth:
             return []
         order = np.argsort(expected, kind="stable")
         drops[order] = isotonic_regression(drops[order]).x
+        drops = np.maximum(drops, self._told_per_divergence * expected)
         return list(zip(expected.tolist(), drops.tolist(), strict=True))
 
     def drop_of(self, chosen: Mapping[str, str]) -> float:

@@ -48,8 +48,8 @@ ENOUGH = 0.9
 ROUNDS = 4
 """How often points of the front are built, and the next ones chosen by what was seen."""
 
-EVALUATIONS = 14
-"""So many candidates are judged at most, and two more for each that is rejected in the end; a
+EVALUATIONS, ONCE_MORE = 14, 2
+"""So many candidates are judged at most, and so many more for each that is rejected in the end; a
 user's metric may take minutes for each."""
 
 TRUNKS_SHARE, SECOND_SHARE, PROBES_SHARE, ROUNDS_SHARE = 0.4, 0.6, 0.6, 0.75
@@ -162,9 +162,8 @@ class Search:
         if growth is None or not candidate.chosen or self._is_late(ROUNDS_SHARE):
             return
         trunk = self.trunk_of(candidate)
-        growth.learn(candidate.chosen, drop - trunk.gauged.drop)
-        self._compare(trunk, growth)
-        self._round(trunk, growth, 2)
+        growth.reject(candidate.chosen, drop - trunk.gauged.drop)
+        self._round(trunk, growth, ONCE_MORE)
 
     # -------------------------------------------------------------- trunks
 

@@ -121,13 +121,16 @@ def test_aims_go_as_far_as_the_drop_that_was_seen_lets_expect(drop: float, last:
     assert first == pytest.approx(math.sqrt(0.01 * last))
 
 
-def test_what_is_learnt_of_a_point_again_is_what_counts() -> None:
-    growth = seen_at((0.01, 0.2), (0.02, 0.5))
+def test_what_is_told_of_one_point_is_told_of_all_by_their_divergence() -> None:
+    growth = seen_at((0.01, 0.2), (0.02, 0.5), (0.03, 0.6), (0.04, 5.0))
 
-    growth.learn({"w1": "clusters 6"}, 4.0)
+    growth.reject({"w2": "clusters 6"}, 1.8)
 
-    assert growth.drop_of({"w1": "clusters 6"}) == 4.0
+    drops = [growth.drop_of({f"w{number}": "clusters 6"}) for number in range(4)]
+    assert drops == pytest.approx([0.6, 1.2, 1.8, 5.0])
     assert all(0.01 < aim < 0.02 for aim in growth.aims(0.9))
+    growth.reject({"w0": "clusters 6"}, 0.4)
+    assert growth.drop_of({"w1": "clusters 6"}) == pytest.approx(1.2)
 
 
 def test_what_was_within_beyond_what_was_not_does_not_count() -> None:

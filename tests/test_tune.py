@@ -98,7 +98,7 @@ def test_where_one_is_rejected_milder_choices_of_its_layers_are_built(
 
     (rejected,), (taken,) = ([p for p in one.points if p.chosen] for one in (before, tuning))
     assert taken.passes not in {point.passes for point in before.points}
-    assert rejected.size_ratio < taken.size_ratio < min(p.size_ratio for p in tuning.points[:1])
+    assert rejected.size_ratio < taken.size_ratio < tuning.points[0].size_ratio
     (drop,) = (point.drop for point in tuning.points if point.passes == rejected.passes)
     assert drop == pytest.approx(6.0)
     assert [note for note in tuning.notes if "not taken" in note and "about 6" in note]

@@ -204,28 +204,26 @@ def test_where_all_are_worse_none_is_taken() -> None:
     assert verifier({"2": np.full(40, 60.0)}, 2.0).by_estimate()[0] is None
 
 
-def test_a_proof_ends_at_the_first_that_fails_and_takes_the_best_before() -> None:
-    known = {"16": np.full(400, 100.0), "6": np.full(400, 99.9), "4": np.full(400, 60.0)}
-    fit = [candidate("4", 2.0), candidate("6", 1.0), candidate("16", 0.0)]
-    one = verifier(known, 5.0, fit)
+@pytest.mark.parametrize(
+    ("best_first", "bad", "taken", "evaluations"),
+    [
+        pytest.param("4 6 16", "4", "6", 3, id="it ends at the first that fails"),
+        pytest.param("4 16 6", "6", "4", 2, id="but not at what is bolder and no better"),
+    ],
+)
+def test_a_proof_takes_the_best_before_it_ends(
+    best_first: str, bad: str, taken: str, evaluations: int
+) -> None:
+    expected = {"16": 0.0, "6": 1.0, "4": 2.0}
+    known = {name: np.full(400, 60.0 if name == bad else 99.9) for name in expected}
+    one = verifier(known, 5.0, [candidate(name, expected[name]) for name in best_first.split()])
 
-    taken, certificate = one.by_proof()
+    found, certificate = one.by_proof()
 
-    assert taken is not None and taken.built.passes == "6"
+    assert found is not None and found.built.passes == taken
     assert certificate.certified
     assert certificate.bound is not None and certificate.bound <= 5.0
-    assert one.evaluations == 3
-
-
-def test_a_proof_does_not_end_at_what_is_bolder_and_no_better() -> None:
-    known = {"16": np.full(400, 100.0), "6": np.full(400, 60.0), "4": np.full(400, 99.9)}
-    fit = [candidate("4", 2.0), candidate("16", 0.0), candidate("6", 1.0)]
-    one = verifier(known, 5.0, fit)
-
-    taken, _ = one.by_proof()
-
-    assert taken is not None and taken.built.passes == "4"
-    assert one.evaluations == 2
+    assert one.evaluations == evaluations
 
 
 def test_where_agreement_foretells_the_drop_few_labels_do_not_speak_against_it() -> None:
