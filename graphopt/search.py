@@ -48,9 +48,9 @@ ENOUGH = 0.9
 ROUNDS = 4
 """How often points of the front are built, and the next ones chosen by what was seen."""
 
-EVALUATIONS, ONCE_MORE = 14, 2
-"""So many candidates are judged at most, and so many more for each that is rejected in the end; a
-user's metric may take minutes for each."""
+EVALUATIONS, EVALUATIONS_MAXIMUM = 14, 20
+"""So many candidates are judged at most; and with those for what is rejected in the end, and with
+each look at the samples kept back. A user's metric may take minutes for one."""
 
 TRUNKS_SHARE, SECOND_SHARE, PROBES_SHARE, ROUNDS_SHARE = 0.4, 0.6, 0.6, 0.75
 """Of the time: after it no further trunk is built, no second one gone on with, nothing more is
@@ -145,7 +145,8 @@ class Search:
         """
         left = self.within
         trunks = [one for one in left if not one.chosen and one.trunk not in self._growths]
-        if trunks and not any(one.chosen for one in left) and not self._is_late(ROUNDS_SHARE):
+        lost = trunks and not any(one.chosen for one in left)
+        if lost and self._evaluations_left and not self._is_late(ROUNDS_SHARE):
             self._grow(self._best_trunk(trunks))
             left = self.within
         return left[0] if left else None
@@ -163,7 +164,10 @@ class Search:
             return
         trunk = self.trunk_of(candidate)
         growth.reject(candidate.chosen, drop - trunk.gauged.drop)
-        self._round(trunk, growth, ONCE_MORE)
+        while self._evaluations_left:
+            found = self._round(trunk, growth, [min(growth.aims(self._room(trunk)))])
+            if not found or any(one.chosen for one in self.within):
+                break
 
     # -------------------------------------------------------------- trunks
 
@@ -318,16 +322,20 @@ class Search:
             if number and self._is_late(ROUNDS_SHARE):
                 self.notes.append("no time for another round of points: more --budget-minutes help")
                 break
-            if not self._round(trunk, growth, self._evaluations_left) or self._is_near(growth):
+            aims = growth.aims(self._room(trunk))[: self._evaluations_left]
+            if not self._round(trunk, growth, aims) or self._is_near(growth):
                 break
         for at in front(growth.choices):
             drop = trunk.gauged.drop + growth.per_divergence * growth.divergence(at)
             self.predicted.append(Predicted(trunk.trunk, growth.stored_bytes(at), drop))
 
-    def _round(self, trunk: Candidate, growth: Growth, count: int) -> list[Candidate]:
-        """Build so many points at most, where the limit is expected, and learn of them."""
-        room = MARGIN * (self.limit - trunk.gauged.drop)
-        found = self._built_points(trunk, growth, growth.aims(room)[:count])
+    def _room(self, trunk: Candidate) -> float:
+        """The drop that is aimed at for what layers add to a trunk."""
+        return MARGIN * (self.limit - trunk.gauged.drop)
+
+    def _round(self, trunk: Candidate, growth: Growth, aims: Sequence[float]) -> list[Candidate]:
+        """Build points of these divergences, and learn of them."""
+        found = self._built_points(trunk, growth, aims)
         for candidate in found:
             growth.learn(candidate.chosen, candidate.gauged.drop - trunk.gauged.drop)
         self._find_offenders(trunk, growth, found)
@@ -466,7 +474,11 @@ class Search:
 
     @property
     def _evaluations_left(self) -> int:
-        return max(EVALUATIONS - self.gauge.evaluations, 0)
+        maximum = EVALUATIONS
+        if self._rejected:
+            # What is taken next is looked at, too.
+            maximum = EVALUATIONS_MAXIMUM - len(self._rejected) - 1
+        return max(maximum - self.gauge.evaluations, 0)
 
     def _is_late(self, share: float) -> bool:
         return time.monotonic() - self.started_s > share * self.seconds
