@@ -105,6 +105,28 @@ def test_where_one_is_rejected_milder_choices_of_its_layers_are_built(
     assert tuning.certificate.confidence == pytest.approx(1 - 0.05 / 4)
 
 
+@pytest.mark.parametrize(("evaluations", "built"), [(20, 4), (6, 4), (5, 3)])
+def test_milder_ones_are_built_until_one_is_within_the_drop_or_there_were_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluations: int, built: int
+) -> None:
+    told = iter([60.0, 0.0])
+    monkeypatch.setattr(Verifier, "_together", lambda *_: next(told))
+    monkeypatch.setattr("graphopt.growth.STEP_MAXIMUM", 2.0)
+    monkeypatch.setattr("graphopt.search.EVALUATIONS_MAXIMUM", evaluations)
+
+    tuning = quickly(classifier(), tmp_path)
+
+    drops = [point.drop for point in tuning.points if point.built]
+    assert len(drops) == built
+    assert tuning.evaluations == built + 2 <= evaluations
+    (taken,) = (point for point in tuning.points if point.chosen)
+    # The second one is milder, but over the drop; the third is not.
+    assert drops[1] == pytest.approx(60.0)
+    assert drops[2] > 5.0
+    assert taken is (tuning.points[3] if built == 4 else tuning.points[0])
+    assert taken.drop <= 5.0
+
+
 @pytest.mark.parametrize("fitted", [128, 16])
 def test_what_was_fitted_on_many_is_taken_as_it_was_judged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fitted: int
