@@ -120,15 +120,26 @@ class Agreement:
         self, original: ir.Model, session: Session, feed: Feed, parts: Sequence[Feed]
     ) -> tuple[Judge, ...]:
         """See `graphopt.scores.Metric`: the original's outputs are recorded, once for each part."""
-        recordings = [record(part.run(session)) for part in parts]
         if not parts:
             return ()
+        recordings = [record(part.run(session)) for part in parts]
         carried = {name for name, _ in feed.state}
         scales = learn_scales(original, recordings[0], carried, self.sureness)
         return tuple(
             _Judge(part, recording, scales)
             for part, recording in zip(parts, recordings, strict=True)
         )
+
+
+def judge_by(scales: Mapping[str, Scale], session: Session, part: Feed) -> Judge:
+    """Gives the agreement of models with the original on samples, by scales that are known.
+
+    Args:
+        scales: see `learn_scales`.
+        session: of the original.
+        part: the samples.
+    """
+    return _Judge(part, record(part.run(session)), scales)
 
 
 @dataclass(frozen=True)

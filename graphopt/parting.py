@@ -37,6 +37,7 @@ class Parts:
         searched: both, of which the result is fitted in the end.
         verified: by which the result is proven; never looked at before.
         shared: all parts are the same samples, which are too few.
+        capped: more samples were there to fit by than are of use, or than there is time for.
     """
 
     fitted: Feed
@@ -44,6 +45,7 @@ class Parts:
     searched: Feed
     verified: Feed
     shared: bool
+    capped: bool = False
 
     @property
     def counts(self) -> tuple[int, int, int]:
@@ -51,13 +53,14 @@ class Parts:
         return len(self.fitted.samples), len(self.judged.samples), len(self.verified.samples)
 
 
-def part(feed: Feed, least_items: int | None, seed: int = 0) -> Parts:
+def part(feed: Feed, least_items: int | None, seed: int = 0, share: float = 1.0) -> Parts:
     """Divide samples.
 
     Args:
         feed: all samples; an item is a sequence of them, which is one where no state is carried.
         least_items: so many items to verify by could prove what is asked for; None if none could.
         seed: of another division of the same samples.
+        share: of the most that fit and are searched by: where a sample takes long, for example.
     """
     samples = feed.samples
     count = len(samples.sequences)
@@ -75,8 +78,9 @@ def part(feed: Feed, least_items: int | None, seed: int = 0) -> Parts:
     proves = least_items is not None and PROOF_SHARE * count >= least_items
     verified = round(count * (PROOF_SHARE if proves else CHECK_SHARE))
     rest = count - verified
-    fitted = min(FITTED_MAXIMUM, rest - round(rest * JUDGED_SHARE))
-    judged = min(JUDGED_MAXIMUM, rest - fitted)
+    fitted_maximum, judged_maximum = (round(share * m) for m in (FITTED_MAXIMUM, JUDGED_MAXIMUM))
+    fitted = min(fitted_maximum, rest - round(rest * JUDGED_SHARE))
+    judged = min(judged_maximum, rest - fitted)
     # What neither fits nor is searched by verifies.
     searched = fitted + judged
 
@@ -89,6 +93,7 @@ def part(feed: Feed, least_items: int | None, seed: int = 0) -> Parts:
         chosen(0, searched),
         chosen(searched, count),
         shared=False,
+        capped=fitted == fitted_maximum,
     )
 
 

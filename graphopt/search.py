@@ -12,11 +12,13 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import onnx_ir as ir
 
 from graphopt import loading
+from graphopt.agreement import Scale
 from graphopt.allocation import front
 from graphopt.building import Build, Built, build
 from graphopt.candidates import (
@@ -31,13 +33,14 @@ from graphopt.errors import GraphoptError, SearchStopped
 from graphopt.executors import Workers
 from graphopt.gauge import Gauge
 from graphopt.growth import Growth
-from graphopt.parting import FITTED_MAXIMUM, Parts
+from graphopt.pace import glanced_samples
+from graphopt.parting import Parts
 from graphopt.probe_cache import ProbeCache
 from graphopt.probing import Probe, probe
 from graphopt.scenarios import Scenario, Trunk
 from graphopt.subject import Subject
 from graphopt.treatments import Layer, treatment
-from graphopt.trial import write_trial
+from graphopt.trial import GLANCED_MAXIMUM, scales_of, write_trial
 
 MARGIN = 0.9
 """Of the drop that is allowed: what is aimed at."""
@@ -87,6 +90,7 @@ class Search:
         cache: of what was found before.
         latency: of the model in a file, over that of the original.
         seconds: that the search may take.
+        sample_s: what the original takes for a sample.
         progress: called with a few words.
         sureness: how sure the original is taken to be; see `graphopt.agreement`.
         candidates: all that were built.
@@ -107,6 +111,7 @@ class Search:
     cache: ProbeCache
     latency: Callable[[Path], float]
     seconds: float
+    sample_s: float
     progress: Callable[[str], None]
     sureness: float | None = None
     started_s: float = field(default_factory=time.monotonic)
@@ -288,8 +293,11 @@ class Search:
         if not self.scenario.treatments:
             return Growth(trunk.built.stored_bytes, [], limit)
         model = loading.load(trunk.built.path)
-        folder = self.trial(model, trunk.trunk)
         layers = self._layers(model)
+        tried = sum(len(treatment(name).probed) * len(of) for name, of in layers.items())
+        folder = self.trial(
+            model, trunk.trunk, glanced=glanced_samples(tried, self.sample_s, self.seconds)
+        )
         probes = self.probes[trunk.trunk] = probe(
             folder,
             layers,
@@ -425,13 +433,16 @@ class Search:
 
     # -------------------------------------------------------------- what they share
 
-    def trial(self, model: ir.Model, name: str, refit: bool = False) -> Path:
+    def trial(
+        self, model: ir.Model, name: str, refit: bool = False, glanced: int = GLANCED_MAXIMUM
+    ) -> Path:
         """The folder of a trial on a model.
 
         Args:
             model: its base.
             name: under which it is known.
             refit: fitted on all samples of the search.
+            glanced: by so many samples single layers are compared.
         """
         if (name, refit) not in self._trials:
             folder = self.folder / f"trial{len(self._trials)}"
@@ -445,9 +456,17 @@ class Search:
                 self.parts.judged,
                 self.subject.provider,
                 self.subject.source.external_data(),
-                self.sureness,
+                self._scales,
+                glanced,
             )
         return self._trials[name, refit]
+
+    @cached_property
+    def _scales(self) -> dict[str, Scale]:
+        """How the losses of each output are measured, in all trials."""
+        source, given = self.subject.source.model, self.subject.given
+        judged, provider = self.parts.judged, self.subject.provider
+        return scales_of(source, given, judged, provider, self.sureness)
 
     def trial_of(self, trunk: Candidate, refit: bool = False) -> Path:
         """The folder of the trial on a trunk."""
@@ -466,8 +485,7 @@ class Search:
 
         Where it was fitted on many, it is taken as it was judged: more hardly help.
         """
-        fitted = self.parts.fitted.samples.sequences
-        if not candidate.chosen or len(fitted) >= FITTED_MAXIMUM:
+        if not candidate.chosen or self.parts.capped:
             return candidate.built
         folder = self.trial_of(candidate, refit=True)
         return build(folder, candidate.built.passes, self.models, self.workers, self.cache).wait()

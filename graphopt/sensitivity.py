@@ -20,7 +20,7 @@ from graphopt.probing import Probe, probe
 from graphopt.recording import Feed
 from graphopt.subject import Progress, SamplesLike, State, open_subject
 from graphopt.treatments import Layer, treatment, treatment_names
-from graphopt.trial import tried_on, write_trial
+from graphopt.trial import scales_of, tried_on, write_trial
 
 FITTED_MAXIMUM, JUDGED_MAXIMUM = 64, 16
 """Samples by which layers are fitted, and samples by which the outputs are judged, at most."""
@@ -105,15 +105,17 @@ def sensitivity(
         tempfile.TemporaryDirectory(prefix="graphopt-") as folder,
         open_workers(executor, jobs) as workers,
     ):
+        original = subject.source.model
         write_trial(
             Path(folder),
-            subject.source.model,
+            original,
             subject.given,
             base,
             fitted,
             judged,
             provider,
             subject.source.external_data(),
+            scales_of(original, subject.given, judged, provider),
         )
         probes = probe(Path(folder), layers, workers, store, progress, every)
     return Sensitivity(

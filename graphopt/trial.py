@@ -11,8 +11,9 @@ import json
 import math
 import tempfile
 import zipfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt import loading, runtime, saving
-from graphopt.agreement import Agreement
+from graphopt.agreement import Scale, judge_by, learn_scales
 from graphopt.contract import Context
 from graphopt.errors import SearchStopped
 from graphopt.gate import Gate, interface_of
@@ -62,7 +63,8 @@ class Setup:
         provider: "cpu" or "cuda".
         state: pairs of output and input that carry state.
         external_data: see `graphopt.saving.save`.
-        sureness: how sure the original is taken to be; see `graphopt.agreement`.
+        scales: how the losses of each output are measured; see `graphopt.agreement`.
+        glanced: by so many samples single layers are compared.
         key: a hash of all that results depend on.
     """
 
@@ -70,7 +72,8 @@ class Setup:
     provider: str
     state: tuple[tuple[str, str], ...]
     external_data: bool | None
-    sureness: float | None
+    scales: Mapping[str, Scale]
+    glanced: int
     key: str
 
 
@@ -96,21 +99,41 @@ class Trial:
         setup: what it is made of.
         base: the model to begin with; not modified.
         context: for the passes: the original, and the samples to fit by.
-        judge: gives the agreement of a model with the original on other samples, and on images
-            also as they are seen in a mirror.
-        glance: the same on a few of them, for what is tried on many layers.
-        recall: the same on the samples to fit by.
-        items: how many are judged and how many fitted by.
+        original: a session of it.
+        fitted: the samples to fit by.
+        judged: others.
     """
 
     setup: Setup
     base: ir.Model
     context: Context
-    judge: Judge
-    glance: Judge
-    recall: Judge
-    items: tuple[int, int]
+    original: Session
+    fitted: Feed
+    judged: Feed
     _known: dict[str, Scores] = field(default_factory=dict)
+
+    @cached_property
+    def judge(self) -> Judge:
+        """Gives the agreement of a model with the original on the samples to judge by.
+
+        On images also as they are seen in a mirror.
+        """
+        return self._judge_by(_with_mirrored(self.judged))
+
+    @cached_property
+    def glance(self) -> Judge:
+        """The same on a few of them, for what is tried on many layers."""
+        return self._judge_by(
+            replace(self.judged, samples=self.judged.samples.first(self.setup.glanced))
+        )
+
+    @cached_property
+    def recall(self) -> Judge:
+        """The same on the samples to fit by."""
+        return self._judge_by(self.fitted)
+
+    def _judge_by(self, feed: Feed) -> Judge:
+        return judge_by(self.setup.scales, self.original, feed)
 
     def rewritten(self, passes: str, loads: bool = False) -> tuple[ir.Model, tuple[Step, ...]]:
         """What passes make of the base, and the ledger.
@@ -163,7 +186,7 @@ class Trial:
         if seen.divergence and glanced.divergence and math.isfinite(glanced.divergence):
             ratio = max(glanced.divergence / seen.divergence, 1.0)
         losses = 100.0 - unseen.value, ratio * (100.0 - seen.value)
-        judged, fitted = self.items
+        judged, fitted = (len(one.samples.sequences) for one in (self.judged, self.fitted))
         loss = (judged * losses[0] + fitted * losses[1]) / (judged + fitted)
         return Expected(loss, _upper(unseen.divergences, seen.divergences, ratio))
 
@@ -199,7 +222,8 @@ def write_trial(
     judged: Feed,
     provider: str,
     external_data: bool | None,
-    sureness: float | None = None,
+    scales: Mapping[str, Scale],
+    glanced: int = GLANCED_MAXIMUM,
 ) -> Path:
     """Lay a trial down in a folder.
 
@@ -212,7 +236,8 @@ def write_trial(
         judged: samples to judge by.
         provider: "cpu" or "cuda".
         external_data: see `graphopt.saving.save`.
-        sureness: how sure the original is taken to be; see `graphopt.agreement`.
+        scales: see `scales_of`.
+        glanced: by so many samples single layers are compared.
 
     Returns:
         The folder.
@@ -240,7 +265,7 @@ def write_trial(
         content_key(original),
         content_key(base),
         *(digest for feed in (fitted, judged) for digest in ("|", *feed.samples.digests)),
-        repr((fitted.state, sureness, external_data)),
+        repr((fitted.state, sorted(scales.items()), glanced, external_data)),
     )
     key = sha256("\0".join(parts).encode()).hexdigest()
     setup = {
@@ -248,11 +273,42 @@ def write_trial(
         "provider": provider,
         "state": fitted.state,
         "external_data": external_data,
-        "sureness": sureness,
+        "scales": {name: asdict(one) for name, one in scales.items()},
+        "glanced": glanced,
         "key": key,
     }
     (folder / SETUP).write_text(json.dumps(setup))
     return folder
+
+
+def scales_of(
+    original: ir.Model,
+    given: ir.Model | Path,
+    judged: Feed,
+    provider: str,
+    sureness: float | None = None,
+) -> dict[str, Scale]:
+    """How the losses of each output of the original are measured.
+
+    Args:
+        original: the model as it was given.
+        given: its file, where there is one.
+        judged: samples to judge by.
+        provider: "cpu" or "cuda".
+        sureness: how sure the original is taken to be; see `graphopt.agreement`.
+
+    Raises:
+        GraphoptError: onnxruntime does not run the original on the samples.
+    """
+    session = Session(given, provider=provider, threads=1)
+    carried = {name for name, _ in judged.state}
+    return learn_scales(original, _with_mirrored(judged).run(session), carried, sureness)
+
+
+def _with_mirrored(feed: Feed) -> Feed:
+    """Images also as they are seen in a mirror, where they carry no state."""
+    seen = None if feed.state else mirrored(feed.samples)
+    return feed if seen is None else replace(feed, samples=seen)
 
 
 def _write_samples(feed: Feed, folder: Path) -> None:
@@ -281,6 +337,7 @@ def read_setup(folder: Path) -> Setup:
             "clearing the folder for temporary files (TMPDIR)?"
         ) from error
     content["state"] = tuple((a, b) for a, b in content["state"])
+    content["scales"] = {name: Scale(**one) for name, one in content["scales"].items()}
     return Setup(**content)
 
 
@@ -301,13 +358,6 @@ def open_trial(folder: Path, progress: Callable[[str], None] = lambda _: None) -
         return Feed(read, inputs, setup.state)
 
     fitted, judged = feed(FITTED), feed(JUDGED)
-    session = Session(original_path, provider=setup.provider, threads=1)
-    few = Feed(judged.samples.first(GLANCED_MAXIMUM), inputs, setup.state)
-    seen = None if setup.state else mirrored(judged.samples)
-    many = judged if seen is None else Feed(seen, inputs, setup.state)
-    parts = [many, few, fitted]
-    judge, glance, recall = Agreement(setup.sureness).judges(original, session, judged, parts)
-    items = len(judged.samples.sequences), len(fitted.samples.sequences)
     context = Context(
         read_original=lambda: original,
         samples=fitted.samples,
@@ -316,7 +366,8 @@ def open_trial(folder: Path, progress: Callable[[str], None] = lambda _: None) -
         observer=Observer(fitted, setup.provider, threads=1),
         memo=Memo(folder / MEMO),
     )
-    return Trial(setup, base, context, judge, glance, recall, items)
+    session = Session(original_path, provider=setup.provider, threads=1)
+    return Trial(setup, base, context, session, fitted, judged)
 
 
 def _upper(unseen: np.ndarray | None, seen: np.ndarray | None, ratio: float) -> float:

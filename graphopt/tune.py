@@ -24,6 +24,7 @@ from graphopt.kept_models import kept_models
 from graphopt.ledger import Run, Step, size_as_given, size_of, stamp
 from graphopt.loading import ModelLike
 from graphopt.metric import parse_metric
+from graphopt.pace import seconds_per_sample, share_of_samples
 from graphopt.parting import Parts
 from graphopt.preparing import lossless
 from graphopt.probe_cache import ProbeCache, cache_key, default_folder
@@ -197,7 +198,9 @@ def tune(
         raise SampleError("the model is random: no drop can be measured of it")
     feed = subject.feed(samples, None, state)
     progress("the original")
-    by = measured_by(subject, feed, asked, metric is None, allowed, 1 - confidence, seed)
+    sample_s = seconds_per_sample(subject, feed, store)
+    share = share_of_samples(sample_s, 60 * budget_minutes)
+    by = measured_by(subject, feed, asked, metric is None, allowed, 1 - confidence, seed, share)
     base, base_steps = lossless(subject, progress)
     with (
         tempfile.TemporaryDirectory(prefix="graphopt-") as folder,
@@ -217,6 +220,7 @@ def tune(
             cache=store,
             latency=lambda path: _latency(subject, path, by.parts, store),
             seconds=60 * budget_minutes,
+            sample_s=sample_s,
             progress=progress,
             sureness=by.sureness,
         )

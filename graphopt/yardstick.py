@@ -121,6 +121,7 @@ def measured_by(
     drop: AllowedDrop,
     delta: float,
     seed: int,
+    share: float = 1.0,
 ) -> Yardstick:
     """Run the original on all samples, part these, and see what it has on each part.
 
@@ -132,6 +133,7 @@ def measured_by(
         drop: that is allowed.
         delta: the chance of error of what is said of it.
         seed: of another parting.
+        share: see `graphopt.parting.part`.
 
     Raises:
         GraphoptError: the metric does not fit the model or the samples.
@@ -143,7 +145,7 @@ def measured_by(
     original = whole(session)
     limit = drop.of(original.value)
     items_needed = items_to_prove(limit, delta, *range_of_drops(original))
-    parts = part(feed, items_needed, seed)
+    parts = part(feed, items_needed, seed, share)
     searched, verified, known = metric.judges(
         model, session, feed, [parts.judged, parts.verified, parts.searched]
     )

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tuned import LAYERS, classifier, trial_in, vectors, written
+from tuned import LAYERS, classifier, feeds, trial_in, vectors, written
 
 from graphopt import loading
 from graphopt.errors import SearchStopped
 from graphopt.runtime import Session
 from graphopt.subject import open_subject
 from graphopt.testing import parse
-from graphopt.trial import JUDGED, open_trial, packed, read_setup, unpacked, write_trial
+from graphopt.trial import JUDGED, open_trial, packed, read_setup, scales_of, unpacked, write_trial
 
 COUNTER = """
 agraph (float[1, 4] x, float[1, 4] h) => (float[1, 4] y, float[1, 4] g)
@@ -117,7 +117,8 @@ def test_state_is_carried_in_whole_sequences(tmp_path: Path) -> None:
     folder.mkdir()
     model = subject.source.model
 
-    write_trial(folder, model, subject.given, model, feed, feed, "cpu", None)
+    scales = scales_of(model, subject.given, feed, "cpu")
+    write_trial(folder, model, subject.given, model, feed, feed, "cpu", None, scales)
     trial = open_trial(folder)
 
     assert trial.setup.state == (("g", "h"),)
@@ -172,4 +173,25 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / JUDGED).write_text("a file where a folder is to be")
 
     with pytest.raises(SearchStopped, match=r"cannot be kept .*make room there, or set TMPDIR"):
-        write_trial(tmp_path, model, subject.given, model, feed, feed, "cpu", None)
+        write_trial(tmp_path, model, subject.given, model, feed, feed, "cpu", None, {})
+
+
+def test_layers_are_compared_by_as_many_samples_as_are_wanted(tmp_path: Path) -> None:
+    subject = open_subject(classifier(), "cpu", True, True, lambda _: None)
+    fitted, judged = feeds(subject)
+    model = subject.source.model
+    scales = scales_of(model, subject.given, judged, "cpu")
+    trials = []
+    for glanced in (8, 128):
+        folder = tmp_path / str(glanced)
+        folder.mkdir()
+        write_trial(
+            folder, model, subject.given, model, fitted, judged, "cpu", None, scales, glanced
+        )
+        trials.append(open_trial(folder))
+
+    counts = [len(trial.base_glanced.per_item) for trial in trials]  # type: ignore[arg-type]
+
+    assert counts == [8, 24]
+    assert len({trial.setup.key for trial in trials}) == 2
+    assert all(trial.setup.scales == scales for trial in trials)

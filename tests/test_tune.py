@@ -132,7 +132,6 @@ def test_what_was_fitted_on_many_is_taken_as_it_was_judged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fitted: int
 ) -> None:
     monkeypatch.setattr("graphopt.parting.FITTED_MAXIMUM", fitted)
-    monkeypatch.setattr("graphopt.search.FITTED_MAXIMUM", fitted)
     counting = Counting()
 
     tuning = quickly(classifier(), tmp_path, executor=counting)

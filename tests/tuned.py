@@ -16,7 +16,7 @@ from graphopt.preparing import lossless
 from graphopt.recording import Feed
 from graphopt.subject import Subject, open_subject
 from graphopt.testing import parse
-from graphopt.trial import write_trial
+from graphopt.trial import scales_of, write_trial
 
 FOLDER = Path(__file__).parent.parent / "models" / "graphopt_models"
 DIGITS, IMAGES = FOLDER / "digits_cnn.onnx", FOLDER / "digits_cnn_samples.npz"
@@ -89,7 +89,10 @@ def trial_in(folder: Path, model: object = None, count: int = 24, samples: objec
     fitted, judged = feeds(subject, count, samples)
     external = subject.source.external_data()
     original = subject.source.model
-    return write_trial(folder, original, subject.given, base, fitted, judged, "cpu", external)
+    scales = scales_of(original, subject.given, judged, "cpu")
+    return write_trial(
+        folder, original, subject.given, base, fitted, judged, "cpu", external, scales
+    )
 
 
 class Counting(Executor):
