@@ -1,16 +1,19 @@
-"""How many samples a search can afford, by how long the original takes for one.
+"""What the clock says in a search: how fast models are, and how many samples it can afford.
 
 Numbers of samples are halved until they fit, so that they are the same wherever a sample takes
-about as long. And that is measured once and kept: a search that goes on has the same samples.
+about as long. What was measured is kept: a search that goes on has the same samples, and the same
+order of candidates.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
+from pathlib import Path
 
-from graphopt import runtime
-from graphopt.benchmark import cpu_name
+from graphopt import loading, runtime
+from graphopt.benchmark import cpu_name, latency_ratio
 from graphopt.parting import FITTED_MAXIMUM, JUDGED_MAXIMUM
 from graphopt.probe_cache import ProbeCache, cache_key
 from graphopt.recording import Feed
@@ -40,11 +43,45 @@ def seconds_per_sample(subject: Subject, feed: Feed, cache: ProbeCache) -> float
     Raises:
         GraphoptError: onnxruntime does not run it.
     """
-    machine = cpu_name(), runtime.version() or "", subject.provider
-    key = cache_key("seconds", subject.source.sha256(), feed.samples.digests[0], *machine)
+    of = subject.source.sha256(), feed.samples.digests[0]
+    return _once("seconds", of, subject, cache, lambda: _fastest(subject, feed))
+
+
+def latency_over(subject: Subject, path: Path, feed: Feed, cache: ProbeCache) -> float:
+    """The latency of a model over that of the original; measured once on each machine.
+
+    Args:
+        subject: the original, as it was given.
+        path: of the model, which the name of the file stands for.
+        feed: samples.
+        cache: of what was found before.
+
+    Raises:
+        GraphoptError: onnxruntime does not run it.
+    """
+    original, provider = subject.source.model, subject.provider
+    of = path.stem, subject.source.sha256()
+    return _once(
+        "latency",
+        of,
+        subject,
+        cache,
+        lambda: latency_ratio(original, loading.load(path), feed.samples, provider),
+    )
+
+
+def _once(
+    what: str,
+    of: tuple[str, ...],
+    subject: Subject,
+    cache: ProbeCache,
+    measure: Callable[[], float],
+) -> float:
+    """What was measured on this machine before, or is now."""
+    key = cache_key(what, *of, cpu_name(), runtime.version() or "", subject.provider)
     known = cache.get(key)
     if known is None:
-        known = _fastest(subject, feed)
+        known = measure()
         cache.put(key, known)
     return float(known)
 

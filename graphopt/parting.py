@@ -37,7 +37,7 @@ class Parts:
         searched: both, of which the result is fitted in the end.
         verified: by which the result is proven; never looked at before.
         shared: all parts are the same samples, which are too few.
-        capped: more samples were there to fit by than are of use, or than there is time for.
+        capped: as many are fitted by as are of use, or as there is time for.
     """
 
     fitted: Feed

@@ -40,7 +40,7 @@ from graphopt.probing import Probe, probe
 from graphopt.scenarios import Scenario, Trunk
 from graphopt.subject import Subject
 from graphopt.treatments import Layer, treatment
-from graphopt.trial import GLANCED_MAXIMUM, scales_of, write_trial
+from graphopt.trial import scales_of, write_trial
 
 MARGIN = 0.9
 """Of the drop that is allowed: what is aimed at."""
@@ -52,8 +52,8 @@ ROUNDS = 4
 """How often points of the front are built, and the next ones chosen by what was seen."""
 
 EVALUATIONS, EVALUATIONS_MAXIMUM = 14, 20
-"""So many candidates are judged at most; and with those for what is rejected in the end, and with
-each look at the samples kept back. A user's metric may take minutes for one."""
+"""So many candidates are judged at most; and where some are rejected in the end, no more are built
+after so many, looks at the samples kept back included. A user's metric may take minutes for one."""
 
 TRUNKS_SHARE, SECOND_SHARE, PROBES_SHARE, ROUNDS_SHARE = 0.4, 0.6, 0.6, 0.75
 """Of the time: after it no further trunk is built, no second one gone on with, nothing more is
@@ -150,8 +150,8 @@ class Search:
         """
         left = self.within
         trunks = [one for one in left if not one.chosen and one.trunk not in self._growths]
-        lost = trunks and not any(one.chosen for one in left)
-        if lost and self._evaluations_left and not self._is_late(ROUNDS_SHARE):
+        has_time = self._evaluations_left and not self._is_late(ROUNDS_SHARE)
+        if trunks and has_time and not any(one.chosen for one in left):
             self._grow(self._best_trunk(trunks))
             left = self.within
         return left[0] if left else None
@@ -165,11 +165,12 @@ class Search:
         """
         self._rejected.add(candidate.passes)
         growth = self._growths.get(candidate.trunk)
-        if growth is None or not candidate.chosen or self._is_late(ROUNDS_SHARE):
+        if growth is None or not candidate.chosen:
             return
         trunk = self.trunk_of(candidate)
         growth.reject(candidate.chosen, drop - trunk.gauged.drop)
-        while self._evaluations_left:
+        self._compare(trunk, growth)
+        while self._evaluations_left and not self._is_late(ROUNDS_SHARE):
             found = self._round(trunk, growth, [min(growth.aims(self._room(trunk)))])
             if not found or any(one.chosen for one in self.within):
                 break
@@ -293,11 +294,8 @@ class Search:
         if not self.scenario.treatments:
             return Growth(trunk.built.stored_bytes, [], limit)
         model = loading.load(trunk.built.path)
+        folder = self.trial(model, trunk.trunk)
         layers = self._layers(model)
-        tried = sum(len(treatment(name).probed) * len(of) for name, of in layers.items())
-        folder = self.trial(
-            model, trunk.trunk, glanced=glanced_samples(tried, self.sample_s, self.seconds)
-        )
         probes = self.probes[trunk.trunk] = probe(
             folder,
             layers,
@@ -433,16 +431,13 @@ class Search:
 
     # -------------------------------------------------------------- what they share
 
-    def trial(
-        self, model: ir.Model, name: str, refit: bool = False, glanced: int = GLANCED_MAXIMUM
-    ) -> Path:
+    def trial(self, model: ir.Model, name: str, refit: bool = False) -> Path:
         """The folder of a trial on a model.
 
         Args:
             model: its base.
             name: under which it is known.
             refit: fitted on all samples of the search.
-            glanced: by so many samples single layers are compared.
         """
         if (name, refit) not in self._trials:
             folder = self.folder / f"trial{len(self._trials)}"
@@ -457,9 +452,16 @@ class Search:
                 self.subject.provider,
                 self.subject.source.external_data(),
                 self._scales,
-                glanced,
+                self._glanced,
             )
         return self._trials[name, refit]
+
+    @cached_property
+    def _glanced(self) -> int:
+        """By so many samples single layers are compared, in all trials: that these compare."""
+        layers = self._layers(self.base)
+        tried = sum(len(treatment(name).probed) * len(of) for name, of in layers.items())
+        return glanced_samples(tried, self.sample_s, self.seconds)
 
     @cached_property
     def _scales(self) -> dict[str, Scale]:

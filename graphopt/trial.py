@@ -257,28 +257,30 @@ def write_trial(
             f"samples cannot be kept in {folder} ({error.strerror}); make room there, or set "
             "TMPDIR to another folder"
         ) from error
+    setup = {
+        "provider": provider,
+        "state": fitted.state,
+        "external_data": external_data,
+        "scales": {name: asdict(one) for name, one in sorted(scales.items())},
+        "glanced": glanced,
+    }
+    place = None if path is None else str(path)
+    key = _key((original, base), (fitted, judged), setup)
+    (folder / SETUP).write_text(json.dumps({**setup, "original": place, "key": key}))
+    return folder
+
+
+def _key(models: Sequence[ir.Model], feeds: Sequence[Feed], setup: Mapping[str, object]) -> str:
+    """A hash of all that results depend on: not of where things lie."""
     parts = (
         *versions(PASSES_GROUP),
         *versions(TREATMENTS_GROUP),
         runtime.version() or "",
-        provider,
-        content_key(original),
-        content_key(base),
-        *(digest for feed in (fitted, judged) for digest in ("|", *feed.samples.digests)),
-        repr((fitted.state, sorted(scales.items()), glanced, external_data)),
+        *map(content_key, models),
+        *(digest for feed in feeds for digest in ("|", *feed.samples.digests)),
+        json.dumps(setup),
     )
-    key = sha256("\0".join(parts).encode()).hexdigest()
-    setup = {
-        "original": None if path is None else str(path),
-        "provider": provider,
-        "state": fitted.state,
-        "external_data": external_data,
-        "scales": {name: asdict(one) for name, one in scales.items()},
-        "glanced": glanced,
-        "key": key,
-    }
-    (folder / SETUP).write_text(json.dumps(setup))
-    return folder
+    return sha256("\0".join(parts).encode()).hexdigest()
 
 
 def scales_of(

@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from graphopt import loading, runtime
-from graphopt.benchmark import cpu_name, latency_ratio
+from graphopt import loading
 from graphopt.contract import Effect
 from graphopt.details import look_closely
 from graphopt.errors import SampleError, SpecError
@@ -24,10 +23,10 @@ from graphopt.kept_models import kept_models
 from graphopt.ledger import Run, Step, size_as_given, size_of, stamp
 from graphopt.loading import ModelLike
 from graphopt.metric import parse_metric
-from graphopt.pace import seconds_per_sample, share_of_samples
+from graphopt.pace import latency_over, seconds_per_sample, share_of_samples
 from graphopt.parting import Parts
 from graphopt.preparing import lossless
-from graphopt.probe_cache import ProbeCache, cache_key, default_folder
+from graphopt.probe_cache import ProbeCache, default_folder
 from graphopt.probing import Probe
 from graphopt.recipes import plan, recipe
 from graphopt.recording import Feed
@@ -36,7 +35,7 @@ from graphopt.rewriting import replace_tensors, tensor_of
 from graphopt.scenarios import Scenario, scenario, scenario_for
 from graphopt.scratch import Scratch
 from graphopt.search import Search
-from graphopt.subject import Progress, SamplesLike, State, Subject, open_subject
+from graphopt.subject import Progress, SamplesLike, State, open_subject
 from graphopt.verifying import Certificate, Taken
 from graphopt.yardstick import measured_by, parse_allowed_drop
 
@@ -218,12 +217,14 @@ def tune(
             models=models,
             workers=workers,
             cache=store,
-            latency=lambda path: _latency(subject, path, by.parts, store),
+            latency=lambda path: latency_over(subject, path, by.parts.judged, store),
             seconds=60 * budget_minutes,
             sample_s=sample_s,
             progress=progress,
             sureness=by.sureness,
         )
+        if share < 1 and by.parts.capped:
+            search.notes.append(_why_fewer(sample_s, by.parts))
         search.run()
         progress("verifying")
         verifier = by.verifier(search)
@@ -270,6 +271,14 @@ def _scenario(
     if provider not in (None, found.provider):
         raise SpecError(f"the scenario {name!r} is for {found.provider}, and not for {provider}")
     return name, found
+
+
+def _why_fewer(sample_s: float, parts: Parts) -> str:
+    fitted, judged, _ = parts.counts
+    return (
+        f"a sample takes {1000 * sample_s:.3g} ms: there is time to fit by {fitted} and to search "
+        f"by {judged} of them; more --budget-minutes help"
+    )
 
 
 # ------------------------------------------------------------------ what comes out
@@ -345,19 +354,6 @@ def _taken_over(scratch: Scratch, tensor: ir.TensorProtocol) -> ir.TensorProtoco
     if kept is not tensor:
         return kept
     return tensor_of(np.array(tensor.numpy()), tensor.name or "", tensor.dtype)
-
-
-def _latency(subject: Subject, path: Path, parts: Parts, cache: ProbeCache) -> float:
-    """The latency of a model over that of the original; measured once on each machine."""
-    machine = cpu_name(), runtime.version() or "", subject.provider
-    key = cache_key("latency", path.stem, subject.source.sha256(), *machine)
-    known = cache.get(key)
-    if known is None:
-        second = loading.load(path)
-        samples = parts.judged.samples
-        known = latency_ratio(subject.source.model, second, samples, subject.provider)
-        cache.put(key, known)
-    return float(known)
 
 
 def _probes(search: Search, taken: Taken | None) -> Sequence[Probe]:

@@ -127,6 +127,34 @@ def test_milder_ones_are_built_until_one_is_within_the_drop_or_there_were_enough
     assert taken.drop <= 5.0
 
 
+def test_where_no_more_is_built_what_is_told_of_one_still_counts_for_its_trunk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = quickly(classifier(), tmp_path, scenario="edge", max_drop=1.0)
+    built = [point for point in before.points if point.built and point.options]
+    assert sum(point.drop <= 1.0 for point in built) > 1
+    monkeypatch.setattr("graphopt.search.EVALUATIONS_MAXIMUM", 0)
+    told = iter([1e4, 0.0])
+    monkeypatch.setattr(Verifier, "_together", lambda *_: next(told))
+
+    tuning = quickly(classifier(), tmp_path, scenario="edge", max_drop=1.0)
+
+    assert all(point.drop > 1.0 for point in tuning.points if point.built and point.options)
+    assert tuning.points[0].chosen
+
+
+def test_where_samples_take_long_fewer_serve_and_the_user_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("graphopt.pace._fastest", lambda *_: 0.5)
+
+    tuning = quickly(classifier(), tmp_path)
+
+    assert tuning.parts == (16, 16, 8)
+    assert any("there is time to fit by 16 and to search by 16" in note for note in tuning.notes)
+    assert not quickly(classifier(), tmp_path, samples=list(vectors(20))).notes
+
+
 @pytest.mark.parametrize("fitted", [128, 16])
 def test_what_was_fitted_on_many_is_taken_as_it_was_judged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fitted: int

@@ -132,7 +132,8 @@ def tune(objective: str) -> Callable[[argparse.Namespace], str]:
         proof = found.certificate
         taken = next((point.name for point in found.points if point.chosen), "nothing")
         return (
-            f"{taken}; {proof.original:.2f} -> {proof.value:.2f} on {proof.items} samples kept back"
+            f"{taken}; {proof.original:.2f} -> {proof.value:.2f} on {proof.items} samples kept "
+            f"back, {found.evaluations} evaluations"
         )
 
     return run
